@@ -1,0 +1,45 @@
+"""Portable Reward Tuning: tune a reward once, add it to the logits of any newer model.
+
+Chijiwa et al., ICML 2025, arXiv:2502.12776.
+"""
+
+from ._version import __version__
+from .adapter import default_peft_config
+from .config import PRTConfig
+from .contract import LabelContract, RewardConfig, VocabularyContract
+from .errors import (
+    BaseModelMismatchError,
+    ContextLengthError,
+    LabelMismatchError,
+    NonFiniteRewardError,
+    PRTError,
+    RewardFileError,
+    UnsupportedError,
+    VocabularyMismatchError,
+)
+from .functional import combine, prt_loss
+from .generation import EFTLogitsProcessor, PRTLogitsProcessor
+from .reward_model import RewardModel
+from .trainer import PRTTrainer
+
+__all__ = [
+    "BaseModelMismatchError",
+    "ContextLengthError",
+    "EFTLogitsProcessor",
+    "LabelContract",
+    "LabelMismatchError",
+    "NonFiniteRewardError",
+    "PRTConfig",
+    "PRTError",
+    "PRTLogitsProcessor",
+    "PRTTrainer",
+    "RewardConfig",
+    "RewardFileError",
+    "RewardModel",
+    "UnsupportedError",
+    "VocabularyContract",
+    "VocabularyMismatchError",
+    "combine",
+    "default_peft_config",
+    "prt_loss",
+]

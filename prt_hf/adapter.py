@@ -1,0 +1,98 @@
+"""The LoRA form of a reward: which layers it adapts, and where it starts."""
+
+import copy
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .errors import PRTValueError
+from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of, weights_fingerprint
+
+ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
+
+
+def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
+    """LoRA on every linear or convolutional layer, the head included.
+
+    The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and with
+    it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's small
+    head is tuned whole.
+
+    Args:
+        model (`PreTrainedModel`): the reward's base.
+        lora_kwargs: for [`~peft.LoraConfig`]; rank 16 and `lora_alpha` 32 if not given.
+    """
+    head, _ = head_of(model)
+    targets = [name for name, module in model.named_modules() if isinstance(module, ADAPTED_LAYERS)]
+    if task_of(model) == TEXT_GENERATION:
+        defaults = {"task_type": "CAUSAL_LM"}
+    else:
+        targets.remove(head)
+        defaults = {"modules_to_save": [head]}
+    defaults |= {"r": 16, "lora_alpha": 32, "target_modules": _shorten(model, targets)}
+    return LoraConfig(**defaults | lora_kwargs)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero: bool, revision: str | None) -> PeftModel:
+    """Wrap a base as a reward; the base itself stays untouched and shares its weights.
+
+    A `LoraConfig` that names no `target_modules` gets those of [`default_peft_config`]. With `zero`, the reward gets an
+    output layer of its own, zero at the start, so that r = 0 and the PRT model starts as the backbone.
+    """
+    peft_config = copy.deepcopy(peft_config)
+    if isinstance(peft_config, LoraConfig) and not peft_config.target_modules and not peft_config.target_parameters:
+        default = default_peft_config(model)
+        peft_config.target_modules = default.target_modules
+        peft_config.modules_to_save = peft_config.modules_to_save or default.modules_to_save
+        peft_config.task_type = peft_config.task_type or default.task_type
+    head, _ = head_of(model)
+    if zero:
+        # PEFT would reject a layer that is both adapted and saved whole.
+        if isinstance(peft_config.target_modules, set | list):
+            peft_config.target_modules = {
+                name for name in peft_config.target_modules if head != name and not head.endswith(f".{name}")
+            }
+        peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
+    network = get_peft_model(share_weights(model), peft_config, revision=revision)
+    if weights_fingerprint(network) != weights_fingerprint(model):
+        raise PRTValueError(
+            "The adapter's initialisation changes the base's weights, so the base would no longer be the source backbone.",
+            expected="an initialisation that leaves the base as it is (LoRA's default)",
+            found=f"init_lora_weights={getattr(peft_config, 'init_lora_weights', None)!r}",
+        )
+    if zero:
+        zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
+    return network
+
+
+def zero_head(model: PreTrainedModel) -> None:
+    """Start a full reward at r = 0, in place; a head that was tied to the input embeddings is untied first."""
+    _, head = head_of(model)
+    embeddings = model.get_input_embeddings() if task_of(model) == TEXT_GENERATION else None
+    if embeddings is not None and head.weight is embeddings.weight:
+        head = copy.deepcopy(head)
+        model.set_output_embeddings(head)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    zero_(head)
+
+
+def zero_(head: nn.Module) -> None:
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
+    """The layers' names without what repeats from block to block, where that names the same layers."""
+    wanted = set(targets)
+    short = {".".join(_suffix(name.split("."))) for name in targets}
+    matched = {
+        name for name, _ in model.named_modules() if name in short or any(name.endswith(f".{end}") for end in short)
+    }
+    return sorted(short if matched == wanted else wanted)
+
+
+def _suffix(parts: list[str]) -> list[str]:
+    named = max(index for index, part in enumerate(parts) if not part.isdigit())
+    return parts[named:]

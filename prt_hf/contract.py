@@ -1,0 +1,288 @@
+"""What a reward needs of a backbone, and `prt_config.json`, where that is written down.
+
+A reward is one number per token or label (Eq. 5): it fits any backbone whose tokens or labels mean the same, and no other.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from .errors import LabelMismatchError, PRTValueError, RewardFileError, VocabularyMismatchError
+
+logger = logging.get_logger(__name__)
+
+PRT_CONFIG_NAME = "prt_config.json"
+FORMAT_VERSION = "1.0"
+SHOWN = 5  # differences that an error shows
+
+
+def unwrap_tokenizer(processing_class) -> PreTrainedTokenizerBase | None:
+    """The tokenizer in a tokenizer or a multimodal processor; None for image processors and None."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+
+@dataclass(frozen=True)
+class VocabularyContract:
+    """The token -> id map that a language model's logits are indexed by.
+
+    Args:
+        size (`int`): largest token id plus one; model heads may be padded beyond it.
+        fingerprint (`str`): SHA-256 of the map.
+        special_tokens (`dict`): role (`"eos_token"`, ...) -> token.
+        vocabulary (`Mapping[str, int]`, *optional*): the map itself, to name differences; not written to files.
+    """
+
+    kind: ClassVar[str] = "vocabulary"
+
+    size: int
+    fingerprint: str
+    special_tokens: dict[str, str] = field(default_factory=dict)
+    vocabulary: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "VocabularyContract":
+        vocabulary = tokenizer.get_vocab()
+        if not vocabulary:
+            raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
+        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
+        return cls(max(vocabulary.values()) + 1, _fingerprint(vocabulary), special, vocabulary)
+
+    def check(self, backbone: "VocabularyContract") -> None:
+        """Accept a backbone with the same map, however its head is padded and whichever tokens it uses to end or pad.
+
+        Raises:
+            VocabularyMismatchError: the maps differ; shows sizes and a few differing tokens.
+        """
+        if not isinstance(backbone, VocabularyContract):
+            raise VocabularyMismatchError(
+                "The reward scores vocabulary tokens, the backbone does not.",
+                expected="a causal language model",
+                found=f"a backbone with a {backbone.kind} contract",
+            )
+        if self.fingerprint != backbone.fingerprint:
+            raise VocabularyMismatchError(
+                "The backbone's vocabulary is not the reward's.",
+                expected=f"the {self.size} tokens that the reward was tuned with",
+                found=f"{backbone.size} tokens{self._differences(backbone)}",
+                remedy="use a backbone with the same tokenizer, or tune a reward for this one",
+            )
+        ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
+        if ours and theirs and ours != theirs:
+            logger.warning(
+                f"The reward was tuned with the end token {ours!r}, the backbone stops at {theirs!r}: pass "
+                f"`eos_token_id` to `generate` for both if texts do not end."
+            )
+
+    def check_head(self, columns: int, owner: str = "backbone") -> None:
+        """Accept logits with at least as many columns as there are tokens; more are padding.
+
+        Raises:
+            VocabularyMismatchError: some tokens have no column.
+        """
+        if columns < self.size:
+            raise VocabularyMismatchError(
+                f"The {owner}'s head has fewer rows than its tokenizer has tokens.",
+                expected=f"at least {self.size} logits per position",
+                found=str(columns),
+                remedy="use the tokenizer that belongs to the model",
+            )
+
+    def _differences(self, backbone: "VocabularyContract") -> str:
+        if self.vocabulary is None or backbone.vocabulary is None:
+            return ", in which at least one differs"
+        missing = object()
+        differing = [
+            f"{token!r} ({self.vocabulary.get(token, 'absent')} -> {backbone.vocabulary.get(token, 'absent')})"
+            for token in dict.fromkeys([*self.vocabulary, *backbone.vocabulary])
+            if self.vocabulary.get(token, missing) != backbone.vocabulary.get(token, missing)
+        ]
+        more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        return f"; {len(differing)} differ, as token (id in the reward -> id in the backbone): " + (
+            ", ".join(differing[:SHOWN]) + more
+        )
+
+
+@dataclass(frozen=True)
+class LabelContract:
+    """The label names that a classifier's logits are indexed by, in order."""
+
+    kind: ClassVar[str] = "labels"
+
+    names: tuple[str, ...]
+
+    @classmethod
+    def from_model_config(cls, config) -> "LabelContract":
+        """Read `id2label`.
+
+        Raises:
+            LabelMismatchError: the ids are not 0 ... n - 1.
+        """
+        id2label = {int(index): str(name) for index, name in (config.id2label or {}).items()}
+        if sorted(id2label) != list(range(len(id2label))) or not id2label:
+            raise LabelMismatchError(
+                "The classifier's labels are not numbered from 0.",
+                expected="`config.id2label` with ids 0 ... n - 1",
+                found=str(sorted(id2label))[:80],
+            )
+        names = tuple(id2label[index] for index in range(len(id2label)))
+        if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+            logger.warning_once(
+                "Labels are the placeholders LABEL_0, LABEL_1, ...: whether two such models mean the same cannot be "
+                "checked. Set `config.id2label` and `config.label2id` to real names."
+            )
+        return cls(names)
+
+    def check(self, backbone: "LabelContract") -> list[int]:
+        """Match labels by name.
+
+        Returns:
+            `list[int]`: `order`, such that `reward[..., order]` has the backbone's order of labels.
+
+        Raises:
+            LabelMismatchError: the names differ, or two labels of differently ordered models share a name.
+        """
+        if not isinstance(backbone, LabelContract):
+            raise LabelMismatchError(
+                "The reward scores class labels, the backbone does not.",
+                expected="a classifier with the reward's labels",
+                found=f"a backbone with a {backbone.kind} contract",
+            )
+        if self.names == backbone.names:
+            return list(range(len(self.names)))
+        if Counter(self.names) != Counter(backbone.names):
+            absent = [name for name in self.names if name not in backbone.names]
+            extra = [name for name in backbone.names if name not in self.names]
+            raise LabelMismatchError(
+                "The backbone's labels are not the reward's.",
+                expected=f"the {len(self.names)} labels that the reward was tuned with",
+                found=f"{len(backbone.names)} labels; absent: {absent[:SHOWN]}, unknown: {extra[:SHOWN]}",
+                remedy="use a backbone with these labels, or rename them in `config.id2label` if they mean the same",
+            )
+        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+            raise LabelMismatchError(
+                "Two labels share a name, and the two models order their labels differently.",
+                expected="names that tell the labels apart",
+                found=f"{twice[:SHOWN]} more than once",
+                remedy="give the labels distinct names in both models' `config.id2label`",
+            )
+        return [self.names.index(name) for name in backbone.names]
+
+
+Contract = VocabularyContract | LabelContract
+CONTRACTS = {contract.kind: contract for contract in (VocabularyContract, LabelContract)}
+
+
+@dataclass(frozen=True)
+class ModelReference:
+    """Which pretrained model: Hub id or path, commit, class, and a fingerprint of its weights."""
+
+    id: str | None = None
+    revision: str | None = None
+    architecture: str | None = None
+    weights: str | None = None
+
+    def __str__(self):
+        name = self.id or f"a {self.architecture} that was made in memory"
+        return f"{name}{f' at {self.revision}' if self.revision else ''} (weights {(self.weights or 'unknown')[:12]})"
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """`prt_config.json`: all that a reward knows beside its weights.
+
+    Args:
+        task (`str`): `"text-generation"`, `"text-classification"` or `"image-classification"`.
+        contract: vocabulary or labels.
+        reward_base (`ModelReference`): the model that the reward started from, and that a reward adapter sits on.
+        source_backbone (`ModelReference`, *optional*): pi_pt in training; None while untrained.
+        is_adapter (`bool`): a PEFT adapter, or a full network.
+        kl_coef (`float`): lambda in training.
+        entropy_coef (`float`): alpha of Eq. 12 in training.
+        reward_init (`str`): `"pretrained"` (r starts as the base's logits, as in the paper) or `"zero"`.
+    """
+
+    task: str
+    contract: Contract
+    reward_base: ModelReference
+    source_backbone: ModelReference | None = None
+    is_adapter: bool = True
+    kl_coef: float = 1.0
+    entropy_coef: float = 0.0
+    reward_init: str = "pretrained"
+    format_version: str = FORMAT_VERSION
+
+    @property
+    def strength(self) -> float:
+        """1 / lambda, the strength at which the reward was tuned."""
+        return 1 / self.kl_coef
+
+    def to_json_string(self) -> str:
+        contract = asdict(self.contract)
+        contract.pop("vocabulary", None)
+        return json.dumps(asdict(self) | {"contract": {"kind": self.contract.kind, **contract}}, indent=2) + "\n"
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "RewardConfig":
+        """Read `prt_config.json`. Keys of newer minor versions are ignored with a warning.
+
+        Raises:
+            RewardFileError: no such file, not JSON, a missing or malformed entry, or a newer major version.
+        """
+        path = Path(path)
+        if not path.is_file():
+            names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
+            raise RewardFileError(
+                f"{path.parent} holds no reward.",
+                expected=f"a folder with {PRT_CONFIG_NAME}, as `RewardModel.save_pretrained` writes it",
+                found=", ".join(names[:10]) or "no such folder, or an empty one",
+            )
+        try:
+            return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except RewardFileError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RewardFileError(
+                f"{path} cannot be read: {type(error).__name__}: {error}",
+                expected=f"the entries of a {FORMAT_VERSION} reward",
+                remedy="download or save the reward again",
+            ) from error
+
+    @classmethod
+    def _from_dict(cls, entries: dict[str, Any]) -> "RewardConfig":
+        version = str(entries["format_version"])
+        if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
+            raise RewardFileError(
+                "The reward was saved by a newer prt_hf.",
+                expected=f"format version {FORMAT_VERSION} or older",
+                found=version,
+                remedy="pip install --upgrade prt_hf",
+            )
+        if unknown := sorted(set(entries) - set(cls.__dataclass_fields__)):
+            logger.warning(f"{PRT_CONFIG_NAME} has entries that this version does not know and ignores: {unknown}")
+        known = {name: value for name, value in entries.items() if name not in unknown}
+        contract = dict(entries["contract"])
+        contract_class = CONTRACTS[contract.pop("kind")]
+        if contract_class is LabelContract:
+            contract["names"] = tuple(map(str, contract["names"]))
+        known["contract"] = contract_class(**contract)
+        for name in ("reward_base", "source_backbone"):
+            if known.get(name) is not None:
+                known[name] = ModelReference(**known[name])
+        config = cls(**known)
+        if not (float(config.kl_coef) > 0 and config.reward_base is not None):
+            raise ValueError(f"kl_coef = {config.kl_coef!r} and reward_base = {config.reward_base!r}")
+        return config
+
+
+def _fingerprint(vocabulary: Mapping[str, int]) -> str:
+    ordered = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
+    return hashlib.sha256(json.dumps(ordered, ensure_ascii=True).encode()).hexdigest()

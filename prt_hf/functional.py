@@ -1,0 +1,171 @@
+"""The equations of Portable Reward Tuning (Chijiwa et al., ICML 2025, arXiv:2502.12776) as pure functions.
+
+Each is defined by the naive expression that it equals. Logits and rewards may come in any floating dtype; all arithmetic
+is done in float32. Wherever `backbone_logits` appear, log-probabilities serve as well: softmax does not see a constant.
+"""
+
+import torch
+from torch.nn import functional as F
+
+from .errors import NonFiniteRewardError, PRTValueError
+
+IGNORE_INDEX = -100
+
+
+def check_finite(reward: torch.Tensor) -> torch.Tensor:
+    """Return `reward` unchanged, or raise.
+
+    Args:
+        reward (`torch.FloatTensor` of shape `(..., vocab_size)`): r_theta(x, .).
+
+    Raises:
+        NonFiniteRewardError: names how many entries are NaN or infinite, and the first of them.
+    """
+    finite = torch.isfinite(reward)
+    if finite.all():
+        return reward
+    bad = (~finite).nonzero()
+    *position, token = bad[0].tolist()
+    raise NonFiniteRewardError(
+        f"The reward holds {len(bad)} values that are NaN or infinite.",
+        expected="finite numbers for every token or label",
+        found=f"{reward[tuple(bad[0])].item()} at position {tuple(position)}, token or label id {token}",
+        remedy="lower the learning rate, or run the reward model in bfloat16 or float32 rather than float16",
+    )
+
+
+def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
+    """log pi_theta(. | x), the PRT model (Eq. 6 in training, Eq. 10 with any other backbone).
+
+    Equals `log_softmax(log_softmax(backbone_logits) + strength * reward)`.
+
+    Args:
+        backbone_logits (`torch.FloatTensor` of shape `(..., vocab_size)`): logits of pi_pt, `-inf` where ruled out.
+        reward (`torch.FloatTensor` of shape `(..., vocab_size)`): r_theta.
+        strength (`float` or tensor broadcastable to `reward`): 1 / lambda; 0 gives the backbone back.
+
+    Returns:
+        `torch.FloatTensor` of shape `(..., vocab_size)`: log-probabilities, float32.
+
+    Raises:
+        NonFiniteRewardError: a reward is NaN or infinite.
+        PRTValueError: the last axes differ.
+    """
+    _check_same_columns(backbone_logits, reward)
+    return _log_probs(backbone_logits.float(), check_finite(reward).float(), strength)
+
+
+def reward_entropy(reward: torch.Tensor) -> torch.Tensor:
+    """H(rho), rho = softmax(r_theta(x, .)), in nats (Eq. 12).
+
+    Equals `-(softmax(reward) * log_softmax(reward)).sum(-1)`; shape `(...)`, float32.
+    """
+    log_rho = torch.log_softmax(reward.float(), -1)
+    return -(log_rho.exp() * log_rho).sum(-1)
+
+
+def prt_loss(
+    backbone_logits: torch.Tensor,
+    reward: torch.Tensor,
+    labels: torch.LongTensor,
+    *,
+    kl_coef: float = 1.0,
+    entropy_coef: float = 0.0,
+    num_items_in_batch: int | torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The training loss: Eq. 7 and Algorithm 1, with the entropy term of Eq. 12.
+
+    Over the positions with `labels != -100`, equals
+    `(cross_entropy(combine(backbone_logits, reward, 1 / kl_coef), labels) - entropy_coef * reward_entropy(reward)).sum()`
+    divided by `num_items_in_batch`. The gradient goes to `reward` alone.
+
+    Args:
+        backbone_logits, reward (`torch.FloatTensor` of shape `(..., vocab_size)`): as in [`combine`].
+        labels (`torch.LongTensor` of shape `(...)`): already aligned with the logits (shifted, for language models).
+        kl_coef (`float`): lambda, the weight of KL(pi || pi_pt) in Eq. 5; 1 in the paper.
+        entropy_coef (`float`): alpha of Eq. 12; 0 leaves the term out, 1e-5 ... 1e-1 in the paper.
+        num_items_in_batch (`int` or 0-dim tensor): supervised positions of the whole optimiser step, so that accumulated
+            micro-batches weigh every token alike; by default those counted here.
+
+    Returns:
+        0-dim `torch.FloatTensor`, nats per supervised position; 0 (with a gradient of 0) where none is supervised but
+        `num_items_in_batch` says that others are.
+
+    Raises:
+        NonFiniteRewardError: a reward at a supervised position is NaN or infinite.
+        PRTValueError: no position of the step is supervised, or the shapes do not match.
+    """
+    backbone_logits, reward, labels = _supervised(backbone_logits, reward, labels)
+    items = len(labels) if num_items_in_batch is None else num_items_in_batch
+    if not items:
+        raise PRTValueError(
+            "No position of this batch is supervised: every label is ignored.",
+            expected=f"at least one label other than {IGNORE_INDEX}",
+            found="0 supervised positions in the whole optimiser step",
+            remedy="check that truncation keeps the completions, and that the data collator does not mask them",
+        )
+    log_probs = _log_probs(backbone_logits, reward, 1 / kl_coef)
+    loss = F.nll_loss(log_probs, labels, reduction="sum")
+    if entropy_coef:
+        loss = loss - entropy_coef * reward_entropy(reward).sum()
+    return loss / items
+
+
+@torch.no_grad()
+def prt_statistics(
+    backbone_logits: torch.Tensor, reward: torch.Tensor, labels: torch.LongTensor, *, kl_coef: float = 1.0
+) -> dict[str, torch.Tensor]:
+    """What is worth watching while a reward is tuned, each a `torch.FloatTensor` of the shape of `labels`, 0 where ignored.
+
+    - `count`: 1 at supervised positions
+    - `loss`: -log pi_theta(y* | x), nats, without the entropy term
+    - `accuracy`: whether pi_theta is right; `reward_accuracy`: whether the reward alone is (Fig. 6a)
+    - `reward_entropy`: H(softmax(r)) of Eq. 12, nats
+    - `reward_abs`: mean over tokens of |r - mean(r)|: r is defined up to a constant per context (Prop. 3.1)
+    - `kl`: KL(pi_theta || pi_pt) of Eq. 5, nats
+    """
+    keep = labels != IGNORE_INDEX
+    backbone_logits, reward, chosen = _supervised(backbone_logits, reward, labels)
+    log_backbone = torch.log_softmax(backbone_logits, -1)
+    log_probs = _log_probs(log_backbone, reward, 1 / kl_coef)
+    divergence = log_probs.exp() * (log_probs - log_backbone)
+    values = {
+        "count": torch.ones_like(chosen),
+        "loss": -log_probs.gather(-1, chosen[:, None])[:, 0],
+        "accuracy": log_probs.argmax(-1) == chosen,
+        "reward_accuracy": reward.argmax(-1) == chosen,
+        "reward_entropy": reward_entropy(reward),
+        "reward_abs": (reward - reward.mean(-1, keepdim=True)).abs().mean(-1),
+        # 0 * (-inf - -inf) at tokens that the backbone rules out
+        "kl": divergence.nan_to_num(nan=0.0).sum(-1),
+    }
+    zeros = torch.zeros(labels.shape, device=labels.device)
+    return {name: zeros.masked_scatter(keep, value.float()) for name, value in values.items()}
+
+
+def _log_probs(backbone_logits, reward, strength):
+    # log_softmax(backbone_logits) differs from backbone_logits by a constant per context, which cancels.
+    return torch.log_softmax(backbone_logits + strength * reward, -1)
+
+
+def _supervised(backbone_logits, reward, labels):
+    """The supervised positions as `(n, vocab_size)`, `(n, vocab_size)`, `(n,)`, in float32."""
+    _check_same_columns(backbone_logits, reward)
+    if labels.shape != reward.shape[:-1]:
+        raise PRTValueError(
+            "Labels do not match the reward's positions.",
+            expected=f"labels of shape {tuple(reward.shape[:-1])}",
+            found=str(tuple(labels.shape)),
+        )
+    keep = labels != IGNORE_INDEX
+    return backbone_logits[keep].detach().float(), check_finite(reward[keep]).float(), labels[keep]
+
+
+def _check_same_columns(backbone_logits, reward):
+    if backbone_logits.shape[-1] != reward.shape[-1]:
+        raise PRTValueError(
+            "Backbone and reward do not have the same number of columns.",
+            expected=f"backbone logits with {reward.shape[-1]} columns, as the reward",
+            found=str(backbone_logits.shape[-1]),
+            remedy="cut padded vocabulary rows off, or match the labels, as the contract says",
+        )

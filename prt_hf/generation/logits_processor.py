@@ -1,0 +1,255 @@
+"""Reward logits inside `generate(logits_processor=[...])`."""
+
+from abc import abstractmethod
+
+import torch
+from peft import PeftModel
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..contract import VocabularyContract, unwrap_tokenizer
+from ..errors import PRTValueError, UnsupportedError
+from ..functional import check_finite, combine
+from ..pretrained import contract_of, unwrap_adapter
+from ..reward_model import RewardModel
+from .state import RewardState
+
+logger = logging.get_logger(__name__)
+
+
+class _RewardProcessor(LogitsProcessor):
+    """Adds `strength * _rewards(rows, mask)` to the backbone's log-probabilities and normalises."""
+
+    # Continuous batching hands over single tokens, and reward caches know rows by their content.
+    supports_continuous_batching = False
+
+    def __init__(self, contract, tokenizer, strength, attention_mask):
+        self._tokenizer = unwrap_tokenizer(tokenizer)
+        if self._tokenizer is None:
+            raise PRTValueError(
+                "A logits processor needs the backbone's tokenizer, which tells its vocabulary.",
+                expected="a transformers tokenizer",
+                found=type(tokenizer).__name__,
+            )
+        if not isinstance(contract, VocabularyContract):
+            raise PRTValueError(
+                "Only rewards over a vocabulary take part in `generate`.",
+                expected="a reward tuned from a causal language model",
+                found=f"a reward over {contract.kind}",
+                remedy="add a classifier's reward with `prt_hf.functional.combine`",
+            )
+        contract.check(VocabularyContract.from_tokenizer(self._tokenizer))
+        self._contract = contract
+        self.strength = strength
+        self.attention_mask = attention_mask
+        self._warned_of_padding = False
+
+    @property
+    def strength(self) -> float | torch.Tensor:
+        """1 / lambda of Eq. 10; a number, or one per prompt."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value):
+        if not isinstance(value, int | float):
+            value = torch.as_tensor(value, dtype=torch.float32)
+        if not torch.isfinite(torch.as_tensor(value)).all() or getattr(value, "ndim", 0) > 1:
+            raise PRTValueError(
+                "`strength` is not usable.", expected="a finite number, or one per prompt", found=str(value)
+            )
+        self._strength = value
+
+    @property
+    def attention_mask(self) -> torch.LongTensor | None:
+        """`(batch_size, prompt_length)`, the mask given to `generate`; set it anew for other prompts."""
+        return self._attention_mask
+
+    @attention_mask.setter
+    def attention_mask(self, mask):
+        if mask is not None and mask.ndim != 2:
+            raise PRTValueError(
+                "`attention_mask` is not usable.",
+                expected="shape (batch_size, prompt_length)",
+                found=str(tuple(mask.shape)),
+            )
+        self._attention_mask = mask
+        self._masked_prompt = None
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): prompt and generated tokens.
+            scores (`torch.FloatTensor` of shape `(batch_size, backbone_vocab_size)`): the backbone's logits, or log-softmax.
+
+        Returns:
+            `torch.FloatTensor` of the shape of `scores`: normalised log-probabilities (so beam scores are exact); `-inf` in
+            columns that pad the vocabulary.
+
+        Raises:
+            UnsupportedError: called by continuous batching, or with a prompt given as embeddings only.
+            ContextLengthError: the rows outgrow the reward's context.
+            NonFiniteRewardError: a reward is NaN or infinite.
+        """
+        if input_ids.ndim != 2 or input_ids.shape[1] == 0 or len(input_ids) != len(scores):
+            raise UnsupportedError(
+                "The reward cannot see the tokens that it has to score.",
+                expected="all token ids of every row, as `generate` hands them over",
+                found=f"input_ids of shape {tuple(input_ids.shape)} with scores of shape {tuple(scores.shape)}",
+                remedy="use `generate` with `input_ids`; not continuous batching, nor `inputs_embeds` alone",
+            )
+        self._contract.check_head(scores.shape[-1])
+        size = self._contract.size
+        rewards = self._rewards(input_ids, self._mask(input_ids))[:, :size].to(scores.device)
+        strength = self._per_row(self.strength, len(scores)).to(scores.device)
+        output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
+        output[:, :size] = combine(scores[:, :size], rewards, strength)
+        return output
+
+    @abstractmethod
+    def _rewards(self, input_ids, attention_mask) -> torch.Tensor:
+        """r(x, .) of shape `(batch_size, at least contract.size)`."""
+
+    def _per_row(self, strength, rows: int) -> torch.Tensor:
+        strength = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
+        if rows % len(strength):
+            raise PRTValueError(
+                "`strength` does not fit the batch.",
+                expected=f"one number, or one per prompt of a batch of {rows} rows",
+                found=f"{len(strength)} numbers",
+            )
+        return strength.repeat_interleave(rows // len(strength))[:, None]
+
+    def _mask(self, input_ids):
+        mask = self._inferred_mask(input_ids) if self.attention_mask is None else self._extended_mask(input_ids)
+        return None if mask is None or bool(mask.all()) else mask
+
+    def _extended_mask(self, input_ids):
+        """The prompts' mask for every row that `generate` made of them, with ones for what was generated."""
+        mask = self.attention_mask.to(input_ids.device)
+        rows, (prompts, length) = len(input_ids), mask.shape
+        is_fitting = rows % prompts == 0 and input_ids.shape[1] >= length
+        if is_fitting:
+            copies = rows // prompts
+            start = input_ids[:, :length]
+            if self._masked_prompt is None:
+                self._masked_prompt = start[::copies].clone()
+            # Beams never leave their prompt, so row i still starts with prompt i // copies.
+            is_fitting = torch.equal(start, self._masked_prompt.repeat_interleave(copies, 0))
+        if not is_fitting:
+            raise PRTValueError(
+                "`attention_mask` belongs to other prompts than these.",
+                expected=f"the rows of {prompts} prompts of {length} tokens",
+                found=f"{rows} rows of {input_ids.shape[1]} tokens",
+                remedy="set `processor.attention_mask` to the mask of these prompts, or to None to infer it",
+            )
+        generated = mask.new_ones(rows, input_ids.shape[1] - length)
+        return torch.cat([mask.repeat_interleave(copies, 0), generated], 1)
+
+    def _inferred_mask(self, input_ids):
+        """Left padding: the run of pad tokens that a row starts with."""
+        pad = self._tokenizer.pad_token_id
+        if pad is None:
+            return None
+        leading = (input_ids == pad).long().cumprod(1).sum(1)
+        if pad in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
+            # The token may open the text itself. A batch is padded to its longest prompt, so what all rows share is text.
+            if bool(leading.any()) and not self._warned_of_padding:
+                self._warned_of_padding = True
+                logger.warning(
+                    f"Rows start with {self._tokenizer.pad_token!r}, which both pads and starts or ends texts: taken as "
+                    "padding where a row has more of them than the row with the fewest. Pass `attention_mask=` to be exact."
+                )
+            leading = leading - leading.min()
+        return (torch.arange(input_ids.shape[1], device=input_ids.device) >= leading[:, None]).long()
+
+
+class PRTLogitsProcessor(_RewardProcessor):
+    r"""Portable Reward Tuning at inference (Eq. 10, Algorithm 2): log pi_pt + strength * r_theta, normalised.
+
+    Exactly what a full recomputation of the reward gives, in every mode of `generate`: greedy, sampling, beams,
+    `num_return_sequences`, left padding, assisted decoding, prompt lookup. The reward's KV cache follows the rows by their
+    content, so one object may be used again, for other prompts and batch sizes.
+
+    Args:
+        reward ([`RewardModel`]): on any device, in any precision.
+        tokenizer: the backbone's; must have the reward's vocabulary.
+        strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned with, 1 in
+            the paper.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to `generate`.
+            By default left padding is inferred from the tokenizer's pad token.
+
+    Raises:
+        VocabularyMismatchError: the tokenizer is another one than the reward's.
+
+    Example:
+
+    ```python
+    reward = RewardModel.from_pretrained("me/gsm8k-reward")
+    backbone.generate(**inputs, logits_processor=[PRTLogitsProcessor(reward, tokenizer)])
+    ```
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        strength: float | torch.Tensor | list[float] | None = None,
+        attention_mask: torch.LongTensor | None = None,
+    ):
+        if not isinstance(reward, RewardModel):
+            raise PRTValueError(
+                "`reward` is no reward model.",
+                expected="a RewardModel",
+                found=type(reward).__name__,
+                remedy="RewardModel.from_pretrained(...)",
+            )
+        super().__init__(
+            reward.contract, tokenizer, reward.config.strength if strength is None else strength, attention_mask
+        )
+        self.reward = reward
+        self._state = RewardState(reward.network.eval())
+
+    def _rewards(self, input_ids, attention_mask):
+        return self._state(input_ids, attention_mask)
+
+
+class EFTLogitsProcessor(_RewardProcessor):
+    r"""Emulated fine-tuning / proxy-tuning, the baseline with three models (Mitchell et al. 2024; Liu et al. 2024).
+
+    log pi_new + strength * (log pi_ft_old - log pi_pt_old), normalised.
+
+    Args:
+        finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. A `PeftModel` is run twice, its adapter on and off.
+        tokenizer: shared by all three models.
+        pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel`.
+        strength, attention_mask: as for [`PRTLogitsProcessor`].
+    """
+
+    def __init__(
+        self,
+        finetuned: PeftModel | PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        pretrained: PreTrainedModel | None = None,
+        strength: float | torch.Tensor | list[float] = 1.0,
+        attention_mask: torch.LongTensor | None = None,
+    ):
+        if pretrained is None and not isinstance(finetuned, PeftModel):
+            raise PRTValueError(
+                "EFT needs the old model before and after fine-tuning.",
+                expected="`pretrained=`, or a PeftModel whose adapter can be switched off",
+                found=type(finetuned).__name__,
+            )
+        super().__init__(contract_of(unwrap_adapter(finetuned), tokenizer), tokenizer, strength, attention_mask)
+        self._finetuned = RewardState(finetuned.eval())
+        self._pretrained = (
+            RewardState(finetuned, adapter=False) if pretrained is None else RewardState(pretrained.eval())
+        )
+
+    def _rewards(self, input_ids, attention_mask):
+        tuned, base = (
+            check_finite(state(input_ids, attention_mask)[:, : self._contract.size]).float().log_softmax(-1)
+            for state in (self._finetuned, self._pretrained)
+        )
+        return tuned - base

@@ -1,0 +1,156 @@
+"""The reward's KV cache, aligned with whatever prefix is asked for.
+
+`generate()` never says what it does to its rows: beams are reordered, drafts rejected, one processor serves a draft
+model and its target. So the state looks at the token rows themselves. Whatever was asked before, it returns what a full
+recomputation returns; the cache only saves time.
+"""
+
+import inspect
+from contextlib import nullcontext
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from ..pretrained import unwrap_adapter
+from ..reward_model import check_length
+
+PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
+REMEMBERED = 64  # positions of a single row whose logits are kept: drafts are scored forwards, then verified again
+
+
+class RewardState:
+    """Next-token logits of a causal language model, cached by content.
+
+    Each call matches the asked rows with the cached ones by their longest common prefix, then reuses, reorders, crops and
+    extends the cache, or starts anew where that would not be exact. Equal rows are computed once.
+
+    Args:
+        network: the model; a `PeftModel` for a reward adapter.
+        adapter (`bool`): False runs a `PeftModel` with its adapters switched off.
+    """
+
+    def __init__(self, network: nn.Module, adapter: bool = True):
+        model = unwrap_adapter(network)
+        accepted = inspect.signature(model.forward).parameters
+        self.network = network
+        self.tokens_computed = 0  # over all calls, for tests and benchmarks
+        self._adapter = adapter
+        self._config = model.config
+        self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+        self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
+        # A recurrent state cannot be rewound, nor continued by several tokens at once.
+        self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name != "past_key_values"
+        self.reset()
+
+    def reset(self) -> None:
+        self._rows: torch.LongTensor | None = None
+        self._cache: Cache | None = None
+        self._oldest = 0  # shortest prefix that the cache can still be cropped to
+        self._logits: dict[int, torch.Tensor] = {}  # length of the prefix -> (cached rows, vocab_size)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
+        """Logits for the token after each row.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
+            attention_mask (`torch.LongTensor` of the same shape, *optional*): 0 at padding; all ones by default.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, vocab_size)`, on the network's device.
+
+        Raises:
+            ContextLengthError: more tokens than the network can read.
+        """
+        rows = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, PAD)
+        rows, copies = _distinct(rows.to(self.network.device))
+        length = rows.shape[1]
+        source, common = self._match(rows)
+        if common == length and length in self._logits:
+            return self._logits[length][source][copies]
+        try:
+            kept = self._align(rows, source, min(common, length - 1))
+            logits = self._forward(rows, kept)
+        except BaseException:
+            self.reset()  # the cache may be ahead of the rows
+            raise
+        is_one_row = self._rows is not None and len(self._rows) == len(rows) == 1
+        earlier = {n: kept_logits for n, kept_logits in self._logits.items() if is_one_row and n <= kept}
+        self._logits = dict(list(earlier.items())[1 - REMEMBERED :]) | {length: logits}
+        self._rows = rows
+        return logits[copies]
+
+    def _match(self, rows) -> tuple[torch.LongTensor | None, int]:
+        """For each row the cached row with the longest common prefix, and the length that all of them share."""
+        if self._rows is None:
+            return None, 0
+        length = min(rows.shape[1], self._rows.shape[1])
+        differ = rows[:, None, :length] != self._rows[None, :, :length]
+        first_difference = torch.where(differ.any(-1), differ.byte().argmax(-1), length)
+        common, source = first_difference.max(1)
+        return source, int(common.min())
+
+    def _align(self, rows, source, common: int) -> int:
+        """Bring the cache to the first `common` tokens of the rows, or drop it; returns how many tokens it now holds."""
+        cached = 0 if self._cache is None else self._rows.shape[1]
+        surplus = cached - common
+        is_reusable = common > 0 and self._cache is not None and common >= self._oldest
+        if self._is_recurrent:
+            is_reusable = is_reusable and surplus == 0 and rows.shape[1] == common + 1
+        elif surplus > 0:
+            is_reusable = is_reusable and getattr(self._cache, "is_croppable", True)
+        if not is_reusable:
+            self.reset()
+            return 0
+        if surplus > 0:
+            self._cache.crop(-surplus)
+            if any(type(layer) is not DynamicLayer for layer in self._cache.layers):
+                self._oldest = common  # windows and convolutions forget what lies further back
+        if not (
+            len(source) == len(self._rows) and torch.equal(source, torch.arange(len(source), device=source.device))
+        ):
+            self._cache.reorder_cache(source)
+        return common
+
+    def _forward(self, rows, kept: int) -> torch.Tensor:
+        mask = rows != PAD
+        length = int(mask.sum(1).max())
+        check_length(self.network, length)
+        new = rows[:, kept:]
+        kwargs = {"input_ids": new.clamp(min=0), "use_cache": self._cache_name is not None}
+        if not bool(mask.all()):
+            kwargs["attention_mask"] = mask.long()
+            if "position_ids" in self._accepts:
+                kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
+        if "logits_to_keep" in self._accepts:
+            kwargs["logits_to_keep"] = 1
+        if self._cache_name == "past_key_values" and self._cache is None:
+            self._cache = DynamicCache(config=self._config)
+            if not self._is_recurrent:
+                self._cache.activate_past_recording()
+        if self._cache is not None:
+            kwargs[self._cache_name] = self._cache
+            if self._cache_name == "cache_params":
+                kwargs.pop("attention_mask", None)  # padding lies behind the state
+        adapters_off = (
+            self.network.disable_adapter()
+            if isinstance(self.network, PeftModel) and not self._adapter
+            else nullcontext()
+        )
+        with adapters_off:
+            output = self.network(**kwargs)
+        returned = getattr(output, self._cache_name) if self._cache_name else None
+        # A class of the model's own (xLSTM) promises nothing about reordering: recompute.
+        self._cache = returned if isinstance(returned, Cache) else None
+        self.tokens_computed += new.numel()
+        return output.logits[:, -1]
+
+
+def _distinct(rows) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """The different rows, and for each row its index among them."""
+    if len(rows) == 1:
+        return rows, torch.zeros(1, dtype=torch.long, device=rows.device)
+    return torch.unique(rows, dim=0, return_inverse=True)

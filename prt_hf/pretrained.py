@@ -1,0 +1,206 @@
+"""What prt_hf has to know of a pretrained network: its task, head, context, identity; and how to share its weights."""
+
+import copy
+import hashlib
+from collections.abc import Iterator
+from itertools import chain
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
+from transformers.models.auto import modeling_auto
+
+from .contract import Contract, LabelContract, ModelReference, VocabularyContract, unwrap_tokenizer
+from .errors import PRTValueError
+
+TEXT_GENERATION = "text-generation"
+TEXT_CLASSIFICATION = "text-classification"
+IMAGE_CLASSIFICATION = "image-classification"
+AUTO_CLASSES = {
+    TEXT_GENERATION: AutoModelForCausalLM,
+    TEXT_CLASSIFICATION: AutoModelForSequenceClassification,
+    IMAGE_CLASSIFICATION: AutoModelForImageClassification,
+}
+_CLASS_NAMES = {
+    TEXT_GENERATION: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    TEXT_CLASSIFICATION: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    IMAGE_CLASSIFICATION: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+}
+_OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
+_SAMPLES_PER_TENSOR = 64
+
+
+def unwrap_adapter(network: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT model; any other network itself."""
+    return network.get_base_model() if isinstance(network, PeftModel) else network
+
+
+def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
+    """Load a model by id with the Auto class of its task, which its configuration names.
+
+    Raises:
+        PRTValueError: the checkpoint has no head that predicts tokens or labels.
+    """
+    config_kwargs = {
+        name: load_kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in load_kwargs
+    }
+    config = AutoConfig.from_pretrained(model_id, **config_kwargs)
+    architecture = (config.architectures or ["unknown"])[0]
+    return AUTO_CLASSES[_task_of_class(architecture, model_id)].from_pretrained(model_id, **load_kwargs)
+
+
+def task_of(network: nn.Module) -> str:
+    """Tell causal language models, sequence classifiers and image classifiers apart.
+
+    Raises:
+        PRTValueError: the network is none of them, or its loss is not cross-entropy over labels.
+    """
+    model = unwrap_adapter(network)
+    if not isinstance(model, PreTrainedModel):
+        raise PRTValueError(
+            "A reward is tuned from a transformers model.",
+            expected="a PreTrainedModel, or a PeftModel of one",
+            found=type(model).__name__,
+        )
+    try:
+        task = _task_of_class(type(model).__name__, model.name_or_path)
+    except PRTValueError:
+        # A class of the user's own: its inputs and outputs tell.
+        if any(name in type(model).__name__ for name in _OTHER_TASKS):
+            raise
+        if model.can_generate() and model.get_output_embeddings() is not None:
+            task = TEXT_GENERATION
+        elif model.main_input_name == "pixel_values" and model.config.num_labels > 1:
+            task = IMAGE_CLASSIFICATION
+        else:
+            raise
+    if model.config.is_encoder_decoder and task == TEXT_GENERATION:
+        raise PRTValueError(
+            "Encoder-decoder models are not supported.", expected="a causal language model", found=type(model).__name__
+        )
+    if task != TEXT_GENERATION:
+        problem_type = getattr(model.config, "problem_type", None)
+        if model.config.num_labels < 2 or problem_type in ("regression", "multi_label_classification"):
+            raise PRTValueError(
+                "A reward needs one distribution over at least two labels (Eq. 5).",
+                expected="single-label classification",
+                found=f"num_labels = {model.config.num_labels}, problem_type = {problem_type!r}",
+            )
+    return task
+
+
+def contract_of(network: nn.Module, processing_class=None) -> Contract:
+    """The contract that a network's logits keep; language models need their tokenizer for it.
+
+    Raises:
+        PRTValueError: a language model without a tokenizer.
+        VocabularyMismatchError: the tokenizer has more tokens than the head has rows.
+    """
+    model = unwrap_adapter(network)
+    if task_of(model) != TEXT_GENERATION:
+        return LabelContract.from_model_config(model.config)
+    tokenizer = unwrap_tokenizer(processing_class)
+    if tokenizer is None:
+        raise PRTValueError(
+            "The vocabulary of a language model is told by its tokenizer.",
+            expected="`processing_class=` a tokenizer",
+            found=type(processing_class).__name__,
+            remedy="processing_class=AutoTokenizer.from_pretrained(...)",
+        )
+    contract = VocabularyContract.from_tokenizer(tokenizer)
+    contract.check_head(head_of(model)[1].weight.shape[0], owner=type(model).__name__)
+    return contract
+
+
+def head_of(network: nn.Module) -> tuple[str, nn.Module]:
+    """Name and module of the layer whose outputs are the logits: the language model head, or the last layer with as many
+    outputs as there are labels.
+
+    Raises:
+        PRTValueError: there is none.
+    """
+    model = unwrap_adapter(network)
+    if task_of(model) == TEXT_GENERATION:
+        head = model.get_output_embeddings()
+        candidates = [(name, module) for name, module in model.named_modules() if module is head]
+    else:
+        candidates = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module.out_features == model.config.num_labels
+        ]
+    if not candidates:
+        raise PRTValueError(f"{type(model).__name__} has no output layer that could be recognised.")
+    return candidates[-1]
+
+
+def context_length(network: nn.Module) -> int | None:
+    """Tokens that the network can read; None where there is no limit (state-space models)."""
+    config = unwrap_adapter(network).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def reference_to(network: nn.Module) -> ModelReference:
+    """Id, commit, class and weights of a network without its adapters."""
+    model = unwrap_adapter(network)
+    return ModelReference(
+        id=model.name_or_path or None,
+        revision=getattr(model.config, "_commit_hash", None),
+        architecture=type(model).__name__,
+        weights=weights_fingerprint(model),
+    )
+
+
+def weights_fingerprint(network: nn.Module) -> str | None:
+    """SHA-256 over names, shapes and samples of the pretrained parameters, adapters left out.
+
+    Samples are rounded to bfloat16, so that a model keeps its fingerprint when it is loaded in another precision. None
+    where the values cannot be read (quantised, sharded or offloaded weights).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(pretrained_parameters(network)):
+        if not parameter.is_floating_point() or parameter.is_meta or getattr(network, "is_quantized", False):
+            return None
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        samples = flat[::step][:_SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + samples.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def pretrained_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that are no adapter's, under the names that they have without one."""
+    for name, parameter in network.named_parameters():
+        if "lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name:
+            continue
+        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
+        yield name.removeprefix("base_model.model."), parameter
+
+
+def share_weights(model: PreTrainedModel) -> PreTrainedModel:
+    """A second model on the very same weights: adapters put into one leave the other as it is, at no memory for weights."""
+    tensors = chain(model.parameters(), model.buffers())
+    memo = {
+        id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) if type(tensor) is nn.Parameter else tensor
+        for tensor in tensors
+    }
+    return copy.deepcopy(model, memo)
+
+
+def _task_of_class(class_name: str, model_id: str) -> str:
+    for task, names in _CLASS_NAMES.items():
+        if class_name in names.values():
+            return task
+    raise PRTValueError(
+        f"{model_id or class_name} has no head that predicts tokens or class labels.",
+        expected="a causal language model, a sequence classifier or an image classifier",
+        found=class_name,
+        remedy="name a checkpoint that was trained for the task: a new head knows nothing that a reward could build on",
+    )

@@ -1,0 +1,313 @@
+"""The reward model r_theta: a network, its processing, and what it needs of a backbone."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+
+from .adapter import add_adapter, zero_head
+from .contract import PRT_CONFIG_NAME, Contract, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
+from .errors import BaseModelMismatchError, ContextLengthError, PRTValueError, RewardFileError
+from .hub import local_folder
+from .pretrained import (
+    AUTO_CLASSES,
+    IMAGE_CLASSIFICATION,
+    context_length,
+    contract_of,
+    load_pretrained,
+    reference_to,
+    share_weights,
+    task_of,
+)
+from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, replacing_files
+
+REWARD_INITS = ("pretrained", "zero")
+
+
+class RewardModel:
+    """r_theta(x, y): one number per vocabulary token or class label.
+
+    Not a `torch.nn.Module` itself: `network` is, and is what a Trainer tunes.
+
+    Attributes:
+        network (`PeftModel` or `PreTrainedModel`): a reward adapter on its base, or a full reward.
+        config ([`RewardConfig`]): contract, base, training coefficients; `prt_config.json`.
+        processing_class: tokenizer or image processor, saved beside the weights; may be None for classifiers.
+    """
+
+    def __init__(self, network: PeftModel | PreTrainedModel, config: RewardConfig, processing_class=None):
+        self.network = network
+        self.config = config
+        self.processing_class = processing_class
+
+    @classmethod
+    def from_base(
+        cls,
+        model_or_id: str | PreTrainedModel | PeftModel,
+        processing_class=None,
+        peft_config: PeftConfig | None = None,
+        *,
+        reward_init: str = "pretrained",
+        **load_kwargs,
+    ) -> "RewardModel":
+        """Start a reward from a pretrained model, whose architecture and weights it takes over (Sec. 3 of the paper).
+
+        Args:
+            model_or_id: Hub id, path, or a model in memory. With `peft_config` the model is left as it is, and shares its
+                weights with the reward; without, it becomes the (full) reward, to be tuned in place. A `PeftModel` is
+                taken as the reward adapter that it is.
+            processing_class: tokenizer (needed for language models; loaded beside an id) or image processor.
+            peft_config (`PeftConfig`, *optional*): makes a reward adapter; [`default_peft_config`] is a good one, and
+                fills in for a `LoraConfig` without `target_modules`.
+            reward_init (`str`): `"pretrained"`, r starts as the base's logits, as in the paper; `"zero"`, r = 0, with an
+                output layer of its own.
+            load_kwargs: for `from_pretrained` of an id (`revision`, `dtype`, `trust_remote_code`, ...).
+
+        Raises:
+            PRTValueError: the model predicts neither tokens nor labels, or arguments that exclude each other.
+        """
+        if reward_init not in REWARD_INITS:
+            raise PRTValueError("Unknown `reward_init`.", expected=" or ".join(REWARD_INITS), found=repr(reward_init))
+        model = model_or_id
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            model = load_pretrained(str(model), **load_kwargs)
+            if processing_class is None:
+                processing_class = load_processing_class(model_or_id, task_of(model), **load_kwargs)
+        elif load_kwargs:
+            raise PRTValueError(
+                "A model in memory is not loaded again.",
+                expected="load arguments with an id or path only",
+                found=", ".join(load_kwargs),
+            )
+        base = reference_to(model)
+        contract = contract_of(model, processing_class)
+        if isinstance(model, PeftModel):
+            if peft_config is not None or reward_init != "pretrained":
+                raise PRTValueError(
+                    "The model is a PeftModel already.",
+                    expected="no `peft_config`, and `reward_init='pretrained'`",
+                    found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
+                    remedy="pass its base model to get another adapter",
+                )
+            network = model
+        elif peft_config is not None:
+            _check_bare(model)
+            network = add_adapter(model, peft_config, zero=reward_init == "zero", revision=base.revision)
+        else:
+            network = model
+            if reward_init == "zero":
+                zero_head(model)
+        config = RewardConfig(
+            task=task_of(network),
+            contract=contract,
+            reward_base=base,
+            is_adapter=isinstance(network, PeftModel),
+            reward_init=reward_init,
+        )
+        return cls(network, config, processing_class)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        revision: str | None = None,
+        base_model: str | PreTrainedModel | None = None,
+        *,
+        token: str | bool | None = None,
+        **load_kwargs,
+    ) -> "RewardModel":
+        """Load a reward from a folder or from the Hub, in evaluation mode.
+
+        Args:
+            path_or_repo: folder, or repository id.
+            revision: branch, tag or commit of the reward.
+            base_model: the adapter's base if it is in memory already, or where it lies now; by default it is loaded as
+                `prt_config.json` names it, at the revision named there. A model in memory is left as it is and shares
+                its weights. For a full reward of a class that the Auto classes do not know: a model of that class.
+            load_kwargs: for `from_pretrained` of the base, or of the full reward (`dtype`, `device_map`, ...).
+
+        Raises:
+            RewardFileError: no reward there, or an incomplete, damaged or pickled one.
+            BaseModelMismatchError: the base is not the one that the reward was tuned on.
+            VocabularyMismatchError: the tokenizer beside the reward is not the one that it was tuned with.
+        """
+        folder = local_folder(path_or_repo, revision=revision, token=token)
+        config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+        check_files(folder, config)
+        if config.is_adapter:
+            network, source = _load_adapter(folder, config, base_model, token, load_kwargs)
+        else:
+            network, source = _load_full(folder, config, base_model, load_kwargs), folder
+        reward = cls(network.eval(), config)
+        reward._take_processing_class(folder, source)
+        return reward
+
+    @property
+    def contract(self) -> Contract:
+        return self.config.contract
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def to(self, *args, **kwargs) -> "RewardModel":
+        self.network.to(*args, **kwargs)
+        return self
+
+    def __call__(self, **inputs) -> torch.Tensor:
+        """r_theta(x, .) for a batch of model inputs, without labels.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`;
+            rows that pad the vocabulary are cut off.
+
+        Raises:
+            ContextLengthError: the sequence is longer than the network can read.
+        """
+        if "input_ids" in inputs:
+            check_length(self.network, inputs["input_ids"].shape[1])
+        logits = self.network(**inputs).logits
+        return logits[..., : self.contract.size] if isinstance(self.contract, VocabularyContract) else logits
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write plain PEFT files (or those of a full model), the tokenizer or image processor, and `prt_config.json`.
+
+        An interrupted save leaves the reward that was there before whole. Other files of the folder are kept.
+
+        Raises:
+            RewardFileError: the folder holds a model that is no reward.
+        """
+        with replacing_files(folder) as staged:
+            if self.config.is_adapter:
+                # "auto" would ask the Hub whether the vocabulary was resized.
+                self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)
+                (staged / "README.md").unlink(missing_ok=True)  # PEFT's template; a user's card is not ours to replace
+            else:
+                self.network.save_pretrained(staged, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(staged)
+            (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
+
+    def trained_with(self, source_backbone: ModelReference, kl_coef: float, entropy_coef: float) -> None:
+        """Write down the training that `network` is about to get."""
+        self.config = replace(self.config, source_backbone=source_backbone, kl_coef=kl_coef, entropy_coef=entropy_coef)
+
+    def _take_processing_class(self, folder: Path, source: str | Path | None) -> None:
+        """Read tokenizer or image processor from the reward's folder, else from its base."""
+        for place in (folder, source):
+            if place is None:
+                continue
+            self.processing_class = load_processing_class(place, self.config.task)
+            if self.processing_class is not None:
+                break
+        tokenizer = unwrap_tokenizer(self.processing_class)
+        if tokenizer is not None and isinstance(self.contract, VocabularyContract):
+            found = VocabularyContract.from_tokenizer(tokenizer)
+            self.contract.check(found)
+            # The saved contract has no token names: take them, to name differences later.
+            self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
+
+
+def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
+    """Tokenizer or image processor of a checkpoint, or None where it has none."""
+    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
+    kwargs = {name: load_kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in load_kwargs}
+    try:
+        return auto_class.from_pretrained(path_or_id, **kwargs)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def check_length(network: torch.nn.Module, length: int) -> None:
+    """Raises:
+    ContextLengthError: `length` tokens are more than the network can read.
+    """
+    limit = context_length(network)
+    if limit is not None and length > limit:
+        raise ContextLengthError(
+            "The sequence is longer than the reward's context.",
+            expected=f"at most {limit} tokens (max_position_embeddings)",
+            found=f"{length} tokens",
+            remedy="shorten the prompt or `max_new_tokens`, or tune a reward on a model with a longer context",
+        )
+
+
+def _check_bare(model: PreTrainedModel) -> None:
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise PRTValueError(
+            "The base carries an adapter, so it is no pretrained model any more.",
+            expected="a PreTrainedModel without adapters",
+            found=type(model).__name__,
+            remedy="load the base again, or merge its adapter with `merge_and_unload` if that is what you want",
+        )
+
+
+def _load_adapter(folder, config, base_model, token, load_kwargs):
+    """The adapter on its checked base, and where the base came from."""
+    base, source = base_model, None
+    if not isinstance(base, torch.nn.Module):
+        source = str(base_model or config.reward_base.id or "")
+        if not source:
+            raise RewardFileError(
+                "The reward's base was made in memory and has no id to load it by.",
+                expected="`base_model=` the model, or its path",
+                found=str(config.reward_base),
+            )
+        pinned = {"revision": config.reward_base.revision} if config.reward_base.revision and not base_model else {}
+        base = load_pretrained(source, **pinned | {"token": token} | load_kwargs)
+    _check_bare(base)
+    _check_base(config.reward_base, base)
+    peft_config = PeftConfig.from_pretrained(folder)
+    peft_config.inference_mode = False
+    network = get_peft_model(share_weights(base), peft_config, revision=peft_config.revision)
+    weights = read_weights(folder / ADAPTER_WEIGHTS)
+    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    wrong = {name for name in expected.keys() ^ weights.keys()} | {
+        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
+    }
+    if wrong:
+        raise BaseModelMismatchError(
+            "The adapter's weights do not fit its base.",
+            expected=f"{len(expected)} tensors for {config.reward_base}",
+            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
+            remedy="load the reward on the base that it was tuned on",
+        )
+    set_peft_model_state_dict(network, weights)
+    return network, source
+
+
+def _check_base(expected: ModelReference, base: PreTrainedModel) -> None:
+    """The weights decide where they can be read: the same base may have moved, another may have taken its place."""
+    found = reference_to(base)
+    same = (
+        found.weights == expected.weights
+        if found.weights and expected.weights
+        else (found.id, found.revision, found.architecture) == (expected.id, expected.revision, expected.architecture)
+    )
+    if not same:
+        raise BaseModelMismatchError(
+            "The base is not the one that the reward adapter was tuned on.",
+            expected=str(expected),
+            found=str(found),
+            remedy="pass that base as `base_model=`, at that revision",
+        )
+
+
+def _load_full(folder, config, base_model, load_kwargs):
+    auto_class = AUTO_CLASSES[config.task] if base_model is None else type(base_model)
+    try:
+        return auto_class.from_pretrained(folder, **load_kwargs)
+    except ValueError as error:
+        if base_model is not None:
+            raise
+        raise RewardFileError(
+            f"The full reward is a {config.reward_base.architecture}, which {auto_class.__name__} cannot load.",
+            expected="a registered class, or `base_model=` a model of that class",
+            found=str(error).splitlines()[0],
+        ) from error

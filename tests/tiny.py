@@ -1,0 +1,165 @@
+"""Small models made in memory, and the brute-force references that the package is held against."""
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+VOCABULARY = 97
+CONTEXT = 256
+
+
+def tokenizer(size=VOCABULARY, changed=None, **roles):
+    """Words w3 ... w{size - 1} after three special tokens; `changed` maps words to what they are called instead."""
+    words = ["<pad>", "<bos>", "<eos>", *(f"w{index}" for index in range(3, size))]
+    vocabulary = {(changed or {}).get(word, word): index for index, word in enumerate(words)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    roles = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"} | roles
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **roles)
+
+
+# Large initial weights make predictions sharp, so that a wrong cache changes the text.
+_TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+
+
+def llama(seed=0, hidden_size=32, **config):
+    torch.manual_seed(seed)
+    config = _TEXT | {
+        "hidden_size": hidden_size,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.4,
+    } | config
+    return LlamaForCausalLM(LlamaConfig(**config)).eval()
+
+
+def gpt2(seed=0, **config):
+    torch.manual_seed(seed)
+    config = _TEXT | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.3} | config
+    return GPT2LMHeadModel(GPT2Config(**config)).eval()
+
+
+def sliding_window(seed=0, window=6, **config):
+    torch.manual_seed(seed)
+    config = _TEXT | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "initializer_range": 0.4,
+        "sliding_window": window,
+    } | config
+    return MistralForCausalLM(MistralConfig(**config)).eval()
+
+
+def mamba(seed=0, **config):
+    torch.manual_seed(seed)
+    config = _TEXT | {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "initializer_range": 0.4} | config
+    return MambaForCausalLM(MambaConfig(**config)).eval()
+
+
+LANGUAGE_MODELS = {"llama": llama, "gpt2": gpt2, "sliding-window": sliding_window, "state-space": mamba}
+
+COLOURS = ["red", "green", "blue", "grey"]
+
+
+def labels(names=COLOURS):
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def vit(seed=0, names=COLOURS, **config):
+    torch.manual_seed(seed)
+    config = labels(names) | {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_channels": 1,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.2,
+    } | config
+    return ViTForImageClassification(ViTConfig(**config)).eval()
+
+
+def resnet(seed=0, names=COLOURS, **config):
+    torch.manual_seed(seed)
+    config = labels(names) | {
+        "num_channels": 1,
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    } | config
+    return ResNetForImageClassification(ResNetConfig(**config)).eval()
+
+
+def bert(seed=0, names=COLOURS, **config):
+    torch.manual_seed(seed)
+    config = labels(names) | {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    } | config
+    return BertForSequenceClassification(BertConfig(**config)).eval()
+
+
+def prompts(rows=2, length=7, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+
+
+@torch.no_grad()
+def next_logits(model, input_ids, attention_mask=None):
+    """Row by row, without padding and without cache: what any cached or batched computation has to equal."""
+    rows = []
+    for index, row in enumerate(input_ids):
+        if attention_mask is not None:
+            row = row[attention_mask[index].bool()]
+        rows.append(model(input_ids=row[None], use_cache=False).logits[0, -1])
+    return torch.stack(rows)
+
+
+class BruteForce(LogitsProcessor):
+    """log_softmax(log_softmax(scores) + strength * r) in float64, r recomputed from all tokens at every call."""
+
+    def __init__(self, model, attention_mask=None, strength=1.0, size=VOCABULARY):
+        self.model, self.mask, self.strength, self.size = model, attention_mask, strength, size
+
+    def __call__(self, input_ids, scores):
+        mask = None
+        if self.mask is not None:
+            mask = self.mask.repeat_interleave(len(input_ids) // len(self.mask), 0)
+            mask = torch.cat([mask, mask.new_ones(len(mask), input_ids.shape[1] - mask.shape[1])], 1)
+        strength = torch.as_tensor(self.strength, dtype=torch.float64).reshape(-1)
+        strength = strength.repeat_interleave(len(input_ids) // len(strength))[:, None]
+        reward = next_logits(self.model, input_ids, mask)[:, : self.size].double()
+        output = torch.full_like(scores, -torch.inf, dtype=torch.float64)
+        output[:, : self.size] = scores[:, : self.size].double().log_softmax(-1) + strength * reward
+        return output.log_softmax(-1).float()
