@@ -1,16 +1,21 @@
 """The LoRA form of a reward: which layers it adapts, and where it starts."""
 
 import copy
+import warnings
 
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
+from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import PRTValueError
-from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of, weights_fingerprint
+from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of
 
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
+# Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among these:
+# the base, with the adapter off, is the source backbone.
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
@@ -25,7 +30,9 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
         lora_kwargs: for [`~peft.LoraConfig`]; rank 16 and `lora_alpha` 32 if not given.
     """
     head, _ = head_of(model)
-    targets = [name for name, module in model.named_modules() if isinstance(module, ADAPTED_LAYERS)]
+    targets = [
+        name for name, module in model.named_modules() if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name)
+    ]
     if task_of(model) == TEXT_GENERATION:
         defaults = {"task_type": "CAUSAL_LM"}
     else:
@@ -47,6 +54,14 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero: bool, 
         peft_config.target_modules = default.target_modules
         peft_config.modules_to_save = peft_config.modules_to_save or default.modules_to_save
         peft_config.task_type = peft_config.task_type or default.task_type
+    if getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS:
+        raise PRTValueError(
+            "The adapter's initialisation would change the base's weights.",
+            expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
+            found=repr(peft_config.init_lora_weights),
+        )
+    peft_config.base_model_name_or_path = model.name_or_path or None
+    peft_config.revision = revision
     head, _ = head_of(model)
     if zero:
         # PEFT would reject a layer that is both adapted and saved whole.
@@ -55,16 +70,19 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero: bool, 
                 name for name in peft_config.target_modules if head != name and not head.endswith(f".{name}")
             }
         peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
-    network = get_peft_model(share_weights(model), peft_config, revision=revision)
-    if weights_fingerprint(network) != weights_fingerprint(model):
-        raise PRTValueError(
-            "The adapter's initialisation changes the base's weights, so the base would no longer be the source backbone.",
-            expected="an initialisation that leaves the base as it is (LoRA's default)",
-            found=f"init_lora_weights={getattr(peft_config, 'init_lora_weights', None)!r}",
-        )
+    network = wrap(model, peft_config)
     if zero:
         zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
     return network
+
+
+def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
+    """A PEFT model on the weights of `model`, which itself stays without adapter."""
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    with warnings.catch_warnings():
+        # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out itself.
+        warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|fan_in_fan_out)")
+        return peft_class(share_weights(model), peft_config)
 
 
 def zero_head(model: PreTrainedModel) -> None:
@@ -91,6 +109,14 @@ def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
         name for name, _ in model.named_modules() if name in short or any(name.endswith(f".{end}") for end in short)
     }
     return sorted(short if matched == wanted else wanted)
+
+
+def _takes_lora(model, name: str) -> bool:
+    try:
+        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
+    except ValueError:  # fused kernels read these weights past the adapter
+        return False
+    return True
 
 
 def _suffix(parts: list[str]) -> list[str]:

@@ -35,7 +35,7 @@ class VocabularyContract:
 
     Args:
         size (`int`): largest token id plus one; model heads may be padded beyond it.
-        fingerprint (`str`): SHA-256 of the map.
+        fingerprint (`str`): SHA-256 of the map, ordered by id.
         special_tokens (`dict`): role (`"eos_token"`, ...) -> token.
         vocabulary (`Mapping[str, int]`, *optional*): the map itself, to name differences; not written to files.
     """
@@ -49,12 +49,13 @@ class VocabularyContract:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "VocabularyContract":
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
         if not vocabulary:
             raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
-        return cls(max(vocabulary.values()) + 1, _fingerprint(vocabulary), special, vocabulary)
+        fingerprint = hashlib.sha256(json.dumps(list(vocabulary.items())).encode()).hexdigest()
+        return cls(max(vocabulary.values()) + 1, fingerprint, special, vocabulary)
 
     def check(self, backbone: "VocabularyContract") -> None:
         """Accept a backbone with the same map, however its head is padded and whichever tokens it uses to end or pad.
@@ -281,8 +282,3 @@ class RewardConfig:
         if not (float(config.kl_coef) > 0 and config.reward_base is not None):
             raise ValueError(f"kl_coef = {config.kl_coef!r} and reward_base = {config.reward_base!r}")
         return config
-
-
-def _fingerprint(vocabulary: Mapping[str, int]) -> str:
-    ordered = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
-    return hashlib.sha256(json.dumps(ordered, ensure_ascii=True).encode()).hexdigest()

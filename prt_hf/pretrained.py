@@ -161,12 +161,12 @@ def reference_to(network: nn.Module) -> ModelReference:
 def weights_fingerprint(network: nn.Module) -> str | None:
     """SHA-256 over names, shapes and samples of the pretrained parameters, adapters left out.
 
-    Samples are rounded to bfloat16, so that a model keeps its fingerprint when it is loaded in another precision. None
-    where the values cannot be read (quantised, sharded or offloaded weights).
+    Samples are rounded to bfloat16, so that a model has the same fingerprint in float32 and in bfloat16. None where the
+    values cannot be read (quantised or offloaded weights) or were rounded otherwise (float16).
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(pretrained_parameters(network)):
-        if not parameter.is_floating_point() or parameter.is_meta or getattr(network, "is_quantized", False):
+    for name, parameter in sorted(pretrained_parameters(network), key=lambda item: item[0]):
+        if parameter.dtype not in (torch.float32, torch.bfloat16) or parameter.is_meta:
             return None
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)

@@ -4,10 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
-from .adapter import add_adapter, zero_head
+from .adapter import add_adapter, wrap, zero_head
 from .contract import PRT_CONFIG_NAME, Contract, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
 from .errors import BaseModelMismatchError, ContextLengthError, PRTValueError, RewardFileError
 from .hub import local_folder
@@ -18,7 +18,6 @@ from .pretrained import (
     contract_of,
     load_pretrained,
     reference_to,
-    share_weights,
     task_of,
 )
 from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, replacing_files
@@ -265,7 +264,7 @@ def _load_adapter(folder, config, base_model, token, load_kwargs):
     _check_base(config.reward_base, base)
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = False
-    network = get_peft_model(share_weights(base), peft_config, revision=peft_config.revision)
+    network = wrap(base, peft_config)
     weights = read_weights(folder / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(network, save_embedding_layers=False)
     wrong = {name for name in expected.keys() ^ weights.keys()} | {

@@ -236,7 +236,8 @@ class PRTTrainer(Trainer):
         if self.backbone is None:
             return self._reward_columns
         if isinstance(contract, LabelContract):
-            return LabelContract.from_model_config(self.backbone.config).check(contract)
+            order = contract.check(LabelContract.from_model_config(self.backbone.config))
+            return sorted(range(len(order)), key=order.__getitem__)  # its inverse
         # A model in memory may have been separated from its tokenizer: then its head at least must be large enough.
         place = given if isinstance(given, str) else self.backbone.name_or_path
         is_known = isinstance(given, str) or os.path.isdir(place)
@@ -273,8 +274,15 @@ class PRTTrainer(Trainer):
         totals = torch.stack(list(sums.values()))
         if phase == "train":
             totals = self.accelerator.reduce(totals, "sum")
-        means = dict(zip(sums, (totals / totals[0]).tolist(), strict=True))
+        sums_of = dict(zip(sums, totals.tolist(), strict=True))
         sums.clear()
+        if not sums_of["count"]:
+            raise PRTValueError(
+                f"There is nothing to measure in {phase}: every label is ignored.",
+                expected="at least one label other than -100",
+                remedy="check that truncation keeps the completions, and that the data collator does not mask them",
+            )
+        means = {name: value / sums_of["count"] for name, value in sums_of.items()}
         means.pop("count")
         return means
 

@@ -31,8 +31,8 @@ def tokenizer(size=VOCABULARY, changed=None, **roles):
     vocabulary = {(changed or {}).get(word, word): index for index, word in enumerate(words)}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    roles = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>"} | roles
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **roles)
+    defaults = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "padding_side": "left"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **defaults | roles)
 
 
 # Large initial weights make predictions sharp, so that a wrong cache changes the text.

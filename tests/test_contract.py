@@ -1,0 +1,194 @@
+"""What fits, what does not, and what the user is told."""
+
+import json
+
+import pytest
+import tiny
+from transformers import logging
+
+from prt_hf import LabelContract, LabelMismatchError, RewardConfig, RewardFileError, VocabularyContract
+from prt_hf import VocabularyMismatchError
+from prt_hf.contract import PRT_CONFIG_NAME, ModelReference
+from prt_hf.errors import PRTError, PRTValueError
+from prt_hf.pretrained import contract_of
+
+
+def vocabulary(**kwargs):
+    return VocabularyContract.from_tokenizer(tiny.tokenizer(**kwargs))
+
+
+def test_same_vocabulary_under_differently_padded_heads():
+    """As Qwen2.5-0.5B and -7B: 151936 and 152064 rows for the same tokens."""
+    tokenizer = tiny.tokenizer()
+    small, large = (contract_of(tiny.llama(vocab_size=rows), tokenizer) for rows in (104, 128))
+    assert small == large and small.size == 97
+    assert small.check(large) is None
+
+
+def test_same_size_is_not_same_vocabulary():
+    swapped = vocabulary(changed={"w5": "w6", "w6": "w5"})
+    with pytest.raises(VocabularyMismatchError) as error:
+        vocabulary().check(swapped)
+    assert str(error.value) == (
+        "The backbone's vocabulary is not the reward's.\n"
+        "  expected: the 97 tokens that the reward was tuned with\n"
+        "  found: 97 tokens; 2 differ, as token (id in the reward -> id in the backbone): 'w5' (5 -> 6), 'w6' (6 -> 5)\n"
+        "  remedy: use a backbone with the same tokenizer, or tune a reward for this one"
+    )
+
+
+def test_larger_and_smaller_vocabularies():
+    with pytest.raises(VocabularyMismatchError, match=r"found: 120 tokens; 23 differ.*: 'w97' \(absent -> 97\), 'w98'.* 18 more"):
+        vocabulary().check(vocabulary(size=120))
+    with pytest.raises(VocabularyMismatchError, match=r"found: 90 tokens; 7 differ"):
+        vocabulary().check(vocabulary(size=90))
+
+
+def test_saved_contracts_know_no_token_names():
+    saved = VocabularyContract(97, vocabulary().fingerprint)
+    saved.check(vocabulary())
+    with pytest.raises(VocabularyMismatchError, match="97 tokens, in which at least one differs"):
+        saved.check(vocabulary(changed={"w5": "other"}))
+
+
+def test_another_end_token_is_said_not_refused(monkeypatch):
+    """Base and instruct models of a family share the vocabulary and stop at different tokens."""
+    said = []
+    monkeypatch.setattr(logging.get_logger("prt_hf.contract"), "warning", said.append)
+    vocabulary().check(vocabulary(pad_token="w5"))
+    assert not said
+    vocabulary().check(vocabulary(eos_token="w5"))
+    assert "'<eos>'" in said[0] and "'w5'" in said[0] and "eos_token_id" in said[0]
+
+
+def test_tokenizer_with_more_tokens_than_the_head_has_rows():
+    with pytest.raises(VocabularyMismatchError, match="(?s)LlamaForCausalLM's head has fewer rows.*found: 90"):
+        contract_of(tiny.llama(vocab_size=90), tiny.tokenizer())
+
+
+def test_language_models_need_a_tokenizer():
+    with pytest.raises(PRTValueError, match="`processing_class=` a tokenizer"):
+        contract_of(tiny.llama())
+
+
+def test_labels_are_matched_by_name():
+    reward, backbone = LabelContract(("red", "green", "blue")), LabelContract(("blue", "red", "green"))
+    order = reward.check(backbone)
+    assert order == [2, 0, 1]
+    assert [reward.names[index] for index in order] == list(backbone.names)
+    assert reward.check(reward) == [0, 1, 2]
+
+
+def test_other_labels():
+    with pytest.raises(LabelMismatchError) as error:
+        LabelContract(("red", "green")).check(LabelContract(("red", "violet")))
+    assert str(error.value) == (
+        "The backbone's labels are not the reward's.\n"
+        "  expected: the 2 labels that the reward was tuned with\n"
+        "  found: 2 labels; absent: ['green'], unknown: ['violet']\n"
+        "  remedy: use a backbone with these labels, or rename them in `config.id2label` if they mean the same"
+    )
+    with pytest.raises(LabelMismatchError, match="found: 3 labels"):
+        LabelContract(("red", "green")).check(LabelContract(("red", "green", "blue")))
+
+
+def test_labels_that_share_a_name():
+    """ImageNet has two cranes: fine in the same order, ambiguous in another."""
+    birds = LabelContract(("crane", "heron", "crane"))
+    assert birds.check(LabelContract(("crane", "heron", "crane"))) == [0, 1, 2]
+    with pytest.raises(LabelMismatchError, match=r"(?s)share a name.*\['crane'\] more than once"):
+        birds.check(LabelContract(("heron", "crane", "crane")))
+
+
+def test_labels_and_vocabularies_do_not_mix():
+    labels = contract_of(tiny.vit())
+    with pytest.raises(LabelMismatchError, match="a backbone with a vocabulary contract"):
+        labels.check(vocabulary())
+    with pytest.raises(VocabularyMismatchError, match="a backbone with a labels contract"):
+        vocabulary().check(labels)
+
+
+def test_labels_that_do_not_count_from_zero():
+    config = tiny.vit().config
+    config.id2label = {1: "red", 2: "green"}
+    with pytest.raises(LabelMismatchError, match="ids 0 ... n - 1"):
+        LabelContract.from_model_config(config)
+
+
+# prt_config.json
+
+
+def a_config(**changes):
+    return RewardConfig(
+        task="text-generation",
+        contract=vocabulary(),
+        reward_base=ModelReference("me/base", "abc", "LlamaForCausalLM", "0" * 64),
+        source_backbone=ModelReference("me/base"),
+        kl_coef=2.0,
+        entropy_coef=0.01,
+        **changes,
+    )
+
+
+@pytest.mark.parametrize("contract", [vocabulary(), LabelContract(("red", "green"))])
+def test_config_round_trip(tmp_path, contract):
+    config = a_config()
+    config = type(config)(**{**vars(config), "contract": contract})
+    (tmp_path / PRT_CONFIG_NAME).write_text(config.to_json_string())
+    assert RewardConfig.from_json_file(tmp_path / PRT_CONFIG_NAME) == config
+    assert config.strength == 0.5
+    assert "w55" not in config.to_json_string(), "the vocabulary itself belongs to the tokenizer's files"
+
+
+def write_changed(folder, **changes):
+    path = folder / PRT_CONFIG_NAME
+    entries = json.loads(a_config().to_json_string()) | changes
+    path.write_text(json.dumps({name: value for name, value in entries.items() if value != "absent"}))
+    return path
+
+
+def test_newer_minor_versions_are_read_with_a_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(logging.get_logger("prt_hf.contract"), "warning", said.append)
+    config = RewardConfig.from_json_file(write_changed(tmp_path, format_version="1.7", mood="sunny"))
+    assert config.kl_coef == 2.0 and "['mood']" in said[0]
+
+
+def test_newer_major_versions_are_refused(tmp_path):
+    with pytest.raises(RewardFileError, match="(?s)newer prt_hf.*found: 2.0.*pip install --upgrade"):
+        RewardConfig.from_json_file(write_changed(tmp_path, format_version="2.0"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"contract": "absent"},
+        {"contract": {"kind": "colours"}},
+        {"contract": {"kind": "vocabulary", "size": 97}},
+        {"contract": [1, 2]},
+        {"kl_coef": 0.0},
+        {"kl_coef": "heavy"},
+        {"reward_base": {"name": "me/base"}},
+        {"reward_base": None},
+        {"format_version": "absent"},
+        {"format_version": "latest"},
+    ],
+)
+def test_malformed_configs(tmp_path, changes):
+    with pytest.raises(RewardFileError, match=r"prt_config.json cannot be read"):
+        RewardConfig.from_json_file(write_changed(tmp_path, **changes))
+
+
+def test_no_config(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RewardFileError, match="(?s)holds no reward.*found: config.json"):
+        RewardConfig.from_json_file(tmp_path / PRT_CONFIG_NAME)
+    (tmp_path / PRT_CONFIG_NAME).write_text('{"format_version": "1.')
+    with pytest.raises(RewardFileError, match="JSONDecodeError"):
+        RewardConfig.from_json_file(tmp_path / PRT_CONFIG_NAME)
+
+
+def test_every_error_is_also_a_standard_one():
+    for error in (VocabularyMismatchError, LabelMismatchError, PRTValueError):
+        assert issubclass(error, PRTError) and issubclass(error, ValueError)
+    assert issubclass(RewardFileError, OSError)

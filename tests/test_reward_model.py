@@ -1,0 +1,410 @@
+"""A reward from its base, to a folder, and back."""
+
+import json
+import shutil
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForTokenClassification
+
+from prt_hf import BaseModelMismatchError, PRTLogitsProcessor, RewardFileError, RewardModel, default_peft_config
+from prt_hf import ContextLengthError, VocabularyMismatchError
+from prt_hf.errors import PRTValueError
+from prt_hf.pretrained import head_of, reference_to, task_of, weights_fingerprint
+
+
+def randomised(reward, seed=5):
+    """As if tuned: every adapter parameter moved."""
+    torch.manual_seed(seed)
+    for parameter in reward.network.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    return reward
+
+
+def logits(reward):
+    return reward(input_ids=tiny.prompts()).detach()
+
+
+@pytest.fixture
+def base_folder(tmp_path, tokenizer):
+    tiny.llama(1).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def saved(tmp_path, base_folder):
+    """A folder with a reward adapter, and the rewards that it gives."""
+    reward = randomised(RewardModel.from_base(str(base_folder), peft_config=LoraConfig()))
+    reward.save_pretrained(tmp_path / "reward")
+    return tmp_path / "reward", logits(reward)
+
+
+# What the reward is
+
+
+@pytest.mark.parametrize("name", tiny.LANGUAGE_MODELS)
+def test_rewards_start_as_the_pretrained_logits(name, tokenizer):
+    base = tiny.LANGUAGE_MODELS[name](1)
+    expected = base(tiny.prompts()).logits
+    for peft_config in (None, default_peft_config(base)):
+        reward = RewardModel.from_base(base, tokenizer, peft_config)
+        torch.testing.assert_close(logits(reward), expected)
+
+
+@pytest.mark.parametrize("make", [*tiny.LANGUAGE_MODELS.values(), tiny.vit, tiny.resnet, tiny.bert])
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_zero_start(make, is_adapter, tokenizer):
+    base = make(1)
+    inputs = {"pixel_values": torch.randn(2, 1, 8, 8)} if make in (tiny.vit, tiny.resnet) else {"input_ids": tiny.prompts()}
+    reward = RewardModel.from_base(base, tokenizer, LoraConfig() if is_adapter else None, reward_init="zero")
+    rewards = reward(**inputs)
+    assert not rewards.any()
+    rewards.sum().backward()
+    head = [p.grad for name, p in reward.network.named_parameters() if p.requires_grad and p.grad is not None]
+    assert any(gradient.any() for gradient in head), "the head must be able to leave zero"
+
+
+def test_zero_start_of_a_tied_head_leaves_the_embeddings(tokenizer, tmp_path):
+    for peft_config in (LoraConfig(), None):
+        base = tiny.llama(1, tie_word_embeddings=True)
+        embeddings = base.get_input_embeddings().weight.clone()
+        reward = RewardModel.from_base(base, tokenizer, peft_config, reward_init="zero")
+        randomised(reward)
+        if peft_config is None:
+            head_of(base)[1].weight.data.normal_()
+        else:
+            assert torch.equal(base.get_input_embeddings().weight, embeddings)
+        reward.save_pretrained(tmp_path / "tied")
+        source = tiny.llama(1, tie_word_embeddings=True) if peft_config else None
+        again = RewardModel.from_pretrained(tmp_path / "tied", base_model=source)
+        torch.testing.assert_close(logits(again), logits(reward))
+        shutil.rmtree(tmp_path / "tied")
+
+
+@pytest.mark.parametrize("make", [*tiny.LANGUAGE_MODELS.values(), tiny.vit, tiny.resnet, tiny.bert])
+def test_default_adapter_takes_in_the_head(make, tokenizer):
+    base = make(1)
+    reward = RewardModel.from_base(base, tokenizer, default_peft_config(base, r=4))
+    head, _ = head_of(base)
+    trained = [name for name, parameter in reward.network.named_parameters() if parameter.requires_grad]
+    assert any(f".{head}." in name for name in trained)
+    assert len(trained) > 4, "the body is adapted as well"
+    assert all(".lora_" in name or f".{head}.modules_to_save." in name for name in trained)
+
+
+def test_plain_lora_config_gets_the_default_layers(tokenizer):
+    base, mine = tiny.llama(1), LoraConfig(r=3)
+    reward = RewardModel.from_base(base, tokenizer, mine)
+    chosen = reward.network.peft_config["default"]
+    assert chosen.target_modules == set(default_peft_config(base).target_modules) and chosen.r == 3
+    assert mine.target_modules is None, "the caller's config is not changed"
+    explicit = RewardModel.from_base(base, tokenizer, LoraConfig(target_modules=["q_proj"])).network
+    assert explicit.peft_config["default"].target_modules == {"q_proj"}
+
+
+def test_the_base_stays_as_it_is(tokenizer):
+    base = tiny.llama(1)
+    before, grads = base(tiny.prompts()).logits, [p.requires_grad for p in base.parameters()]
+    reward = randomised(RewardModel.from_base(base, tokenizer, LoraConfig()))
+    assert (logits(reward) - before).abs().max() > 0.01
+    assert torch.equal(base(tiny.prompts()).logits, before)
+    assert [p.requires_grad for p in base.parameters()] == grads
+    shared = {p.data_ptr() for p in base.parameters()}
+    assert shared <= {p.data_ptr() for p in reward.network.parameters()}, "and shares its weights"
+
+
+def test_padded_vocabulary_rows_are_cut_off(tokenizer):
+    assert logits(RewardModel.from_base(tiny.llama(1, vocab_size=128), tokenizer)).shape == (2, 7, 97)
+
+
+def test_sequences_longer_than_the_context(tokenizer):
+    with pytest.raises(ContextLengthError, match="(?s)at most 5 tokens.*found: 7 tokens"):
+        logits(RewardModel.from_base(tiny.gpt2(n_positions=5), tokenizer))
+
+
+# Telling models apart
+
+
+def test_tasks():
+    assert {task_of(make(0)) for make in tiny.LANGUAGE_MODELS.values()} == {"text-generation"}
+    assert task_of(tiny.bert()) == "text-classification"
+    assert task_of(tiny.vit()) == task_of(tiny.resnet()) == "image-classification"
+
+
+@pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForTokenClassification])
+def test_models_without_a_fitting_head(model_class):
+    model = model_class(BertConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    with pytest.raises(PRTValueError, match=rf"(?s)no head that predicts tokens or class labels.*{model_class.__name__}"):
+        task_of(model)
+
+
+def test_regression_and_multi_label_heads():
+    with pytest.raises(PRTValueError, match="num_labels = 1"):
+        task_of(tiny.bert(names=["score"]))
+    with pytest.raises(PRTValueError, match="problem_type = 'multi_label_classification'"):
+        task_of(tiny.bert(problem_type="multi_label_classification"))
+
+
+def test_arguments_that_exclude_each_other(tokenizer):
+    base = tiny.llama(1)
+    with pytest.raises(PRTValueError, match="(?s)load arguments with an id or path only.*revision"):
+        RewardModel.from_base(base, tokenizer, revision="main")
+    with pytest.raises(PRTValueError, match="pretrained or zero"):
+        RewardModel.from_base(base, tokenizer, reward_init="random")
+    adapted = get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(PRTValueError, match="PeftModel already"):
+        RewardModel.from_base(adapted, tokenizer, LoraConfig())
+    with pytest.raises(PRTValueError, match="carries an adapter"):
+        RewardModel.from_base(adapted.get_base_model(), tokenizer, LoraConfig())
+    with pytest.raises(PRTValueError, match="a PreTrainedModel, or a PeftModel"):
+        task_of(torch.nn.Linear(2, 2))
+
+
+def test_initialisations_that_change_the_base(tokenizer):
+    with pytest.raises(PRTValueError, match="(?s)would change the base's weights.*'olora'"):
+        RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig(init_lora_weights="olora"))
+
+
+# To a folder and back
+
+
+def test_round_trip(saved, base_folder):
+    folder, expected = saved
+    for reward in (
+        RewardModel.from_pretrained(folder),
+        RewardModel.from_pretrained(str(folder), base_model=tiny.llama(1)),
+        RewardModel.from_pretrained(folder, base_model=str(base_folder)),
+    ):
+        assert torch.equal(logits(reward), expected)
+        assert not reward.network.training
+        assert reward.processing_class.get_vocab() == tiny.tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("init", ["pretrained", "zero"])
+@pytest.mark.parametrize("make", [*tiny.LANGUAGE_MODELS.values(), tiny.vit, tiny.resnet, tiny.bert])
+def test_round_trip_of_every_kind(tmp_path, tokenizer, make, init):
+    inputs = {"pixel_values": torch.randn(2, 1, 8, 8)} if make in (tiny.vit, tiny.resnet) else {"input_ids": tiny.prompts()}
+    for peft_config in (LoraConfig(), None):
+        reward = randomised(RewardModel.from_base(make(1), tokenizer, peft_config, reward_init=init))
+        reward.network.eval()
+        reward.save_pretrained(tmp_path / "reward")
+        again = RewardModel.from_pretrained(tmp_path / "reward", base_model=make(1) if peft_config else None)
+        torch.testing.assert_close(again(**inputs), reward(**inputs))
+        assert again.config == reward.config
+
+
+def test_plain_peft_loads_the_adapter(saved):
+    folder, expected = saved
+    plain = PeftModel.from_pretrained(tiny.llama(1), folder).eval()
+    torch.testing.assert_close(plain(tiny.prompts()).logits, expected)
+    assert {path.name for path in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "prt_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_full_rewards_are_plain_models(tmp_path, tokenizer):
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer)
+    reward.save_pretrained(tmp_path / "full")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+    assert torch.equal(plain(tiny.prompts()).logits, logits(reward))
+
+
+def test_what_is_written_down(saved, base_folder):
+    entries = json.loads((saved[0] / "prt_config.json").read_text())
+    assert entries["format_version"] == "1.0" and entries["task"] == "text-generation"
+    assert entries["contract"]["kind"] == "vocabulary" and entries["contract"]["size"] == 97
+    assert entries["reward_base"] == {
+        "id": str(base_folder),
+        "revision": None,
+        "architecture": "LlamaForCausalLM",
+        "weights": weights_fingerprint(tiny.llama(1)),
+    }
+    assert json.loads((saved[0] / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)
+
+
+def test_a_base_that_moved(saved, base_folder, tmp_path):
+    folder, expected = saved
+    moved = base_folder.rename(tmp_path / "moved")
+    with pytest.raises(OSError):
+        RewardModel.from_pretrained(folder)
+    assert torch.equal(logits(RewardModel.from_pretrained(folder, base_model=str(moved))), expected)
+
+
+def test_another_base_of_the_same_shape(saved, tmp_path):
+    other = tiny.llama(2)
+    with pytest.raises(BaseModelMismatchError, match="(?s)not the one.*expected: .*base.*found: a LlamaForCausalLM"):
+        RewardModel.from_pretrained(saved[0], base_model=other)
+    assert not any("lora" in name for name, _ in other.named_modules()), "the refused base is left as it is"
+    other.save_pretrained(tmp_path / "base")  # other weights under the same name
+    with pytest.raises(BaseModelMismatchError):
+        RewardModel.from_pretrained(saved[0])
+
+
+def test_a_base_in_another_precision_is_the_same_base(saved):
+    reward = RewardModel.from_pretrained(saved[0], base_model=tiny.llama(1).to(torch.bfloat16))
+    assert (logits(reward).float() - saved[1]).abs().mean() < 0.1
+
+
+def test_a_base_in_float16_is_known_by_its_id(saved, base_folder):
+    """Rounded twice, its weights tell nothing."""
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float16)
+    assert weights_fingerprint(base) is None
+    reward = RewardModel.from_pretrained(saved[0], base_model=base)
+    assert (logits(reward).float() - saved[1]).abs().mean() < 0.1
+    with pytest.raises(BaseModelMismatchError):
+        RewardModel.from_pretrained(saved[0], base_model=tiny.llama(1).half())
+
+
+def test_a_base_that_carries_an_adapter(saved):
+    with pytest.raises(PRTValueError, match="carries an adapter"):
+        RewardModel.from_pretrained(saved[0], base_model=get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"])))
+
+
+def test_a_base_made_in_memory_has_to_be_given(tmp_path, tokenizer):
+    RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig()).save_pretrained(tmp_path)
+    with pytest.raises(RewardFileError, match="`base_model=` the model, or its path"):
+        RewardModel.from_pretrained(tmp_path)
+
+
+def test_fingerprints_ignore_adapters_and_see_weights(tokenizer):
+    base = tiny.llama(1)
+    reward = randomised(RewardModel.from_base(base, tokenizer, LoraConfig(), reward_init="zero"))
+    assert reference_to(reward.network).weights == reference_to(base).weights
+    base.model.layers[0].mlp.up_proj.weight.data[0, 0] += 0.1
+    assert weights_fingerprint(base) != weights_fingerprint(tiny.llama(1))
+
+
+# Damage
+
+
+def test_not_a_reward(base_folder, tmp_path):
+    with pytest.raises(RewardFileError, match="(?s)holds no reward.*found: config.json"):
+        RewardModel.from_pretrained(base_folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "prt_config.json"])
+def test_missing_files(saved, name):
+    (saved[0] / name).unlink()
+    with pytest.raises(RewardFileError, match=name):
+        RewardModel.from_pretrained(saved[0])
+
+
+def test_pickled_weights_are_not_loaded(saved):
+    weights = saved[0] / "adapter_model.safetensors"
+    torch.save(load_file(weights), saved[0] / "adapter_model.bin")
+    weights.unlink()
+    with pytest.raises(RewardFileError, match="pickled weights can run code and are not loaded"):
+        RewardModel.from_pretrained(saved[0])
+
+
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_truncated_weights(tmp_path, tokenizer, is_adapter):
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig() if is_adapter else None)
+    reward.save_pretrained(tmp_path)
+    weights = tmp_path / ("adapter_model.safetensors" if is_adapter else "model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(RewardFileError, match=rf"(?s){weights.name} is damaged.*found: \d+ bytes"):
+        RewardModel.from_pretrained(tmp_path, base_model=tiny.llama(1))
+
+
+@pytest.mark.parametrize("change", ["drop", "rename", "reshape"])
+def test_weights_that_do_not_fit(saved, change):
+    path = saved[0] / "adapter_model.safetensors"
+    weights = load_file(path)
+    name = min(weights)
+    tensor = weights.pop(name)
+    if change == "rename":
+        weights[f"{name}.other"] = tensor
+    elif change == "reshape":
+        weights[name] = tensor[:-1].clone()
+    save_file(weights, path)
+    with pytest.raises(BaseModelMismatchError, match="do not fit its base"):
+        RewardModel.from_pretrained(saved[0])
+
+
+def test_another_tokenizer_beside_the_reward(saved):
+    tiny.tokenizer(changed={"w5": "other"}).save_pretrained(saved[0])
+    with pytest.raises(VocabularyMismatchError):
+        RewardModel.from_pretrained(saved[0])
+
+
+# Saving
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("moment", ["weights", "tokenizer", "swap"])
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_an_interrupted_save_leaves_the_earlier_one_whole(saved, monkeypatch, moment, error):
+    folder, expected = saved
+    reward = randomised(RewardModel.from_pretrained(folder))
+    before = contents(folder)
+
+    def fail(*_, **__):
+        raise error
+
+    if moment == "weights":
+        monkeypatch.setattr("peft.peft_model.safe_save_file", fail)
+    elif moment == "tokenizer":
+        monkeypatch.setattr(reward.processing_class, "save_pretrained", fail)
+    else:
+        import os
+
+        replace, calls = os.replace, []
+
+        def fail_half_way(source, target):
+            calls.append(target)
+            return fail() if len(calls) == 4 else replace(source, target)
+
+        monkeypatch.setattr("prt_hf.reward_files.os.replace", fail_half_way)
+    with pytest.raises(type(error)):
+        reward.save_pretrained(folder)
+    monkeypatch.undo()
+    assert contents(folder) == before
+    assert torch.equal(logits(RewardModel.from_pretrained(folder)), expected)
+    reward.save_pretrained(folder)
+    assert torch.equal(logits(RewardModel.from_pretrained(folder)), logits(reward))
+
+
+def test_cards_and_other_files_are_kept(saved):
+    (saved[0] / "README.md").write_text("my words")
+    (saved[0] / "checkpoint-1").mkdir()
+    RewardModel.from_pretrained(saved[0]).save_pretrained(saved[0])
+    assert (saved[0] / "README.md").read_text() == "my words" and (saved[0] / "checkpoint-1").is_dir()
+
+
+def test_a_full_reward_replaces_an_adapter_whole(saved, tokenizer):
+    RewardModel.from_base(tiny.llama(3), tokenizer).save_pretrained(saved[0])
+    assert not list(saved[0].glob("adapter_*"))
+    assert torch.equal(logits(RewardModel.from_pretrained(saved[0])), tiny.llama(3)(tiny.prompts()).logits)
+
+
+def test_models_that_are_no_rewards_are_not_overwritten(base_folder, tokenizer):
+    before = contents(base_folder)
+    with pytest.raises(RewardFileError, match="saving would overwrite it"):
+        RewardModel.from_base(tiny.llama(3), tokenizer).save_pretrained(base_folder)
+    assert contents(base_folder) == before
+
+
+def test_saving_to_a_file(saved):
+    with pytest.raises(RewardFileError, match="is a file"):
+        RewardModel.from_pretrained(saved[0]).save_pretrained(saved[0] / "prt_config.json")
+
+
+def test_a_loaded_reward_generates(saved, tokenizer):
+    backbone, prompts = tiny.llama(4), tiny.prompts()
+    processor = PRTLogitsProcessor(RewardModel.from_pretrained(saved[0]), tokenizer)
+    scores = backbone(prompts).logits[:, -1].detach()
+    expected = (scores.double().log_softmax(-1) + saved[1][:, -1].double()).log_softmax(-1)
+    torch.testing.assert_close(processor(prompts, scores).double(), expected, atol=1e-4, rtol=1e-4)
