@@ -39,6 +39,7 @@ __all__ = [
     "UnsupportedError",
     "VocabularyContract",
     "VocabularyMismatchError",
+    "__version__",
     "combine",
     "default_peft_config",
     "prt_loss",

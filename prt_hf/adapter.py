@@ -13,17 +13,17 @@ from .errors import PRTValueError
 from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of
 
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
-# Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among these:
-# the base, with the adapter off, is the source backbone.
+# Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
+# these: the base, with the adapter off, is the source backbone.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 
 
 def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
     """LoRA on every linear or convolutional layer, the head included.
 
-    The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and with
-    it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's small
-    head is tuned whole.
+    The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
+    with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
+    small head is tuned whole.
 
     Args:
         model (`PreTrainedModel`): the reward's base.
@@ -31,7 +31,9 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
     """
     head, _ = head_of(model)
     targets = [
-        name for name, module in model.named_modules() if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name)
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name)
     ]
     if task_of(model) == TEXT_GENERATION:
         defaults = {"task_type": "CAUSAL_LM"}
@@ -80,7 +82,8 @@ def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
     """A PEFT model on the weights of `model`, which itself stays without adapter."""
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with warnings.catch_warnings():
-        # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out itself.
+        # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out
+        # itself.
         warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|fan_in_fan_out)")
         return peft_class(share_weights(model), peft_config)
 

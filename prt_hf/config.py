@@ -15,8 +15,9 @@ class PRTConfig(TrainingArguments):
     Args:
         kl_coef (`float`, defaults to 1): lambda of Eq. 5. The paper keeps 1, because a reward learns its own scale.
         entropy_coef (`float`, defaults to 0): alpha of Eq. 12; the paper tries 1e-5 ... 1e-1.
-        reward_init (`str`, defaults to `"pretrained"`): where a new reward starts. `"pretrained"`: as the base's logits, as
-            in the paper. `"zero"`: r = 0 with an output layer of its own, so that tuning starts at the backbone's loss.
+        reward_init (`str`, defaults to `"pretrained"`): where a new reward starts. `"pretrained"`: as the base's
+            logits, as in the paper. `"zero"`: r = 0 with an output layer of its own, so that tuning starts at the
+            backbone's loss.
     """
 
     kl_coef: float = field(default=1.0, metadata={"help": "Weight lambda of KL(pi || pi_pt), Eq. 5 of the paper."})

@@ -1,6 +1,7 @@
 """What a reward needs of a backbone, and `prt_config.json`, where that is written down.
 
-A reward is one number per token or label (Eq. 5): it fits any backbone whose tokens or labels mean the same, and no other.
+A reward is one number per token or label (Eq. 5): it fits any backbone whose tokens or labels mean the same, and no
+other.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
 """The equations of Portable Reward Tuning (Chijiwa et al., ICML 2025, arXiv:2502.12776) as pure functions.
 
-Each is defined by the naive expression that it equals. Logits and rewards may come in any floating dtype; all arithmetic
-is done in float32. Wherever `backbone_logits` appear, log-probabilities serve as well: softmax does not see a constant.
+Each is defined by the naive expression that it equals. Logits and rewards may come in any floating dtype; all
+arithmetic is done in float32. Wherever `backbone_logits` appear, log-probabilities serve as well, because softmax does
+not see a constant.
 """
 
 import torch
@@ -75,8 +76,8 @@ def prt_loss(
 ) -> torch.Tensor:
     """The training loss: Eq. 7 and Algorithm 1, with the entropy term of Eq. 12.
 
-    Over the positions with `labels != -100`, equals
-    `(cross_entropy(combine(backbone_logits, reward, 1 / kl_coef), labels) - entropy_coef * reward_entropy(reward)).sum()`
+    Over the positions with `labels != -100`, equals the sum of
+    `cross_entropy(combine(backbone_logits, reward, 1 / kl_coef), labels) - entropy_coef * reward_entropy(reward)`
     divided by `num_items_in_batch`. The gradient goes to `reward` alone.
 
     Args:
@@ -84,8 +85,8 @@ def prt_loss(
         labels (`torch.LongTensor` of shape `(...)`): already aligned with the logits (shifted, for language models).
         kl_coef (`float`): lambda, the weight of KL(pi || pi_pt) in Eq. 5; 1 in the paper.
         entropy_coef (`float`): alpha of Eq. 12; 0 leaves the term out, 1e-5 ... 1e-1 in the paper.
-        num_items_in_batch (`int` or 0-dim tensor): supervised positions of the whole optimiser step, so that accumulated
-            micro-batches weigh every token alike; by default those counted here.
+        num_items_in_batch (`int` or 0-dim tensor): supervised positions of the whole optimiser step, so that
+            accumulated micro-batches weigh every token alike; by default those counted here.
 
     Returns:
         0-dim `torch.FloatTensor`, nats per supervised position; 0 (with a gradient of 0) where none is supervised but
@@ -115,7 +116,7 @@ def prt_loss(
 def prt_statistics(
     backbone_logits: torch.Tensor, reward: torch.Tensor, labels: torch.LongTensor, *, kl_coef: float = 1.0
 ) -> dict[str, torch.Tensor]:
-    """What is worth watching while a reward is tuned, each a `torch.FloatTensor` of the shape of `labels`, 0 where ignored.
+    """What is worth watching while a reward is tuned: `torch.FloatTensor`s of the shape of `labels`, 0 where ignored.
 
     - `count`: 1 at supervised positions
     - `loss`: -log pi_theta(y* | x), nats, without the entropy term

@@ -120,8 +120,8 @@ def contract_of(network: nn.Module, processing_class=None) -> Contract:
 
 
 def head_of(network: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the layer whose outputs are the logits: the language model head, or the last layer with as many
-    outputs as there are labels.
+    """Name and module of the layer whose outputs are the logits: the language model head, or the last layer with as
+    many outputs as there are labels.
 
     Raises:
         PRTValueError: there is none.
@@ -185,7 +185,7 @@ def pretrained_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Paramete
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the very same weights: adapters put into one leave the other as it is, at no memory for weights."""
+    """A second model on the very same weights: adapters put into one leave the other as it is, and cost no copy."""
     tensors = chain(model.parameters(), model.buffers())
     memo = {
         id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) if type(tensor) is nn.Parameter else tensor

@@ -85,7 +85,7 @@ def read_weights(path: Path, values: bool = True) -> dict[str, torch.Tensor | No
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) if values else None for name in file.keys()}
+            return {name: file.get_tensor(name) if values else None for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise RewardFileError(
             f"{path} is damaged: {error}",

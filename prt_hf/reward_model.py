@@ -54,14 +54,14 @@ class RewardModel:
         """Start a reward from a pretrained model, whose architecture and weights it takes over (Sec. 3 of the paper).
 
         Args:
-            model_or_id: Hub id, path, or a model in memory. With `peft_config` the model is left as it is, and shares its
-                weights with the reward; without, it becomes the (full) reward, to be tuned in place. A `PeftModel` is
-                taken as the reward adapter that it is.
+            model_or_id: Hub id, path, or a model in memory. With `peft_config` the model is left as it is, and shares
+                its weights with the reward; without, it becomes the (full) reward, to be tuned in place. A `PeftModel`
+                is taken as the reward adapter that it is.
             processing_class: tokenizer (needed for language models; loaded beside an id) or image processor.
             peft_config (`PeftConfig`, *optional*): makes a reward adapter; [`default_peft_config`] is a good one, and
                 fills in for a `LoraConfig` without `target_modules`.
-            reward_init (`str`): `"pretrained"`, r starts as the base's logits, as in the paper; `"zero"`, r = 0, with an
-                output layer of its own.
+            reward_init (`str`): `"pretrained"`, r starts as the base's logits, as in the paper; `"zero"`, r = 0, with
+                an output layer of its own.
             load_kwargs: for `from_pretrained` of an id (`revision`, `dtype`, `trust_remote_code`, ...).
 
         Raises:
@@ -267,7 +267,7 @@ def _load_adapter(folder, config, base_model, token, load_kwargs):
     network = wrap(base, peft_config)
     weights = read_weights(folder / ADAPTER_WEIGHTS)
     expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    wrong = {name for name in expected.keys() ^ weights.keys()} | {
+    wrong = (expected.keys() ^ weights.keys()) | {
         name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
     }
     if wrong:

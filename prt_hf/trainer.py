@@ -44,11 +44,12 @@ class PRTTrainer(Trainer):
         data_collator: for language models the default pads `input_ids` and makes `labels` of them where there are none.
         train_dataset, eval_dataset, processing_class: as for the Trainer. Language models need their tokenizer.
         backbone (`str` or `PreTrainedModel`, *optional*): pi_pt, the source backbone in training, any backbone in
-            evaluation. By default the weights that the reward started from: the same model with the adapter switched off,
-            or a frozen copy under a full reward.
-        peft_config (`PeftConfig`, *optional*): tunes a reward adapter; see [`default_peft_config`]. Without, a full reward.
-        trainer_kwargs: the Trainer's other arguments (`callbacks`, `compute_metrics`, `optimizers`, ...). `compute_metrics`
-            gets the PRT model's log-probabilities.
+            evaluation. By default the weights that the reward started from: the same model with the adapter switched
+            off, or a frozen copy under a full reward.
+        peft_config (`PeftConfig`, *optional*): tunes a reward adapter, see [`default_peft_config`]; without, a full
+            reward.
+        trainer_kwargs: the Trainer's other arguments (`callbacks`, `compute_metrics`, `optimizers`, ...).
+            `compute_metrics` gets the PRT model's log-probabilities.
 
     Raises:
         VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
@@ -124,7 +125,7 @@ class PRTTrainer(Trainer):
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The PRT loss (Eq. 7, 12); outputs are `{"logits": log pi_theta}` in the reward's order of tokens or labels."""
+        """The PRT loss (Eq. 7, 12); outputs are `{"logits": log pi_theta}` in the reward's order of columns."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:

@@ -6,8 +6,14 @@ import pytest
 import tiny
 from transformers import logging
 
-from prt_hf import LabelContract, LabelMismatchError, RewardConfig, RewardFileError, VocabularyContract
-from prt_hf import VocabularyMismatchError
+from prt_hf import (
+    LabelContract,
+    LabelMismatchError,
+    RewardConfig,
+    RewardFileError,
+    VocabularyContract,
+    VocabularyMismatchError,
+)
 from prt_hf.contract import PRT_CONFIG_NAME, ModelReference
 from prt_hf.errors import PRTError, PRTValueError
 from prt_hf.pretrained import contract_of
@@ -32,13 +38,16 @@ def test_same_size_is_not_same_vocabulary():
     assert str(error.value) == (
         "The backbone's vocabulary is not the reward's.\n"
         "  expected: the 97 tokens that the reward was tuned with\n"
-        "  found: 97 tokens; 2 differ, as token (id in the reward -> id in the backbone): 'w5' (5 -> 6), 'w6' (6 -> 5)\n"
+        "  found: 97 tokens; 2 differ, as token (id in the reward -> id in the backbone): "
+        "'w5' (5 -> 6), 'w6' (6 -> 5)\n"
         "  remedy: use a backbone with the same tokenizer, or tune a reward for this one"
     )
 
 
 def test_larger_and_smaller_vocabularies():
-    with pytest.raises(VocabularyMismatchError, match=r"found: 120 tokens; 23 differ.*: 'w97' \(absent -> 97\), 'w98'.* 18 more"):
+    with pytest.raises(
+        VocabularyMismatchError, match=r"found: 120 tokens; 23 differ.*: 'w97' \(absent -> 97\), 'w98'.* 18 more"
+    ):
         vocabulary().check(vocabulary(size=120))
     with pytest.raises(VocabularyMismatchError, match=r"found: 90 tokens; 7 differ"):
         vocabulary().check(vocabulary(size=90))

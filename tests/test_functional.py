@@ -122,9 +122,7 @@ def test_zero_reward_gives_the_backbone_loss():
 def test_micro_batches_add_up():
     backbone, reward, labels = random_case(rows=9)
     items = int((labels != -100).sum())
-    parts = [
-        prt_loss(backbone[s], reward[s], labels[s], num_items_in_batch=items) for s in (slice(0, 2), slice(2, 9))
-    ]
+    parts = [prt_loss(backbone[s], reward[s], labels[s], num_items_in_batch=items) for s in (slice(0, 2), slice(2, 9))]
     assert sum(parts).item() == pytest.approx(prt_loss(backbone, reward, labels).item())
 
 

@@ -10,8 +10,15 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForTokenClassification
 
-from prt_hf import BaseModelMismatchError, PRTLogitsProcessor, RewardFileError, RewardModel, default_peft_config
-from prt_hf import ContextLengthError, VocabularyMismatchError
+from prt_hf import (
+    BaseModelMismatchError,
+    ContextLengthError,
+    PRTLogitsProcessor,
+    RewardFileError,
+    RewardModel,
+    VocabularyMismatchError,
+    default_peft_config,
+)
 from prt_hf.errors import PRTValueError
 from prt_hf.pretrained import head_of, reference_to, task_of, weights_fingerprint
 
@@ -60,7 +67,9 @@ def test_rewards_start_as_the_pretrained_logits(name, tokenizer):
 @pytest.mark.parametrize("is_adapter", [True, False])
 def test_zero_start(make, is_adapter, tokenizer):
     base = make(1)
-    inputs = {"pixel_values": torch.randn(2, 1, 8, 8)} if make in (tiny.vit, tiny.resnet) else {"input_ids": tiny.prompts()}
+    inputs = (
+        {"pixel_values": torch.randn(2, 1, 8, 8)} if make in (tiny.vit, tiny.resnet) else {"input_ids": tiny.prompts()}
+    )
     reward = RewardModel.from_base(base, tokenizer, LoraConfig() if is_adapter else None, reward_init="zero")
     rewards = reward(**inputs)
     assert not rewards.any()
@@ -139,7 +148,9 @@ def test_tasks():
 @pytest.mark.parametrize("model_class", [BertForMaskedLM, BertForTokenClassification])
 def test_models_without_a_fitting_head(model_class):
     model = model_class(BertConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
-    with pytest.raises(PRTValueError, match=rf"(?s)no head that predicts tokens or class labels.*{model_class.__name__}"):
+    with pytest.raises(
+        PRTValueError, match=rf"(?s)no head that predicts tokens or class labels.*{model_class.__name__}"
+    ):
         task_of(model)
 
 
@@ -188,7 +199,9 @@ def test_round_trip(saved, base_folder):
 @pytest.mark.parametrize("init", ["pretrained", "zero"])
 @pytest.mark.parametrize("make", [*tiny.LANGUAGE_MODELS.values(), tiny.vit, tiny.resnet, tiny.bert])
 def test_round_trip_of_every_kind(tmp_path, tokenizer, make, init):
-    inputs = {"pixel_values": torch.randn(2, 1, 8, 8)} if make in (tiny.vit, tiny.resnet) else {"input_ids": tiny.prompts()}
+    inputs = (
+        {"pixel_values": torch.randn(2, 1, 8, 8)} if make in (tiny.vit, tiny.resnet) else {"input_ids": tiny.prompts()}
+    )
     for peft_config in (LoraConfig(), None):
         reward = randomised(RewardModel.from_base(make(1), tokenizer, peft_config, reward_init=init))
         reward.network.eval()
@@ -266,7 +279,9 @@ def test_a_base_in_float16_is_known_by_its_id(saved, base_folder):
 
 def test_a_base_that_carries_an_adapter(saved):
     with pytest.raises(PRTValueError, match="carries an adapter"):
-        RewardModel.from_pretrained(saved[0], base_model=get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"])))
+        RewardModel.from_pretrained(
+            saved[0], base_model=get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"]))
+        )
 
 
 def test_a_base_made_in_memory_has_to_be_given(tmp_path, tokenizer):

@@ -102,7 +102,11 @@ def test_eval_loss_is_the_mean_over_all_supervised_tokens(config, tokenizer, sup
     rows = texts(12, supervised=supervised)  # batches of 5, 5 and 2 with uneven numbers of labels
     source, target = tiny.llama(1), tiny.gpt2(2)
     trainer = PRTTrainer(
-        source, config(kl_coef=kl_coef, entropy_coef=0.1), eval_dataset=rows, processing_class=tokenizer, backbone=target
+        source,
+        config(kl_coef=kl_coef, entropy_coef=0.1),
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        backbone=target,
     )
     total, count = reference_nll(target, source, rows, kl_coef)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(total / count, rel=1e-5)
@@ -179,7 +183,9 @@ def test_compute_metrics_gets_the_prt_models_log_probabilities(config, tokenizer
     metrics = trainer.evaluate()
     ids = torch.tensor([rows[1]["input_ids"]])
     logits = source(ids).logits[0]
-    torch.testing.assert_close(seen["logits"][1, : ids.shape[1]], combine(logits, logits).detach(), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        seen["logits"][1, : ids.shape[1]], combine(logits, logits).detach(), atol=1e-4, rtol=1e-4
+    )
     plain = PRTTrainer(tiny.llama(1), config(), eval_dataset=rows, processing_class=tokenizer).evaluate()
     assert metrics["eval_rows"] == 4 and metrics["eval_loss"] == pytest.approx(plain["eval_loss"])
 
@@ -232,7 +238,9 @@ def test_the_backbone_runs_without_dropout(config, tokenizer):
 def test_batch_statistics_of_an_adapted_network_stay(config):
     base = tiny.resnet(1)
     before = copy.deepcopy(base.state_dict())
-    trainer = PRTTrainer(base, config(), None, images(), eval_dataset=images(), peft_config=LoraConfig(), processing_class=None)
+    trainer = PRTTrainer(
+        base, config(), None, images(), eval_dataset=images(), peft_config=LoraConfig(), processing_class=None
+    )
     trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
     full = PRTTrainer(tiny.resnet(1), config(), None, images())
@@ -454,8 +462,12 @@ def test_data_that_teaches_nothing(config, tokenizer):
 
 def test_batches_without_labels_beside_others_are_fine(config, tokenizer):
     """One micro-batch whose prompts were cut before their completions."""
-    rows = texts(8).map(lambda row, index: {"labels": [-100] * len(row["labels"])} if index < 4 else row, with_indices=True)
-    args = config(per_device_train_batch_size=2, gradient_accumulation_steps=4, per_device_eval_batch_size=2, max_steps=2)
+    rows = texts(8).map(
+        lambda row, index: {"labels": [-100] * len(row["labels"])} if index < 4 else row, with_indices=True
+    )
+    args = config(
+        per_device_train_batch_size=2, gradient_accumulation_steps=4, per_device_eval_batch_size=2, max_steps=2
+    )
     trainer = trained(PRTTrainer(tiny.llama(1), args, None, rows, rows, tokenizer))
     assert all(0 < loss < 20 for loss in losses(trainer))
     total, count = reference_nll(trainer.backbone, trainer.model.eval(), rows)

@@ -41,36 +41,46 @@ _TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad
 
 def llama(seed=0, hidden_size=32, **config):
     torch.manual_seed(seed)
-    config = _TEXT | {
-        "hidden_size": hidden_size,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "initializer_range": 0.4,
-    } | config
+    config = (
+        _TEXT
+        | {
+            "hidden_size": hidden_size,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT,
+            "initializer_range": 0.4,
+        }
+        | config
+    )
     return LlamaForCausalLM(LlamaConfig(**config)).eval()
 
 
 def gpt2(seed=0, **config):
     torch.manual_seed(seed)
-    config = _TEXT | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.3} | config
+    config = (
+        _TEXT | {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": CONTEXT, "initializer_range": 0.3} | config
+    )
     return GPT2LMHeadModel(GPT2Config(**config)).eval()
 
 
 def sliding_window(seed=0, window=6, **config):
     torch.manual_seed(seed)
-    config = _TEXT | {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": CONTEXT,
-        "initializer_range": 0.4,
-        "sliding_window": window,
-    } | config
+    config = (
+        _TEXT
+        | {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": CONTEXT,
+            "initializer_range": 0.4,
+            "sliding_window": window,
+        }
+        | config
+    )
     return MistralForCausalLM(MistralConfig(**config)).eval()
 
 
@@ -91,42 +101,54 @@ def labels(names=COLOURS):
 
 def vit(seed=0, names=COLOURS, **config):
     torch.manual_seed(seed)
-    config = labels(names) | {
-        "image_size": 8,
-        "patch_size": 4,
-        "num_channels": 1,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "initializer_range": 0.2,
-    } | config
+    config = (
+        labels(names)
+        | {
+            "image_size": 8,
+            "patch_size": 4,
+            "num_channels": 1,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "initializer_range": 0.2,
+        }
+        | config
+    )
     return ViTForImageClassification(ViTConfig(**config)).eval()
 
 
 def resnet(seed=0, names=COLOURS, **config):
     torch.manual_seed(seed)
-    config = labels(names) | {
-        "num_channels": 1,
-        "embedding_size": 8,
-        "hidden_sizes": [8, 16],
-        "depths": [1, 1],
-        "layer_type": "basic",
-    } | config
+    config = (
+        labels(names)
+        | {
+            "num_channels": 1,
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "layer_type": "basic",
+        }
+        | config
+    )
     return ResNetForImageClassification(ResNetConfig(**config)).eval()
 
 
 def bert(seed=0, names=COLOURS, **config):
     torch.manual_seed(seed)
-    config = labels(names) | {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.3,
-    } | config
+    config = (
+        labels(names)
+        | {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "initializer_range": 0.3,
+        }
+        | config
+    )
     return BertForSequenceClassification(BertConfig(**config)).eval()
 
 

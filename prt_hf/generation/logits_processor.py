@@ -79,11 +79,12 @@ class _RewardProcessor(LogitsProcessor):
         """
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): prompt and generated tokens.
-            scores (`torch.FloatTensor` of shape `(batch_size, backbone_vocab_size)`): the backbone's logits, or log-softmax.
+            scores (`torch.FloatTensor` of shape `(batch_size, backbone_vocab_size)`): the backbone's logits, or their
+                log-softmax.
 
         Returns:
-            `torch.FloatTensor` of the shape of `scores`: normalised log-probabilities (so beam scores are exact); `-inf` in
-            columns that pad the vocabulary.
+            `torch.FloatTensor` of the shape of `scores`: normalised log-probabilities (so beam scores are exact);
+            `-inf` in columns that pad the vocabulary.
 
         Raises:
             UnsupportedError: called by continuous batching, or with a prompt given as embeddings only.
@@ -152,12 +153,14 @@ class _RewardProcessor(LogitsProcessor):
             return None
         leading = (input_ids == pad).long().cumprod(1).sum(1)
         if pad in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
-            # The token may open the text itself. A batch is padded to its longest prompt, so what all rows share is text.
+            # The token may open the text itself. A batch is padded to its longest prompt, so what all rows share is
+            # text.
             if bool(leading.any()) and not self._warned_of_padding:
                 self._warned_of_padding = True
                 logger.warning(
-                    f"Rows start with {self._tokenizer.pad_token!r}, which both pads and starts or ends texts: taken as "
-                    "padding where a row has more of them than the row with the fewest. Pass `attention_mask=` to be exact."
+                    f"Rows start with {self._tokenizer.pad_token!r}, which both pads and starts or ends texts: taken "
+                    "as padding where a row has more of them than the row with the fewest. Pass `attention_mask=` to "
+                    "be exact."
                 )
             leading = leading - leading.min()
         return (torch.arange(input_ids.shape[1], device=input_ids.device) >= leading[:, None]).long()
@@ -167,16 +170,16 @@ class PRTLogitsProcessor(_RewardProcessor):
     r"""Portable Reward Tuning at inference (Eq. 10, Algorithm 2): log pi_pt + strength * r_theta, normalised.
 
     Exactly what a full recomputation of the reward gives, in every mode of `generate`: greedy, sampling, beams,
-    `num_return_sequences`, left padding, assisted decoding, prompt lookup. The reward's KV cache follows the rows by their
-    content, so one object may be used again, for other prompts and batch sizes.
+    `num_return_sequences`, left padding, assisted decoding, prompt lookup. The reward's KV cache follows the rows by
+    their content, so one object may be used again, for other prompts and batch sizes.
 
     Args:
         reward ([`RewardModel`]): on any device, in any precision.
         tokenizer: the backbone's; must have the reward's vocabulary.
-        strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned with, 1 in
-            the paper.
-        attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to `generate`.
-            By default left padding is inferred from the tokenizer's pad token.
+        strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned
+            with, 1 in the paper.
+        attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to
+            `generate`. By default left padding is inferred from the tokenizer's pad token.
 
     Raises:
         VocabularyMismatchError: the tokenizer is another one than the reward's.

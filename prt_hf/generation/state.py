@@ -24,8 +24,8 @@ REMEMBERED = 64  # positions of a single row whose logits are kept: drafts are s
 class RewardState:
     """Next-token logits of a causal language model, cached by content.
 
-    Each call matches the asked rows with the cached ones by their longest common prefix, then reuses, reorders, crops and
-    extends the cache, or starts anew where that would not be exact. Equal rows are computed once.
+    Each call matches the asked rows with the cached ones by their longest common prefix, then reuses, reorders, crops
+    and extends the cache, or starts anew where that would not be exact. Equal rows are computed once.
 
     Args:
         network: the model; a `PeftModel` for a reward adapter.
@@ -94,7 +94,7 @@ class RewardState:
         return source, int(common.min())
 
     def _align(self, rows, source, common: int) -> int:
-        """Bring the cache to the first `common` tokens of the rows, or drop it; returns how many tokens it now holds."""
+        """Bring the cache to the first `common` tokens of the rows, or drop it; returns how many it now holds."""
         cached = 0 if self._cache is None else self._rows.shape[1]
         surplus = cached - common
         is_reusable = common > 0 and self._cache is not None and common >= self._oldest
