@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from .adapter import add_adapter, wrap, zero_head
 from .contract import PRT_CONFIG_NAME, Contract, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
@@ -21,6 +22,8 @@ from .pretrained import (
     task_of,
 )
 from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, replacing_files
+
+logger = logging.get_logger(__name__)
 
 REWARD_INITS = ("pretrained", "zero")
 
@@ -220,6 +223,9 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
     try:
         return auto_class.from_pretrained(path_or_id, **kwargs)
     except (OSError, ValueError, KeyError):
+        return None
+    except ImportError as error:
+        logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
         return None
 
 

@@ -25,6 +25,7 @@ from .pretrained import (
     load_pretrained,
     pretrained_parameters,
     reference_to,
+    task_of,
     unwrap_adapter,
     weights_fingerprint,
 )
@@ -88,13 +89,14 @@ class PRTTrainer(Trainer):
                 )
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for split, rows in dataset.items() if isinstance(dataset, dict) else [("", dataset)]:
-                _check_dataset(f"{name}[{split!r}]" if split else name, rows)
+                _check_not_empty(f"{name}[{split!r}]" if split else name, rows)
 
         self.reward, self.backbone = _reward_and_backbone(model, backbone, processing_class, peft_config, args)
         self._backbone_columns = self._match_backbone(backbone)
         processing_class = processing_class or self.reward.processing_class
         is_language_model = self.reward.config.task == TEXT_GENERATION
         if data_collator is None and is_language_model:
+            _check_tokenized(train_dataset, eval_dataset)
             pad_token_id = unwrap_tokenizer(processing_class).pad_token_id
             data_collator = DataCollatorForLanguageModeling(pad_token_id if pad_token_id is not None else 0)
         super().__init__(
@@ -299,13 +301,10 @@ def _reward_and_backbone(model, backbone, processing_class, peft_config, args):
         if backbone is None and not reward.config.is_adapter:
             frozen = _source_of_full_reward(reward)
     else:
-        load_kwargs = {}
         if not isinstance(model, PreTrainedModel | PeftModel):
             # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
-            load_kwargs = {"dtype": torch.float32 if peft_config is None else "auto"}
-            if processing_class is None:
-                processing_class = load_processing_class(model, None)
-            model = load_pretrained(str(model), **load_kwargs)
+            name, model = model, load_pretrained(model, dtype="auto" if peft_config else torch.float32)
+            processing_class = processing_class or load_processing_class(name, task_of(model))
         is_full = peft_config is None and not isinstance(model, PeftModel)
         frozen = copy.deepcopy(model) if backbone is None and is_full else None
         reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
@@ -330,6 +329,18 @@ def _source_of_full_reward(reward: RewardModel) -> PreTrainedModel:
     return load_pretrained(source.id, revision=source.revision)
 
 
-def _check_dataset(name: str, dataset):
+def _check_not_empty(name: str, dataset):
     if dataset is not None and has_length(dataset) and len(dataset) == 0:
         raise PRTValueError(f"`{name}` is empty.", expected="at least one example", found="0 examples")
+
+
+def _check_tokenized(*datasets):
+    for dataset in datasets:
+        columns = getattr(dataset, "column_names", None)
+        if isinstance(columns, list) and "input_ids" not in columns:
+            raise PRTValueError(
+                "The data set is not tokenized.",
+                expected="a column `input_ids`, and `labels` where not all tokens are to be learned",
+                found=", ".join(columns),
+                remedy="dataset.map(lambda row: tokenizer(row['text']))",
+            )

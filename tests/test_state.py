@@ -80,6 +80,9 @@ def test_drafts_are_scored_once(networks):
         for length in range(9, 12):
             assert_exact(state, rejected[:, :length])
         assert state.tokens_computed == 12 + 2, name
+        other = torch.cat([rows[:, :8], rows[:, :4]], 1)  # several tokens at once: what was kept behind them is stale
+        assert_exact(state, other)
+        assert_exact(state, other[:, :10])
 
 
 def test_sliding_window_forgets_what_lies_far_back():

@@ -455,6 +455,8 @@ def test_data_that_teaches_nothing(config, tokenizer):
         PRTTrainer(tiny.llama(), config(), None, ignored, processing_class=tokenizer).train()
     with pytest.raises(PRTValueError, match="(?s)every label is ignored"):
         PRTTrainer(tiny.llama(), config(), eval_dataset=ignored, processing_class=tokenizer).evaluate()
+    with pytest.raises(PRTValueError, match="(?s)not tokenized.*`input_ids`.*found: text"):
+        PRTTrainer(tiny.llama(), config(), None, Dataset.from_list([{"text": "w5"}]), processing_class=tokenizer)
     unlabelled = images().remove_columns("label")
     with pytest.raises(PRTValueError, match="(?s)has no labels.*found: pixel_values"):
         PRTTrainer(tiny.vit(), config(), None, unlabelled).train()

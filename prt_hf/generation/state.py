@@ -9,6 +9,8 @@ import inspect
 from contextlib import nullcontext
 
 import torch
+import transformers
+from packaging import version
 from peft import PeftModel
 from torch import nn
 from transformers import Cache, DynamicCache
@@ -18,6 +20,8 @@ from ..pretrained import unwrap_adapter
 from ..reward_model import check_length
 
 PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
+# Before, a window that records its past had to be cropped after every forward.
+RECORDS_PAST = version.parse(transformers.__version__) >= version.parse("5.18")
 REMEMBERED = 64  # positions of a single row whose logits are kept: drafts are scored forwards, then verified again
 
 
@@ -101,19 +105,26 @@ class RewardState:
         if self._is_recurrent:
             is_reusable = is_reusable and surplus == 0 and rows.shape[1] == common + 1
         elif surplus > 0:
-            is_reusable = is_reusable and getattr(self._cache, "is_croppable", True)
+            is_reusable = (
+                is_reusable and (RECORDS_PAST or not self._forgets) and getattr(self._cache, "is_croppable", True)
+            )
         if not is_reusable:
             self.reset()
             return 0
         if surplus > 0:
             self._cache.crop(-surplus)
-            if any(type(layer) is not DynamicLayer for layer in self._cache.layers):
-                self._oldest = common  # windows and convolutions forget what lies further back
+            if self._forgets:
+                self._oldest = common
         if not (
             len(source) == len(self._rows) and torch.equal(source, torch.arange(len(source), device=source.device))
         ):
             self._cache.reorder_cache(source)
         return common
+
+    @property
+    def _forgets(self) -> bool:
+        """Whether a cropped cache lacks what lies further back, as windows and convolutions do."""
+        return any(type(layer) is not DynamicLayer for layer in self._cache.layers)
 
     def _forward(self, rows, kept: int) -> torch.Tensor:
         mask = rows != PAD
@@ -129,7 +140,7 @@ class RewardState:
             kwargs["logits_to_keep"] = 1
         if self._cache_name == "past_key_values" and self._cache is None:
             self._cache = DynamicCache(config=self._config)
-            if not self._is_recurrent:
+            if RECORDS_PAST and not self._is_recurrent:
                 self._cache.activate_past_recording()
         if self._cache is not None:
             kwargs[self._cache_name] = self._cache
