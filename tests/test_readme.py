@@ -1,0 +1,61 @@
+"""The README's Python runs as it stands, with small models in the place of those of the Hub."""
+
+import re
+from pathlib import Path
+
+import datasets
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+import prt_hf
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+MODELS = {
+    "Qwen/Qwen2.5-0.5B": tiny.llama(1),
+    "Qwen/Qwen2.5-7B": tiny.llama(2, hidden_size=64),
+    "google/vit-base-patch16-224": tiny.vit(1),
+    "facebook/convnextv2-large-22k-224": tiny.resnet(2, names=tiny.COLOURS[::-1]),
+}
+
+
+def test_every_block_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for model_id, model in MODELS.items():
+        model.save_pretrained(model_id)
+        tiny.tokenizer().save_pretrained(model_id)
+    problem = {"question": " ".join(f"w{index}" for index in range(3, 12)), "answer": "w20 w21 w22"}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([problem] * 4))
+    load = AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda name, device_map=None, **kwargs: load(name, **kwargs)
+    )
+    torch.manual_seed(0)
+    pixel_values = torch.randn(4, 1, 8, 8)
+    photos = datasets.Dataset.from_dict({"pixel_values": pixel_values.tolist(), "label": [0, 1, 2, 3]})
+    scope = {"photos": photos.with_format("torch"), "pixel_values": pixel_values}
+    seen = []
+    for block in BLOCKS:
+        on_cpu = re.sub(r"PRTConfig\(([^)]*?)(, bf16=True)?\)", r"PRTConfig(\1, use_cpu=True, report_to='none')", block)
+        exec(compile(on_cpu, "README.md", "exec"), scope)
+        seen.append(dict(scope))
+    text, generated, images = seen
+    assert text["trainer"].state.global_step > 0
+    assert generated["output"].shape[1] > generated["inputs"]["input_ids"].shape[1]
+    source, target = MODELS["google/vit-base-patch16-224"], MODELS["facebook/convnextv2-large-22k-224"]
+    assert [source.config.id2label[index] for index in images["order"]] == list(target.config.id2label.values())
+    torch.testing.assert_close(images["log_probs"].exp().sum(-1), torch.ones(4))
+
+
+def test_the_face_comes_within_sixty_lines():
+    first = "\n".join(README.splitlines()[:60])
+    for line in ("pip install -e . && prt-hf demo", "PRTTrainer(", "RewardModel.from_pretrained", "backbone.generate"):
+        assert line in first, line
+
+
+def test_every_public_name_is_told():
+    told = {name for name in prt_hf.__all__ if name in README}
+    assert told == set(prt_hf.__all__) - {"__version__"}
