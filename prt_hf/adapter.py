@@ -33,7 +33,7 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
     targets = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name)
+        if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name, module)
     ]
     if task_of(model) == TEXT_GENERATION:
         defaults = {"task_type": "CAUSAL_LM"}
@@ -114,7 +114,9 @@ def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
     return sorted(short if matched == wanted else wanted)
 
 
-def _takes_lora(model, name: str) -> bool:
+def _takes_lora(model, name: str, module: nn.Module) -> bool:
+    if getattr(module, "groups", 1) > 1:  # PEFT splits the rank among the groups of a depthwise convolution
+        return False
     try:
         _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
     except ValueError:  # fused kernels read these weights past the adapter

@@ -20,6 +20,7 @@ _NETWORK_FILES = {
     True: (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
     False: (MODEL_CONFIG, "generation_config.json", "model*.safetensors*"),
 }
+_STAGED = ".saving-"
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -38,7 +39,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise RewardFileError(f"{folder} is a file.", expected="a folder to save the reward to")
     folder.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
+    staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=folder))
     try:
         yield staged
         new = sorted(path.name for path in staged.iterdir())
@@ -50,6 +51,8 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
                 remedy="choose another folder",
             )
         _swap(staged, folder, new, stale=[name for name in _network_files(folder) if name not in new])
+        for killed in folder.glob(f"{_STAGED}*"):
+            shutil.rmtree(killed, ignore_errors=True)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .config import PRTConfig
-from .contract import LabelContract, VocabularyContract, unwrap_tokenizer
+from .contract import PRT_CONFIG_NAME, LabelContract, VocabularyContract, unwrap_tokenizer
 from .errors import PRTValueError
 from .functional import combine, prt_loss, prt_statistics
 from .pretrained import (
@@ -298,6 +298,13 @@ def _reward_and_backbone(model, backbone, processing_class, peft_config, args):
                 "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
             )
         reward, frozen = model, None
+        if reward.config.source_backbone is not None and reward.config.kl_coef != args.kl_coef:
+            raise PRTValueError(
+                "The reward was tuned at another scale.",
+                expected=f"kl_coef={reward.config.kl_coef}, as in its {PRT_CONFIG_NAME}",
+                found=f"kl_coef={args.kl_coef}",
+                remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
+            )
         if backbone is None and not reward.config.is_adapter:
             frozen = _source_of_full_reward(reward)
     else:

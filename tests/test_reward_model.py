@@ -95,7 +95,7 @@ def test_zero_start_of_a_tied_head_leaves_the_embeddings(tokenizer, tmp_path):
         shutil.rmtree(tmp_path / "tied")
 
 
-@pytest.mark.parametrize("make", [*tiny.LANGUAGE_MODELS.values(), tiny.vit, tiny.resnet, tiny.bert])
+@pytest.mark.parametrize("make", [*tiny.LANGUAGE_MODELS.values(), tiny.vit, tiny.resnet, tiny.convnext, tiny.bert])
 def test_default_adapter_takes_in_the_head(make, tokenizer):
     base = make(1)
     reward = RewardModel.from_base(base, tokenizer, default_peft_config(base, r=4))
@@ -390,6 +390,13 @@ def test_an_interrupted_save_leaves_the_earlier_one_whole(saved, monkeypatch, mo
     assert torch.equal(logits(RewardModel.from_pretrained(folder)), expected)
     reward.save_pretrained(folder)
     assert torch.equal(logits(RewardModel.from_pretrained(folder)), logits(reward))
+
+
+def test_what_a_killed_save_left_behind_goes(saved):
+    (saved[0] / ".saving-killed").mkdir()
+    (saved[0] / ".saving-killed" / "adapter_model.safetensors").write_bytes(b"half")
+    RewardModel.from_pretrained(saved[0]).save_pretrained(saved[0])
+    assert not list(saved[0].glob(".saving*"))
 
 
 def test_cards_and_other_files_are_kept(saved):

@@ -339,6 +339,8 @@ def test_checkpoints_are_rewards(config, tokenizer, tmp_path):
         assert reward.config.source_backbone.weights == weights_fingerprint(tiny.gpt2(3))
         assert reward.config.reward_base.weights == weights_fingerprint(base)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    with pytest.raises(PRTValueError, match="(?s)another scale.*kl_coef=2.0.*found: kl_coef=1.0"):
+        PRTTrainer(final, config(), eval_dataset=rows, backbone=tiny.gpt2(3))
     again = PRTTrainer(final, config(kl_coef=2.0), eval_dataset=rows, backbone=tiny.gpt2(3))
     assert again.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
 

@@ -5,6 +5,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -132,6 +134,13 @@ def resnet(seed=0, names=COLOURS, **config):
         | config
     )
     return ResNetForImageClassification(ResNetConfig(**config)).eval()
+
+
+def convnext(seed=0, names=COLOURS):
+    """Depthwise convolutions, which take no LoRA of any rank."""
+    torch.manual_seed(seed)
+    sizes = {"num_channels": 1, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
+    return ConvNextForImageClassification(ConvNextConfig(**labels(names), **sizes)).eval()
 
 
 def bert(seed=0, names=COLOURS, **config):
