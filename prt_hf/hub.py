@@ -2,9 +2,32 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from .errors import PRTValueError
 
 REWARD_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"]
+
+
+def commit_of(model_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
+    """The commit that a branch or tag of a model stands for now; None for a local folder.
+
+    Raises:
+        PRTValueError: neither a folder nor an id.
+    """
+    if Path(model_id).is_dir():
+        return None
+    try:
+        config = hf_hub_download(model_id, "config.json", revision=revision, token=token)
+    except HFValidationError as error:
+        raise PRTValueError(
+            f"There is no model at {model_id}.",
+            expected="a folder, or an id of the Hub",
+            found="neither",
+            remedy="if a reward's base has moved, pass `base_model=` where it is now",
+        ) from error
+    return Path(config).parent.name  # .../snapshots/<commit>/config.json
 
 
 def local_folder(path_or_repo: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:

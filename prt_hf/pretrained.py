@@ -19,6 +19,7 @@ from transformers.models.auto import modeling_auto
 
 from .contract import Contract, LabelContract, ModelReference, VocabularyContract, unwrap_tokenizer
 from .errors import PRTValueError
+from .hub import commit_of
 
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
@@ -35,6 +36,7 @@ _CLASS_NAMES = {
 }
 _OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 _SAMPLES_PER_TENSOR = 64
+CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # those that tokenizers and image processors take as well
 
 
 def unwrap_adapter(network: nn.Module) -> PreTrainedModel:
@@ -43,17 +45,19 @@ def unwrap_adapter(network: nn.Module) -> PreTrainedModel:
 
 
 def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
-    """Load a model by id with the Auto class of its task, which its configuration names.
+    """Load a model by id with the Auto class of its task, which its configuration names, and remember its commit.
 
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels.
     """
-    config_kwargs = {
-        name: load_kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in load_kwargs
-    }
+    commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
+    load_kwargs["revision"] = commit or "main"
+    config_kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
     config = AutoConfig.from_pretrained(model_id, **config_kwargs)
     architecture = (config.architectures or ["unknown"])[0]
-    return AUTO_CLASSES[_task_of_class(architecture, model_id)].from_pretrained(model_id, **load_kwargs)
+    model = AUTO_CLASSES[_task_of_class(architecture, model_id)].from_pretrained(model_id, **load_kwargs)
+    model.config._commit_hash = commit  # where transformers kept it up to 5.17; never written to files
+    return model
 
 
 def task_of(network: nn.Module) -> str:

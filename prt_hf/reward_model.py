@@ -14,6 +14,7 @@ from .errors import BaseModelMismatchError, ContextLengthError, PRTValueError, R
 from .hub import local_folder
 from .pretrained import (
     AUTO_CLASSES,
+    CONFIG_KWARGS,
     IMAGE_CLASSIFICATION,
     context_length,
     contract_of,
@@ -219,7 +220,7 @@ class RewardModel:
 def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
     """Tokenizer or image processor of a checkpoint, or None where it has none."""
     auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
-    kwargs = {name: load_kwargs[name] for name in ("revision", "token", "trust_remote_code") if name in load_kwargs}
+    kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
     try:
         return auto_class.from_pretrained(path_or_id, **kwargs)
     except (OSError, ValueError, KeyError):

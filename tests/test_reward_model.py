@@ -247,7 +247,7 @@ def test_what_is_written_down(saved, base_folder):
 def test_a_base_that_moved(saved, base_folder, tmp_path):
     folder, expected = saved
     moved = base_folder.rename(tmp_path / "moved")
-    with pytest.raises(OSError):
+    with pytest.raises(PRTValueError, match="(?s)no model at .*base.*pass `base_model=` where it is now"):
         RewardModel.from_pretrained(folder)
     assert torch.equal(logits(RewardModel.from_pretrained(folder, base_model=str(moved))), expected)
 
