@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .contract import ModelReference
 from .errors import PRTValueError
 from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of
 
@@ -44,7 +45,7 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
     return LoraConfig(**defaults | lora_kwargs)
 
 
-def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero: bool, revision: str | None) -> PeftModel:
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelReference, *, zero: bool) -> PeftModel:
     """Wrap a base as a reward; the base itself stays untouched and shares its weights.
 
     A `LoraConfig` that names no `target_modules` gets those of [`default_peft_config`]. With `zero`, the reward gets an
@@ -62,8 +63,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, *, zero: bool, 
             expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
             found=repr(peft_config.init_lora_weights),
         )
-    peft_config.base_model_name_or_path = model.name_or_path or None
-    peft_config.revision = revision
+    peft_config.base_model_name_or_path = base.id
+    peft_config.revision = base.revision
     head, _ = head_of(model)
     if zero:
         # PEFT would reject a layer that is both adapted and saved whole.

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import os
 from collections.abc import Iterator
 from itertools import chain
 
@@ -154,8 +155,9 @@ def context_length(network: nn.Module) -> int | None:
 def reference_to(network: nn.Module) -> ModelReference:
     """Id, commit, class and weights of a network without its adapters."""
     model = unwrap_adapter(network)
+    place = model.name_or_path or None
     return ModelReference(
-        id=model.name_or_path or None,
+        id=os.path.abspath(place) if place and os.path.isdir(place) else place,
         revision=getattr(model.config, "_commit_hash", None),
         architecture=type(model).__name__,
         weights=weights_fingerprint(model),

@@ -97,7 +97,7 @@ class RewardModel:
             network = model
         elif peft_config is not None:
             _check_bare(model)
-            network = add_adapter(model, peft_config, zero=reward_init == "zero", revision=base.revision)
+            network = add_adapter(model, peft_config, base, zero=reward_init == "zero")
         else:
             network = model
             if reward_init == "zero":

@@ -244,6 +244,13 @@ def test_what_is_written_down(saved, base_folder):
     assert json.loads((saved[0] / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)
 
 
+def test_relative_paths_are_written_down_whole(base_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(base_folder.parent)
+    RewardModel.from_base("base", peft_config=LoraConfig()).save_pretrained("reward")
+    monkeypatch.chdir("/")
+    assert RewardModel.from_pretrained(tmp_path / "reward").config.reward_base.id == str(base_folder)
+
+
 def test_a_base_that_moved(saved, base_folder, tmp_path):
     folder, expected = saved
     moved = base_folder.rename(tmp_path / "moved")

@@ -1,0 +1,231 @@
+"""The image task: two classifiers of handwritten digits, tuned on digits that are rotated and noisy."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from scipy.ndimage import rotate
+from sklearn.datasets import load_digits
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    set_seed,
+)
+
+from .. import LabelContract
+from ..errors import PRTValueError
+from .comparison import METHODS, Contenders, hits
+from .data import load, load_splits, require_column
+from .report import Result
+from .training import Steps, fine_tune, fit, tune_reward
+
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+MEAN, DEVIATION = 0.305, 0.376  # of the digits' pixels, once they lie in [0, 1]
+BATCH_SIZE = 64
+
+Rows = list[dict[str, torch.Tensor]]  # `pixel_values` (channels, height, width), `labels` ()
+
+
+@dataclass(frozen=True)
+class ImageSettings:
+    """Sizes, steps, and the shift: degrees of rotation, and standard deviation of the noise on pixels in [0, 1]."""
+
+    old: dict = field(default_factory=lambda: {"hidden_size": 48, "num_hidden_layers": 3})
+    new: dict = field(default_factory=lambda: {"hidden_sizes": [48, 96], "depths": [1, 2]})
+    old_images: int = 300
+    new_images: int = 900
+    tuning_images: int = 400
+    degrees: float = 10.0
+    noise: float = 0.1
+    old_pretraining: Steps = Steps(500, 2e-3, 32)
+    new_pretraining: Steps = Steps(300, 2e-3, 32)
+    tuning: Steps = Steps(100, 2e-3, 32)
+    timed_repeats: int = 3
+
+
+@dataclass
+class ImageTask:
+    """Two classifiers with the same labels, and images to tune and to judge them on."""
+
+    source: nn.Module
+    target: nn.Module
+    train: Rows
+    test: Rows
+    image_processor: BaseImageProcessor | None = None
+
+
+def turned_digits(folder: Path, settings: ImageSettings, seed: int) -> ImageTask:
+    """Pretrain on clean digits, the old model on a part of the new one's; tune and judge on other digits, shifted."""
+    images, labels = digits(seed)
+    start, end = settings.new_images, settings.new_images + settings.tuning_images
+    folders = {}
+    for name, make, size, count, steps in (
+        ("source", _vit, settings.old, settings.old_images, settings.old_pretraining),
+        ("target", _convnext, settings.new, settings.new_images, settings.new_pretraining),
+    ):
+        set_seed(seed)
+        model = make(size)
+        description = f"pretraining the {'old' if name == 'source' else 'new'} classifier"
+        fit(model, _rows(images[:count], labels[:count]), steps, seed, description, _collate)
+        folders[name] = folder / f"images-{name}"
+        model.save_pretrained(folders[name])
+    shifted = shift(images, settings.degrees, settings.noise, seed)
+    models = (AutoModelForImageClassification.from_pretrained(folders[name]) for name in ("source", "target"))
+    return ImageTask(*models, _rows(shifted[start:end], labels[start:end]), _rows(shifted[end:], labels[end:]))
+
+
+def own_images(source: str, target: str, dataset: str, seed: int) -> ImageTask:
+    """The user's classifiers, and the columns `image` and `label` of the user's data, whose labels the models know.
+
+    Raises:
+        LabelMismatchError: the two models do not share their labels.
+        PRTValueError: a column is missing, or a label is none of the models'.
+    """
+    models = [load(AutoModelForImageClassification, place) for place in (source, target)]
+    LabelContract.from_model_config(models[0].config).check(LabelContract.from_model_config(models[1].config))
+    image_processor = load(AutoImageProcessor, source)
+    parts = load_splits(dataset, seed)
+    for column in ("image", "label"):
+        require_column(parts[0], column, dataset)
+    train, test = (_own_rows(part, image_processor, models[0].config) for part in parts)
+    return ImageTask(*models, train, test, image_processor)
+
+
+def run_images(task: ImageTask, folder: Path, settings: ImageSettings, seed: int) -> Result:
+    """Tune a reward, and what it is compared with; save the reward, judge, time."""
+    reward = tune_reward(
+        task.source,
+        task.train,
+        settings.tuning,
+        seed,
+        "tuning the reward on the old classifier",
+        _collate,
+        adapter=False,  # whole classifiers, as the paper tunes them
+        processing_class=task.image_processor,
+    )
+    reward.save_pretrained(folder / "images-reward")
+    save_file(_collate(task.test), folder / "images-test.safetensors")
+    finetuned = [
+        fine_tune(
+            model,
+            task.train,
+            settings.tuning,
+            seed,
+            f"fine-tuning the {age} classifier ({use})",
+            _collate,
+            adapter=False,
+        )
+        for model, age, use in ((task.source, "old", "for EFT"), (task.target, "new", "oracle"))
+    ]
+    contenders = Contenders(task.source, task.target, reward, *finetuned)
+    batches = [_collate(task.test[start : start + BATCH_SIZE]) for start in range(0, len(task.test), BATCH_SIZE)]
+    return Result(
+        task="images",
+        measure="accuracy (%, higher is better)",
+        unit="ms/image",
+        scores=contenders.scores(tqdm(batches, desc="judging all on held-out images", unit="batch"), hits),
+        milliseconds=_milliseconds_per_image(contenders, batches[0], settings.timed_repeats),
+        models_held=contenders.models_held,
+    )
+
+
+def usage(folder: Path, target: str | Path) -> str:
+    """Lines of Python that use the saved reward."""
+    return f"""\
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+from prt_hf import LabelContract, RewardModel, combine
+
+reward = RewardModel.from_pretrained({str(folder / "images-reward")!r})
+target = AutoModelForImageClassification.from_pretrained({str(target)!r})
+order = reward.contract.check(LabelContract.from_model_config(target.config))
+pixel_values = load_file({str(folder / "images-test.safetensors")!r})["pixel_values"][:8]
+with torch.no_grad():
+    log_probs = combine(target(pixel_values).logits, reward(pixel_values=pixel_values)[:, order])
+print([target.config.id2label[label] for label in log_probs.argmax(-1).tolist()])"""
+
+
+def digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """scikit-learn's 1797 digits in a seeded order: pixels in [0, 1] of shape `(1797, 8, 8)`, labels `(1797,)`."""
+    pixels, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    return pixels[order].reshape(-1, 8, 8) / 16, labels[order]
+
+
+def shift(images: np.ndarray, degrees: float, noise: float, seed: int) -> np.ndarray:
+    """Every image turned by the same angle, with Gaussian noise on every pixel."""
+    turned = np.stack([rotate(image, degrees, reshape=False, order=1) for image in images])
+    return turned + noise * np.random.default_rng(seed).normal(size=turned.shape)
+
+
+def _vit(size: dict) -> ViTForImageClassification:
+    config = {"num_attention_heads": 4, "intermediate_size": 2 * size["hidden_size"], "patch_size": 2} | size
+    return ViTForImageClassification(ViTConfig(image_size=8, num_channels=1, **_labels(), **config))
+
+
+def _convnext(size: dict) -> ConvNextForImageClassification:
+    # Small networks need no layer scale; it would only slow them down.
+    config = {"patch_size": 2, "num_stages": len(size["depths"]), "layer_scale_init_value": 0.0} | size
+    return ConvNextForImageClassification(ConvNextConfig(image_size=8, num_channels=1, **_labels(), **config))
+
+
+def _labels() -> dict[str, dict]:
+    return {"id2label": dict(enumerate(DIGITS)), "label2id": {name: index for index, name in enumerate(DIGITS)}}
+
+
+def _rows(images: np.ndarray, labels: np.ndarray) -> Rows:
+    pixels = torch.tensor((images - MEAN) / DEVIATION, dtype=torch.float32)[:, None]
+    return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, torch.tensor(labels), strict=True)]
+
+
+def _own_rows(part, image_processor, config) -> Rows:
+    """Labels are matched by name where the dataset has names, else they are the models' ids."""
+    names = getattr(part.features["label"], "names", None)
+    ids = {str(name): int(index) for index, name in config.id2label.items()}
+    values = [names[label] if names else label for label in part["label"]]
+    known = ids if names or isinstance(values[0], str) else {index: index for index in ids.values()}
+    if unknown := sorted({value for value in values if value not in known}):
+        raise PRTValueError(
+            "The dataset has labels that the models do not know.",
+            expected=f"the models' labels: {list(known)[:10]}",
+            found=f"{unknown[:10]}",
+            remedy="name classifiers that were trained for these labels",
+        )
+    colours = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    pixels = [
+        image_processor(image.convert(colours), return_tensors="pt")["pixel_values"][0]
+        for image in tqdm(part["image"], desc="reading images", unit="image")
+    ]
+    return [
+        {"pixel_values": image, "labels": torch.tensor(known[value])}
+        for image, value in zip(pixels, values, strict=True)
+    ]
+
+
+def _collate(rows: Rows) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels")}
+
+
+@torch.no_grad()
+def _milliseconds_per_image(contenders: Contenders, batch: dict[str, torch.Tensor], repeats: int) -> dict[str, float]:
+    """One batch at the target; the shortest of several runs, since other programs only ever add time."""
+    inputs = {"pixel_values": batch["pixel_values"].to(contenders.device)}
+    best = dict.fromkeys(METHODS, float("inf"))
+    for repeat in tqdm(range(repeats + 1), desc="timing classification", unit="round"):
+        for method in METHODS:
+            start = perf_counter()
+            contenders.log_probs(method, "target", inputs).sum().item()
+            if repeat:  # the first round warms up
+                best[method] = min(best[method], 1000 * (perf_counter() - start) / len(inputs["pixel_values"]))
+    return best

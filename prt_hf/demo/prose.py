@@ -1,0 +1,119 @@
+"""English text that every Python has, the standard library's docstrings and help topics; plain, or as bullet lists."""
+
+import ast
+import random
+import re
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data import topics
+from typing import NamedTuple
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerFast
+
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+SENTENCES_PER_PASSAGE = 4
+CLOSING_LINE = "The end."
+BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+
+Passage = list[str]  # sentences in a row, all from one document
+
+
+class Splits(NamedTuple):
+    """Passages of different documents, no sentence twice."""
+
+    pretraining: list[Passage]
+    tuning: list[Passage]
+    test: list[Passage]
+
+
+def standard_library_documents(folder: Path | None = None) -> dict[str, str]:
+    """Docstrings by source file, and help texts by topic; the same order everywhere."""
+    folder = Path(folder or sysconfig.get_paths()["stdlib"])
+    files = [path for path in sorted(folder.rglob("*.py")) if not SKIPPED_FOLDERS & set(path.relative_to(folder).parts)]
+    documents = {}
+    for path in tqdm(files, desc="reading the standard library", unit="file"):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError, OSError):  # files that show bad syntax or encodings on purpose
+            continue
+        documents[path.relative_to(folder).as_posix()] = "\n\n".join(_docstrings(tree))
+    return documents | {f"help({name!r})": topics.topics[name] for name in sorted(topics.topics)}
+
+
+def sentences(document: str) -> list[str]:
+    """The sentences of its prose; code, tables and headings are left out."""
+    found = []
+    for paragraph in re.split(r"\n\s*\n", document):
+        text = " ".join(paragraph.split())
+        if _is_prose(text):
+            found += re.split(r"(?<=[.!?]) (?=[A-Z])", text)
+    return found
+
+
+def split(documents: dict[str, str], seed: int) -> Splits:
+    """70 / 20 / 10 % of the documents; a sentence that comes again is left out, wherever that is."""
+    seen: set[str] = set()
+    passages = []
+    for document in documents.values():
+        new = [sentence for sentence in dict.fromkeys(sentences(document)) if sentence not in seen]
+        seen.update(new)
+        cuts = range(0, len(new) - 1, SENTENCES_PER_PASSAGE)
+        passages.append([new[start : start + SENTENCES_PER_PASSAGE] for start in cuts])
+    random.Random(seed).shuffle(passages)
+    first, second = round(0.7 * len(passages)), round(0.9 * len(passages))
+    return Splits(*(sum(part, []) for part in (passages[:first], passages[first:second], passages[second:])))
+
+
+def as_prose(passage: Passage) -> str:
+    return " ".join(passage)
+
+
+def as_bullets(passage: Passage) -> str:
+    """One sentence a line after "- ", without capital and full stop; then the closing line."""
+    lines = [f"- {sentence[0].lower()}{sentence[1:].removesuffix('.')}" for sentence in passage]
+    return "\n".join([*lines, CLOSING_LINE])
+
+
+def train_tokenizer(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that opens every text with `<s>`."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocabulary_size,
+            special_tokens=[PAD, BOS, EOS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, backend.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def _docstrings(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text:
+                yield text
+
+
+def _is_prose(text: str) -> bool:
+    plain = sum(character.isalpha() or character == " " for character in text)
+    return (
+        len(text) >= 40 and text[0].isupper() and text[-1] in ".!?" and ">>>" not in text and plain > 0.85 * len(text)
+    )

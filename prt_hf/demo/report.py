@@ -1,0 +1,109 @@
+"""What one task of the demo came to, as numbers, as a table and as a figure."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .comparison import FORWARDS, METHODS, PLACES, gain_recovered
+
+REMARKS = {"reward only": "\n(control)", "fine-tuned": "\n(oracle)"}
+COLOURS = {"source": "#9db4c8", "target": "#1f4e79"}
+
+
+@dataclass
+class Sample:
+    """One prompt, and what followed it: `{method: prompt and continuation}`."""
+
+    prompt: str
+    texts: dict[str, str]
+
+
+@dataclass
+class Result:
+    """One task.
+
+    Attributes:
+        task (`str`): `"text"` or `"images"`.
+        measure (`str`): what `scores` are, with unit and direction.
+        unit (`str`): what `milliseconds` are per.
+        scores: `{method: {"source": ..., "target": ...}}`.
+        milliseconds, models_held: `{method: cost with the target}`.
+    """
+
+    task: str
+    measure: str
+    unit: str
+    scores: dict[str, dict[str, float]]
+    milliseconds: dict[str, float]
+    models_held: dict[str, int]
+    sample: Sample | None = None
+
+    @property
+    def gain_recovered(self) -> float | None:
+        return gain_recovered(self.scores)
+
+    def to_dict(self) -> dict:
+        return asdict(self) | {"forwards": FORWARDS, "gain_recovered": self.gain_recovered}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished task: its numbers, what it wrote, and lines of Python that use the reward."""
+
+    result: Result
+    figure: Path
+    reward: Path
+    usage: str
+    seconds: float
+
+
+def table(result: Result) -> str:
+    """One line for each method: its scores, and what it costs at the target."""
+    digits = 3 if result.task == "text" else 1
+    per = result.unit.partition("/")[2]
+    head = f"{'':<12}{'source':>9}{'target':>9}{result.unit:>12}{'models held':>14}{f'forwards/{per}':>17}"
+    lines = [
+        f"{name:<12}"
+        + "".join(f"{result.scores[name][place]:>9.{digits}f}" for place in PLACES)
+        + f"{result.milliseconds[name]:>12.2f}{result.models_held[name]:>14}{FORWARDS[name]:>17}"
+        for name in METHODS
+    ]
+    gain = "undefined" if result.gain_recovered is None else f"{result.gain_recovered:.0%}"
+    note = f"gain recovered at the target, (PRT - pretrained) / (fine-tuned - pretrained): {gain}"
+    return "\n".join([result.measure, head, *lines, note])
+
+
+def describe(outcome: Outcome) -> str:
+    """All that the command prints of a finished task."""
+    result = outcome.result
+    parts = [f"== {result.task}: tuned on the old model, added to the new one ==", table(result)]
+    if result.sample is not None:
+        parts += [f"{name}, at the target:\n{_indented(text)}" for name, text in result.sample.texts.items()]
+    parts.append(f"reward: {outcome.reward}\nfigure: {outcome.figure}\ntook:   {outcome.seconds:.0f} s")
+    parts.append(f"Use the reward:\n\n{_indented(outcome.usage)}")
+    return "\n" + "\n\n".join(parts) + "\n"
+
+
+def draw(result: Result, path: Path) -> None:
+    """Grouped bars: five methods, each at the source and at the target."""
+    # Not pyplot: a figure of its own needs no display, and leaves the caller's settings alone.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.38
+    for offset, place in ((-width / 2, "source"), (width / 2, "target")):
+        heights = [result.scores[name][place] for name in METHODS]
+        label = "source (old model)" if place == "source" else "target (new model)"
+        positions = [index + offset for index in range(len(METHODS))]
+        bars = axes.bar(positions, heights, width, label=label, color=COLOURS[place])
+        axes.bar_label(bars, fmt="%.2f" if result.task == "text" else "%.1f", padding=2, fontsize=9)
+    axes.set_xticks(range(len(METHODS)), [name + REMARKS.get(name, "") for name in METHODS])
+    axes.set_ylabel(result.measure.replace(" (", "\n(", 1))
+    axes.margins(y=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
+    figure.savefig(path, dpi=150)
+
+
+def _indented(lines: str) -> str:
+    return "\n".join(f"    {line}".rstrip() for line in lines.splitlines())

@@ -1,0 +1,238 @@
+"""The text task: two Llamas pretrained on the spot, tuned to write bullet lists instead of prose."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from .. import EFTLogitsProcessor, PRTLogitsProcessor, VocabularyContract
+from ..errors import PRTValueError
+from . import prose
+from .comparison import (
+    EFT,
+    FINE_TUNED,
+    PRETRAINED,
+    PRT,
+    REWARD_ONLY,
+    Contenders,
+    token_losses,
+)
+from .data import load, load_splits, require_column
+from .report import Result, Sample
+from .training import Steps, fine_tune, fit, tune_reward
+
+PROMPT = "- this function"
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """Sizes of the models made on the spot, and the steps of every stage; lengths in tokens."""
+
+    old: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 2})
+    new: dict[str, int] = field(default_factory=lambda: {"hidden_size": 128, "num_hidden_layers": 4})
+    vocabulary_size: int = 1024
+    length: int = 128
+    old_pretraining: Steps = Steps(250, 4e-3, batch_size=8)
+    new_pretraining: Steps = Steps(700, 4e-3, batch_size=8)
+    tuning: Steps = Steps(250, 3e-3, batch_size=8)
+    new_tokens: int = 80
+    timed_repeats: int = 3
+
+
+@dataclass
+class TextTask:
+    """Two backbones with one vocabulary, and rows of `input_ids` to tune and to judge them on."""
+
+    source: nn.Module
+    target: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    train: list[dict[str, list[int]]]
+    test: list[dict[str, list[int]]]
+    prompt: str
+
+
+def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dict[str, str] | None = None) -> TextTask:
+    """Pretrain on the standard library's prose; tune on passages of other documents, rewritten as bullet lists."""
+    splits = prose.split(documents or prose.standard_library_documents(), seed)
+    running_text = [prose.as_prose(passage) for passage in splits.pretraining]
+    tokenizer = prose.train_tokenizer(running_text, settings.vocabulary_size)
+    blocks = _packed(running_text, tokenizer, settings.length)
+    folders = {}
+    for name, size, steps in (
+        ("source", settings.old, settings.old_pretraining),
+        ("target", settings.new, settings.new_pretraining),
+    ):
+        model = _llama(tokenizer, size, seed)
+        description = f"pretraining the {'old' if name == 'source' else 'new'} model"
+        fit(model, blocks, steps, seed, description, _collator(tokenizer))
+        folders[name] = folder / f"text-{name}"
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    train, test = (
+        _rows([prose.as_bullets(passage) for passage in part], tokenizer, settings.length)
+        for part in (splits.tuning, splits.test)
+    )
+    # Loaded from where they lie, so that the reward can name its base.
+    models = (AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("source", "target"))
+    return TextTask(*models, tokenizer, train, test, PROMPT)
+
+
+def own_text(source: str, target: str, dataset: str, settings: TextSettings, seed: int) -> TextTask:
+    """The user's models, and the column `text` of the user's data.
+
+    Raises:
+        VocabularyMismatchError: the two models do not share their vocabulary.
+    """
+    tokenizer, other = (load(AutoTokenizer, place) for place in (source, target))
+    VocabularyContract.from_tokenizer(tokenizer).check(VocabularyContract.from_tokenizer(other))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    parts = load_splits(dataset, seed)
+    require_column(parts[0], "text", dataset)
+    texts = [list(part["text"]) for part in parts]
+    train, test = (_rows(part, tokenizer, settings.length) for part in texts)
+    models = (load(AutoModelForCausalLM, place, dtype=torch.float32) for place in (source, target))
+    return TextTask(*models, tokenizer, train, test, " ".join(texts[1][0].split()[:4]))
+
+
+def run_text(task: TextTask, folder: Path, settings: TextSettings, seed: int) -> Result:
+    """Tune a reward, and what it is compared with; save the reward, measure, time, write."""
+    collator = _collator(task.tokenizer)
+    reward = tune_reward(
+        task.source,
+        task.train,
+        settings.tuning,
+        seed,
+        "tuning the reward on the old model",
+        collator,
+        adapter=True,
+        processing_class=task.tokenizer,
+    )
+    reward.save_pretrained(folder / "text-reward")
+    finetuned = [
+        fine_tune(
+            model, task.train, settings.tuning, seed, f"fine-tuning the {age} model ({use})", collator, adapter=True
+        )
+        for model, age, use in ((task.source, "old", "for EFT"), (task.target, "new", "oracle"))
+    ]
+    contenders = Contenders(task.source, task.target, reward, *finetuned)
+    batches = [collator(task.test[start : start + 16]) for start in range(0, len(task.test), 16)]
+    scores = contenders.scores(tqdm(batches, desc="judging all on held-out text", unit="batch"), token_losses)
+    generators = _generators(contenders, task.tokenizer)
+    return Result(
+        task="text",
+        measure="negative log-likelihood per token (nats, lower is better)",
+        unit="ms/token",
+        scores=scores,
+        milliseconds=_milliseconds_per_token(generators, task, settings),
+        models_held=contenders.models_held,
+        sample=_sample(generators, task, settings, seed),
+    )
+
+
+def usage(folder: Path, target: str | Path, prompt: str) -> str:
+    """Lines of Python that use the saved reward."""
+    return f"""\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from prt_hf import PRTLogitsProcessor, RewardModel
+
+reward = RewardModel.from_pretrained({str(folder / "text-reward")!r})
+target = AutoModelForCausalLM.from_pretrained({str(target)!r})
+tokenizer = AutoTokenizer.from_pretrained({str(target)!r})
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+output = target.generate(**inputs, logits_processor=[PRTLogitsProcessor(reward, tokenizer)], max_new_tokens=60)
+print(tokenizer.decode(output[0], skip_special_tokens=True))"""
+
+
+def _llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
+    set_seed(seed)
+    hidden_size = size["hidden_size"]
+    config = {
+        "intermediate_size": 8 * hidden_size // 3,
+        "num_attention_heads": max(1, hidden_size // 32),
+        "num_key_value_heads": max(1, hidden_size // 32),
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    } | size
+    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **config, **special))
+
+
+def _collator(tokenizer) -> DataCollatorForLanguageModeling:
+    return DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+
+
+def _rows(texts: list[str], tokenizer, length: int) -> list[dict[str, list[int]]]:
+    ids = [[*tokens, tokenizer.eos_token_id][:length] for tokens in tokenizer(texts)["input_ids"]]
+    rows = [{"input_ids": tokens} for tokens in ids if len(tokens) > 1]
+    if not rows:
+        raise PRTValueError("There is no text to tune or judge on.", expected="texts of a few words", found="none")
+    return rows
+
+
+def _packed(texts: list[str], tokenizer, length: int) -> list[dict[str, list[int]]]:
+    """One stream of `<s> text </s>`, cut into blocks."""
+    stream = [token for tokens in tokenizer(texts)["input_ids"] for token in [*tokens, tokenizer.eos_token_id]]
+    return [{"input_ids": stream[start : start + length]} for start in range(0, len(stream) - length + 1, length)]
+
+
+@dataclass
+class _Generator:
+    """A model, and the logits processors beside it."""
+
+    model: nn.Module
+    processors: tuple[LogitsProcessor, ...] = ()
+
+    def __call__(self, inputs, **kwargs) -> torch.LongTensor:
+        return self.model.generate(**inputs, logits_processor=list(self.processors), **kwargs)
+
+
+def _generators(contenders: Contenders, tokenizer) -> dict[str, _Generator]:
+    target = contenders.target
+    return {
+        PRETRAINED: _Generator(target),
+        EFT: _Generator(target, (EFTLogitsProcessor(contenders.finetuned_source, tokenizer),)),
+        PRT: _Generator(target, (PRTLogitsProcessor(contenders.reward, tokenizer),)),
+        REWARD_ONLY: _Generator(contenders.reward.network),
+        FINE_TUNED: _Generator(contenders.finetuned_target),
+    }
+
+
+def _milliseconds_per_token(generators: dict[str, _Generator], task: TextTask, settings: TextSettings):
+    """Greedy, one row; the shortest of several runs in turn, since other programs only ever add time."""
+    inputs = task.tokenizer(task.prompt, return_tensors="pt").to(task.target.device)
+    count = settings.new_tokens
+    kwargs = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+    best = dict.fromkeys(generators, float("inf"))
+    for repeat in tqdm(range(settings.timed_repeats + 1), desc="timing generation", unit="round"):
+        for index, (name, generate) in enumerate(generators.items()):
+            # Another first token every time: a processor would recognise the text that it has scored before.
+            inputs["input_ids"][0, -1] = (7 * (repeat + 1) + index) % len(task.tokenizer)
+            start = perf_counter()
+            generate(inputs, **kwargs)
+            if repeat:  # the first round warms up
+                best[name] = min(best[name], 1000 * (perf_counter() - start) / count)
+    return best
+
+
+def _sample(generators: dict[str, _Generator], task: TextTask, settings: TextSettings, seed: int) -> Sample:
+    inputs = task.tokenizer(task.prompt, return_tensors="pt").to(task.target.device)
+    texts = {}
+    for name in (PRETRAINED, PRT):
+        set_seed(seed)
+        output = generators[name](inputs, max_new_tokens=settings.new_tokens, do_sample=True, temperature=0.7)
+        texts[name] = task.tokenizer.decode(output[0], skip_special_tokens=True)
+    return Sample(task.prompt, texts)

@@ -1,0 +1,107 @@
+"""Every stage that trains: a Trainer with one progress bar, silent otherwise."""
+
+import copy
+import tempfile
+from dataclasses import dataclass
+
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from .. import PRTConfig, PRTTrainer, RewardModel
+from ..adapter import default_peft_config, wrap
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How long and how fast: AdamW, cosine schedule with 5 % warm-up."""
+
+    steps: int
+    learning_rate: float
+    batch_size: int = 16
+
+
+class _Bar(TrainerCallback):
+    def __init__(self, description: str):
+        self._description = description
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._bar = tqdm(total=state.max_steps, desc=self._description, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._bar.update()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._bar.close()
+
+
+def fit(model: nn.Module, rows, steps: Steps, seed: int, description: str, data_collator) -> nn.Module:
+    """Train the parameters that are not frozen with the model's own loss; back in evaluation mode."""
+    return _train(Trainer, TrainingArguments, model, rows, steps, seed, description, data_collator).model.eval()
+
+
+def fine_tune(
+    model: PreTrainedModel, rows, steps: Steps, seed: int, description: str, data_collator, *, adapter: bool
+) -> nn.Module:
+    """Trained the usual way, with the same LoRA as a reward's or whole; `model` itself stays as it is."""
+    set_seed(seed)
+    network = wrap(model, default_peft_config(model)) if adapter else copy.deepcopy(model)
+    return fit(network, rows, steps, seed, description, data_collator)
+
+
+def tune_reward(
+    model: PreTrainedModel,
+    rows,
+    steps: Steps,
+    seed: int,
+    description: str,
+    data_collator,
+    *,
+    adapter: bool,
+    processing_class,
+) -> RewardModel:
+    """A reward on a source backbone, which itself stays as it is; a reward adapter shares its weights."""
+    set_seed(seed)
+    if adapter:
+        network, kwargs = model, {"peft_config": default_peft_config(model)}
+    else:
+        network, kwargs = copy.deepcopy(model), {"backbone": model}
+    trainer = _train(
+        PRTTrainer,
+        PRTConfig,
+        network,
+        rows,
+        steps,
+        seed,
+        description,
+        data_collator,
+        processing_class=processing_class,
+        **kwargs,
+    )
+    trainer.reward.network.eval()
+    return trainer.reward
+
+
+def _train(trainer_class, args_class, model, rows, steps, seed, description, data_collator, **kwargs):
+    with tempfile.TemporaryDirectory() as folder:
+        args = args_class(
+            folder,
+            max_steps=steps.steps,
+            learning_rate=steps.learning_rate,
+            per_device_train_batch_size=steps.batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(0.05 * steps.steps),
+            seed=seed,
+            report_to="none",
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            remove_unused_columns=False,
+        )
+        trainer = trainer_class(model, args, data_collator, rows, callbacks=[_Bar(description)], **kwargs)
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.train()
+    return trainer
