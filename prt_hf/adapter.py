@@ -39,7 +39,8 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
     if task_of(model) == TEXT_GENERATION:
         defaults = {"task_type": "CAUSAL_LM"}
     else:
-        targets.remove(head)
+        # PEFT takes any name that ends so for the head, and no layer twice.
+        targets = [name for name in targets if not name.endswith(head)]
         defaults = {"modules_to_save": [head]}
     defaults |= {"r": 16, "lora_alpha": 32, "target_modules": _shorten(model, targets)}
     return LoraConfig(**defaults | lora_kwargs)
@@ -52,6 +53,10 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
     output layer of its own, zero at the start, so that r = 0 and the PRT model starts as the backbone.
     """
     peft_config = copy.deepcopy(peft_config)
+    if peft_config.is_prompt_learning:
+        raise PRTValueError(
+            "Prompts alone make no reward.", expected="an adapter of layers (LoRA)", found=str(peft_config.peft_type)
+        )
     if isinstance(peft_config, LoraConfig) and not peft_config.target_modules and not peft_config.target_parameters:
         default = default_peft_config(model)
         peft_config.target_modules = default.target_modules
@@ -70,11 +75,12 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
         # PEFT would reject a layer that is both adapted and saved whole.
         if isinstance(peft_config.target_modules, set | list):
             peft_config.target_modules = {
-                name for name in peft_config.target_modules if head != name and not head.endswith(f".{name}")
+                name for name in peft_config.target_modules if not (name.endswith(head) or head.endswith(f".{name}"))
             }
         peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
     network = wrap(model, peft_config)
     if zero:
+        check_one_head(model)
         zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
     return network
 
@@ -91,6 +97,7 @@ def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
 
 def zero_head(model: PreTrainedModel) -> None:
     """Start a full reward at r = 0, in place; a head that was tied to the input embeddings is untied first."""
+    check_one_head(model)
     _, head = head_of(model)
     embeddings = model.get_input_embeddings() if task_of(model) == TEXT_GENERATION else None
     if embeddings is not None and head.weight is embeddings.weight:
@@ -98,6 +105,18 @@ def zero_head(model: PreTrainedModel) -> None:
         model.set_output_embeddings(head)
         model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
     zero_(head)
+
+
+def check_one_head(model: PreTrainedModel) -> None:
+    """Raises:
+    PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be zero.
+    """
+    if "WithTeacher" in type(model).__name__:
+        raise PRTValueError(
+            "A reward of two heads cannot start at zero.",
+            expected="reward_init='pretrained', or the model's class without teacher",
+            found=type(model).__name__,
+        )
 
 
 def zero_(head: nn.Module) -> None:

@@ -58,7 +58,7 @@ class VocabularyContract:
         fingerprint = hashlib.sha256(json.dumps(list(vocabulary.items())).encode()).hexdigest()
         return cls(max(vocabulary.values()) + 1, fingerprint, special, vocabulary)
 
-    def check(self, backbone: "VocabularyContract") -> None:
+    def check(self, backbone: "VocabularyContract", owner: str = "backbone") -> None:
         """Accept a backbone with the same map, however its head is padded and whichever tokens it uses to end or pad.
 
         Raises:
@@ -72,10 +72,10 @@ class VocabularyContract:
             )
         if self.fingerprint != backbone.fingerprint:
             raise VocabularyMismatchError(
-                "The backbone's vocabulary is not the reward's.",
+                f"The vocabulary of the {owner} is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with",
                 found=f"{backbone.size} tokens{self._differences(backbone)}",
-                remedy="use a backbone with the same tokenizer, or tune a reward for this one",
+                remedy=f"use a {owner} with the same tokenizer, or tune a reward for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         if ours and theirs and ours != theirs:

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from .errors import PRTValueError
+from .errors import PRTValueError, RewardFileError
 
 REWARD_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"]
 
@@ -37,4 +37,10 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None, token: s
     """
     if Path(path_or_repo).is_dir():
         return Path(path_or_repo)
-    return Path(snapshot_download(str(path_or_repo), revision=revision, token=token, allow_patterns=REWARD_PATTERNS))
+    try:
+        folder = snapshot_download(str(path_or_repo), revision=revision, token=token, allow_patterns=REWARD_PATTERNS)
+    except HFValidationError as error:
+        raise RewardFileError(
+            f"There is no reward at {path_or_repo}.", expected="a folder, or an id of the Hub", found="neither"
+        ) from error
+    return Path(folder)

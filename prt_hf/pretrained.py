@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
 from itertools import chain
 
 import torch
@@ -148,8 +147,15 @@ def head_of(network: nn.Module) -> tuple[str, nn.Module]:
 
 def context_length(network: nn.Module) -> int | None:
     """Tokens that the network can read; None where there is no limit (state-space models)."""
-    config = unwrap_adapter(network).config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    model = unwrap_adapter(network)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is None or limit <= 0:
+        return None
+    for name, module in model.named_modules():
+        # RoBERTa counts positions from behind its padding index.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1
+    return limit
 
 
 def reference_to(network: nn.Module) -> ModelReference:
@@ -160,34 +166,47 @@ def reference_to(network: nn.Module) -> ModelReference:
         id=os.path.abspath(place) if place and os.path.isdir(place) else place,
         revision=getattr(model.config, "_commit_hash", None),
         architecture=type(model).__name__,
-        weights=weights_fingerprint(model),
+        weights=weights_fingerprint(network),
     )
 
 
 def weights_fingerprint(network: nn.Module) -> str | None:
-    """SHA-256 over names, shapes and samples of the pretrained parameters, adapters left out.
+    """SHA-256 over shapes and samples of the pretrained weights and batch statistics, adapters left out.
 
-    Samples are rounded to bfloat16, so that a model has the same fingerprint in float32 and in bfloat16. None where the
-    values cannot be read (quantised or offloaded weights) or were rounded otherwise (float16).
+    Up to 64 samples of each tensor, rounded to bfloat16, so that a model has the same fingerprint in float32 and in
+    bfloat16; without names, which change between versions of transformers. None where the values cannot be read
+    (quantised or offloaded weights) or were rounded otherwise (float16).
     """
-    digest = hashlib.sha256()
-    for name, parameter in sorted(pretrained_parameters(network), key=lambda item: item[0]):
-        if parameter.dtype not in (torch.float32, torch.bfloat16) or parameter.is_meta:
+    digests = []
+    for tensor in [*pretrained_parameters(network).values(), *_statistics(network)]:
+        if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta:
             return None
-        flat = parameter.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
         samples = flat[::step][:_SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + samples.numpy().tobytes())
-    return digest.hexdigest()
+        digests.append(hashlib.sha256(str(tuple(tensor.shape)).encode() + samples.numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def pretrained_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters that are no adapter's, under the names that they have without one."""
-    for name, parameter in network.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name or ".trainable_tokens_" in name:
-            continue
-        name = name.replace(".base_layer.", ".").replace(".original_module.", ".")
-        yield name.removeprefix("base_model.model."), parameter
+def pretrained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are no adapter's, by name."""
+    tuner = getattr(network.base_model, "prefix", "lora_") if isinstance(network, PeftModel) else None
+    return {
+        name: parameter
+        for name, parameter in network.named_parameters()
+        if not (tuner and (tuner in name or ".modules_to_save." in name or ".trainable_tokens_" in name))
+    }
+
+
+def _statistics(network: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances of batch normalisation."""
+    modules = (module for name, module in network.named_modules() if ".modules_to_save." not in name)
+    return [
+        tensor
+        for module in modules
+        for tensor in (getattr(module, "running_mean", None), getattr(module, "running_var", None))
+        if isinstance(tensor, torch.Tensor)
+    ]
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:

@@ -20,14 +20,14 @@ _NETWORK_FILES = {
     True: (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
     False: (MODEL_CONFIG, "generation_config.json", "model*.safetensors*"),
 }
-_STAGED = ".saving-"
+_STAGING, _JOURNAL = ".saving-", "journal.json"  # the former is followed by the process id
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @contextmanager
 def replacing_files(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder to write a reward into; on success its files replace those of `folder`, on failure `folder`
-    stays as it was.
+    stays as it was. After a process that was killed half-way, [`recover`] puts the earlier files back.
 
     Other files of `folder` (cards, checkpoints) are kept. Network files of an earlier reward that the new one does not
     have (shards, an adapter where there is now a full network) go.
@@ -39,10 +39,14 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
     if folder.exists() and not folder.is_dir():
         raise RewardFileError(f"{folder} is a file.", expected="a folder to save the reward to")
     folder.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=_STAGED, dir=folder))
+    recover(folder)
+    staging = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{os.getpid()}-", dir=folder))
     try:
-        yield staged
-        new = sorted(path.name for path in staged.iterdir())
+        new_files, old_files = staging / "new", staging / "old"
+        new_files.mkdir()
+        old_files.mkdir()
+        yield new_files
+        new = sorted(path.name for path in new_files.iterdir())
         if MODEL_CONFIG in new and (folder / MODEL_CONFIG).exists() and not (folder / PRT_CONFIG_NAME).exists():
             raise RewardFileError(
                 f"{folder} holds a model that is not a reward; saving would overwrite it.",
@@ -50,11 +54,34 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
                 found=f"{MODEL_CONFIG} without {PRT_CONFIG_NAME}",
                 remedy="choose another folder",
             )
-        _swap(staged, folder, new, stale=[name for name in _network_files(folder) if name not in new])
-        for killed in folder.glob(f"{_STAGED}*"):
-            shutil.rmtree(killed, ignore_errors=True)
+        stale = [name for name in _network_files(folder) if name not in new]
+        for name in [*new, *stale]:
+            if (folder / name).exists():
+                _keep(folder / name, old_files / name)
+        # From here to the end of the swap, a reader would find files of two rewards.
+        (staging / _JOURNAL).write_text(json.dumps(new))
+        try:
+            for name in new:
+                os.replace(new_files / name, folder / name)
+            for name in stale:
+                (folder / name).unlink()
+        except BaseException:
+            _restore(folder, staging)
+            raise
+        (staging / _JOURNAL).unlink()
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Undo what a killed process left half-saved in `folder`; savers that are still at work are left alone."""
+    for staging in folder.glob(f"{_STAGING}*"):
+        process = staging.name.removeprefix(_STAGING).partition("-")[0]
+        if process.isdigit() and _is_alive(int(process)):
+            continue
+        if (staging / _JOURNAL).exists():
+            _restore(folder, staging)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def check_files(folder: Path, config: RewardConfig) -> None:
@@ -106,21 +133,28 @@ def _network_files(folder: Path) -> list[str]:
     return [path.name for pattern in _NETWORK_FILES[is_adapter] for path in folder.glob(pattern)]
 
 
-def _swap(staged: Path, folder: Path, new: list[str], stale: list[str]) -> None:
-    """Move the new files in; put the old ones back if that fails half-way."""
-    old = staged / ".old"
-    old.mkdir()
-    touched = [*new, *stale]
+def _keep(file: Path, copy: Path) -> None:
     try:
-        for name in touched:
-            if (folder / name).exists():
-                os.replace(folder / name, old / name)
-            if name in new:
-                os.replace(staged / name, folder / name)
-    except BaseException:
-        for name in touched:
-            if (old / name).exists():
-                os.replace(old / name, folder / name)
-            elif name in new and not (staged / name).exists():
-                (folder / name).unlink(missing_ok=True)
-        raise
+        os.link(file, copy)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, copy)
+
+
+def _restore(folder: Path, staging: Path) -> None:
+    """The earlier files back in place; new ones that replaced none away."""
+    old = {path.name for path in (staging / "old").iterdir()}
+    for name in json.loads((staging / _JOURNAL).read_text()):
+        if name not in old:
+            (folder / name).unlink(missing_ok=True)
+    for name in old:
+        os.replace(staging / "old" / name, folder / name)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

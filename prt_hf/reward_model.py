@@ -22,7 +22,7 @@ from .pretrained import (
     reference_to,
     task_of,
 )
-from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, replacing_files
+from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, recover, replacing_files
 
 logger = logging.get_logger(__name__)
 
@@ -94,9 +94,15 @@ class RewardModel:
                     found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
                     remedy="pass its base model to get another adapter",
                 )
+            if list(model.peft_config) != ["default"] or model.peft_config["default"].is_prompt_learning:
+                raise PRTValueError(
+                    "The PeftModel cannot be saved as a reward.",
+                    expected="one adapter, named 'default', that changes layers",
+                    found=", ".join(f"{name!r} ({config.peft_type})" for name, config in model.peft_config.items()),
+                )
             network = model
         elif peft_config is not None:
-            _check_bare(model)
+            check_bare(model)
             network = add_adapter(model, peft_config, base, zero=reward_init == "zero")
         else:
             network = model
@@ -137,6 +143,7 @@ class RewardModel:
             VocabularyMismatchError: the tokenizer beside the reward is not the one that it was tuned with.
         """
         folder = local_folder(path_or_repo, revision=revision, token=token)
+        recover(folder)
         config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
         check_files(folder, config)
         if config.is_adapter:
@@ -185,7 +192,9 @@ class RewardModel:
 
         Raises:
             RewardFileError: the folder holds a model that is no reward.
+            VocabularyMismatchError: `processing_class` is not the tokenizer that the reward was made with.
         """
+        self.check_processing_class()
         with replacing_files(folder) as staged:
             if self.config.is_adapter:
                 # "auto" would ask the Hub whether the vocabulary was resized.
@@ -201,6 +210,19 @@ class RewardModel:
         """Write down the training that `network` is about to get."""
         self.config = replace(self.config, source_backbone=source_backbone, kl_coef=kl_coef, entropy_coef=entropy_coef)
 
+    def check_processing_class(self) -> VocabularyContract | None:
+        """The contract that the tokenizer keeps, if the reward has a vocabulary and a tokenizer.
+
+        Raises:
+            VocabularyMismatchError: it is not the reward's.
+        """
+        tokenizer = unwrap_tokenizer(self.processing_class)
+        if tokenizer is None or not isinstance(self.contract, VocabularyContract):
+            return None
+        found = VocabularyContract.from_tokenizer(tokenizer)
+        self.contract.check(found, owner="reward's own tokenizer")
+        return found
+
     def _take_processing_class(self, folder: Path, source: str | Path | None) -> None:
         """Read tokenizer or image processor from the reward's folder, else from its base."""
         for place in (folder, source):
@@ -209,10 +231,8 @@ class RewardModel:
             self.processing_class = load_processing_class(place, self.config.task)
             if self.processing_class is not None:
                 break
-        tokenizer = unwrap_tokenizer(self.processing_class)
-        if tokenizer is not None and isinstance(self.contract, VocabularyContract):
-            found = VocabularyContract.from_tokenizer(tokenizer)
-            self.contract.check(found)
+        found = self.check_processing_class()
+        if found is not None:
             # The saved contract has no token names: take them, to name differences later.
             self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
 
@@ -244,7 +264,7 @@ def check_length(network: torch.nn.Module, length: int) -> None:
         )
 
 
-def _check_bare(model: PreTrainedModel) -> None:
+def check_bare(model: PreTrainedModel) -> None:
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise PRTValueError(
             "The base carries an adapter, so it is no pretrained model any more.",
@@ -267,7 +287,7 @@ def _load_adapter(folder, config, base_model, token, load_kwargs):
             )
         pinned = {"revision": config.reward_base.revision} if config.reward_base.revision and not base_model else {}
         base = load_pretrained(source, **pinned | {"token": token} | load_kwargs)
-    _check_bare(base)
+    check_bare(base)
     _check_base(config.reward_base, base)
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = False
@@ -291,11 +311,11 @@ def _load_adapter(folder, config, base_model, token, load_kwargs):
 def _check_base(expected: ModelReference, base: PreTrainedModel) -> None:
     """The weights decide where they can be read: the same base may have moved, another may have taken its place."""
     found = reference_to(base)
-    same = (
-        found.weights == expected.weights
-        if found.weights and expected.weights
-        else (found.id, found.revision, found.architecture) == (expected.id, expected.revision, expected.architecture)
-    )
+    if found.weights and expected.weights:
+        same = found.weights == expected.weights
+    else:
+        names = [(base.id, base.revision, base.architecture) for base in (found, expected)]
+        same = found.id is not None and names[0] == names[1]
     if not same:
         raise BaseModelMismatchError(
             "The base is not the one that the reward adapter was tuned on.",

@@ -13,23 +13,23 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from .collator import MASKS, TokenCollator
 from .config import PRTConfig
 from .contract import PRT_CONFIG_NAME, LabelContract, VocabularyContract, unwrap_tokenizer
 from .errors import PRTValueError
 from .functional import combine, prt_loss, prt_statistics
 from .pretrained import (
+    IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
     contract_of,
     load_pretrained,
     pretrained_parameters,
     reference_to,
     task_of,
-    unwrap_adapter,
     weights_fingerprint,
 )
-from .reward_model import RewardModel, check_length, load_processing_class
+from .reward_model import RewardModel, check_bare, check_length, load_processing_class
 
 logger = logging.get_logger(__name__)
 
@@ -92,13 +92,16 @@ class PRTTrainer(Trainer):
                 _check_not_empty(f"{name}[{split!r}]" if split else name, rows)
 
         self.reward, self.backbone = _reward_and_backbone(model, backbone, processing_class, peft_config, args)
+        if processing_class is not None:
+            self.reward.processing_class = processing_class
+            self.reward.check_processing_class()
+        processing_class = self.reward.processing_class
         self._backbone_columns = self._match_backbone(backbone)
-        processing_class = processing_class or self.reward.processing_class
         is_language_model = self.reward.config.task == TEXT_GENERATION
         if data_collator is None and is_language_model:
-            _check_tokenized(train_dataset, eval_dataset)
-            pad_token_id = unwrap_tokenizer(processing_class).pad_token_id
-            data_collator = DataCollatorForLanguageModeling(pad_token_id if pad_token_id is not None else 0)
+            evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            _check_tokenized(train_dataset, *evaluation)
+            data_collator = TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
         super().__init__(
             self.reward.network,
             args,
@@ -159,6 +162,10 @@ class PRTTrainer(Trainer):
         return loss, {"logits": combine(backbone_logits, rewards, 1 / self.args.kl_coef)}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        if inputs.get("labels") is None:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = self._forward(model, dict(self._prepare_inputs(inputs)))
+                return None, None if prediction_loss_only else combine(*logits, 1 / self.args.kl_coef), None
         if not prediction_loss_only:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         # The Trainer would ask for outputs as well, and logits of whole sequences are large.
@@ -180,8 +187,7 @@ class PRTTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        if self.backbone is None:
-            self._check_backbone_is_frozen()
+        self._check_what_is_trained()
         self.reward.trained_with(
             reference_to(self.model if self.backbone is None else self.backbone),
             kl_coef=self.args.kl_coef,
@@ -189,11 +195,15 @@ class PRTTrainer(Trainer):
         )
         return super().train(*args, **kwargs)
 
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, TokenCollator):
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *MASKS]))
+
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
-        self.reward.processing_class = self.processing_class
         self.reward.save_pretrained(output_dir, state_dict=state_dict)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
@@ -201,6 +211,8 @@ class PRTTrainer(Trainer):
         """Backbone logits and rewards of the whole batch, column by column alike."""
         if "input_ids" in inputs:
             length = inputs["input_ids"].shape[1]
+            if inputs.get("position_ids") is not None:  # packed documents start anew
+                length = int(inputs["position_ids"].max()) + 1
             for network in filter(None, (self.model, self.backbone)):
                 check_length(network, length)
         if self.reward.config.task == TEXT_GENERATION:
@@ -220,13 +232,15 @@ class PRTTrainer(Trainer):
             yield self.backbone
             return
         network = self.accelerator.unwrap_model(model)
-        is_training = network.training
+        is_training, flags = network.training, [(value, value.requires_grad) for value in network.parameters()]
         network.eval()
         try:
             with network.disable_adapter():
                 yield network
         finally:
             network.train(is_training)
+            for value, flag in flags:  # PEFT makes the whole adapter trainable when it is switched on again
+                value.requires_grad_(flag)
 
     @property
     def _reward_columns(self):
@@ -238,19 +252,42 @@ class PRTTrainer(Trainer):
         contract = self.reward.contract
         if self.backbone is None:
             return self._reward_columns
+        # A model in memory may have been separated from its tokenizer: then its size at least must fit.
+        place = given if isinstance(given, str) else self.backbone.name_or_path
+        tokenizer = self.reward.processing_class
+        if self.reward.config.task != IMAGE_CLASSIFICATION:
+            tokenizer = load_processing_class(place, TEXT_GENERATION) if place else None
+            if tokenizer is None:
+                tokenizer = self.reward.processing_class
+                logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
         if isinstance(contract, LabelContract):
+            self._check_same_inputs(tokenizer)
             order = contract.check(LabelContract.from_model_config(self.backbone.config))
             return sorted(range(len(order)), key=order.__getitem__)  # its inverse
-        # A model in memory may have been separated from its tokenizer: then its head at least must be large enough.
-        place = given if isinstance(given, str) else self.backbone.name_or_path
-        is_known = isinstance(given, str) or os.path.isdir(place)
-        tokenizer = load_processing_class(place, TEXT_GENERATION) if is_known else None
-        contract.check(contract_of(self.backbone, tokenizer or self.reward.processing_class))
+        contract.check(contract_of(self.backbone, tokenizer))
         return slice(contract.size)
 
-    def _check_backbone_is_frozen(self):
-        """With the adapter switched off, the network is the backbone: nothing but the adapter may be trained."""
-        if trained := [name for name, value in pretrained_parameters(self.model) if value.requires_grad]:
+    def _check_same_inputs(self, tokenizer):
+        """Text classifiers match in their labels, and here they also read the same token ids."""
+        ours = unwrap_tokenizer(self.reward.processing_class)
+        if ours is not None and tokenizer is not None:
+            vocabulary = VocabularyContract.from_tokenizer(ours)
+            vocabulary.check(VocabularyContract.from_tokenizer(tokenizer))
+            vocabulary.check_head(self.backbone.get_input_embeddings().weight.shape[0])
+
+    def _check_what_is_trained(self):
+        """Something, and nothing of the backbone."""
+        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
+        if not trained:
+            raise PRTValueError(
+                "The reward has no trainable parameter.",
+                expected="an adapter, or a network, that was loaded for training",
+                found="all parameters frozen",
+                remedy="PeftModel.from_pretrained(..., is_trainable=True)",
+            )
+        backbone = pretrained_parameters(self.model if self.backbone is None else self.backbone)
+        frozen = {value.data_ptr() for value in backbone.values()}
+        if trained := [name for name, value in trained.items() if value.data_ptr() in frozen]:
             raise PRTValueError(
                 "The reward trains weights that belong to its backbone.",
                 expected="an adapter that can be switched off",
@@ -305,6 +342,13 @@ def _reward_and_backbone(model, backbone, processing_class, peft_config, args):
                 found=f"kl_coef={args.kl_coef}",
                 remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
             )
+        if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
+            raise PRTValueError(
+                "A RewardModel has started already.",
+                expected=f"reward_init={reward.config.reward_init!r}",
+                found=repr(args.reward_init),
+                remedy="RewardModel.from_base(..., reward_init=...)",
+            )
         if backbone is None and not reward.config.is_adapter:
             frozen = _source_of_full_reward(reward)
     else:
@@ -313,12 +357,13 @@ def _reward_and_backbone(model, backbone, processing_class, peft_config, args):
             name, model = model, load_pretrained(model, dtype="auto" if peft_config else torch.float32)
             processing_class = processing_class or load_processing_class(name, task_of(model))
         is_full = peft_config is None and not isinstance(model, PeftModel)
-        frozen = copy.deepcopy(model) if backbone is None and is_full else None
+        frozen = copy.deepcopy(model) if backbone in (None, model) and is_full else None
         reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
     if isinstance(backbone, str):
         frozen = load_pretrained(backbone)
-    elif backbone is not None:
-        frozen = unwrap_adapter(backbone)
+    elif backbone is not None and backbone is not model:
+        check_bare(backbone)
+        frozen = backbone
     return reward, frozen
 
 
@@ -350,4 +395,11 @@ def _check_tokenized(*datasets):
                 expected="a column `input_ids`, and `labels` where not all tokens are to be learned",
                 found=", ".join(columns),
                 remedy="dataset.map(lambda row: tokenizer(row['text']))",
+            )
+        if isinstance(columns, list) and (packed := {"position_ids", "seq_lengths"} & set(columns)):
+            raise PRTValueError(
+                "The data set is packed.",
+                expected="one document a row",
+                found=", ".join(sorted(packed)),
+                remedy="pass a `data_collator` that keeps the documents of a row apart",
             )

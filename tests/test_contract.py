@@ -36,7 +36,7 @@ def test_same_size_is_not_same_vocabulary():
     with pytest.raises(VocabularyMismatchError) as error:
         vocabulary().check(swapped)
     assert str(error.value) == (
-        "The backbone's vocabulary is not the reward's.\n"
+        "The vocabulary of the backbone is not the reward's.\n"
         "  expected: the 97 tokens that the reward was tuned with\n"
         "  found: 97 tokens; 2 differ, as token (id in the reward -> id in the backbone): "
         "'w5' (5 -> 6), 'w6' (6 -> 5)\n"

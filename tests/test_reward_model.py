@@ -2,13 +2,28 @@
 
 import json
 import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, BertForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from prt_hf import (
     BaseModelMismatchError,
@@ -399,6 +414,46 @@ def test_an_interrupted_save_leaves_the_earlier_one_whole(saved, monkeypatch, mo
     assert torch.equal(logits(RewardModel.from_pretrained(folder)), logits(reward))
 
 
+SAVER = """
+import os, sys
+sys.path.insert(0, sys.argv[3])
+import test_reward_model as tests
+from prt_hf import RewardModel
+
+reward = tests.randomised(RewardModel.from_pretrained(sys.argv[1]))
+replace, calls = os.replace, []
+
+def killed_half_way(source, target):
+    calls.append(target)
+    if len(calls) > int(sys.argv[2]):
+        os._exit(9)
+    replace(source, target)
+
+os.replace = killed_half_way
+reward.save_pretrained(sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("moves", [0, 1, 3, 4])
+def test_a_killed_save_leaves_the_earlier_one_whole(saved, moves):
+    folder, expected = saved
+    before = contents(folder)
+    command = [sys.executable, "-c", SAVER, str(folder), str(moves), str(Path(__file__).parent)]
+    assert subprocess.run(command, capture_output=True).returncode == 9
+    assert list(folder.glob(".saving-*"))
+    assert torch.equal(logits(RewardModel.from_pretrained(folder)), expected)
+    assert contents(folder) == before
+
+
+def test_savers_at_the_same_time_do_not_lose_the_reward(saved):
+    folder, _ = saved
+    rewards = [randomised(RewardModel.from_pretrained(folder), seed) for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda reward: [reward.save_pretrained(folder) for _ in range(8)], rewards))
+    final = logits(RewardModel.from_pretrained(folder))
+    assert any(torch.equal(final, logits(reward)) for reward in rewards)
+
+
 def test_what_a_killed_save_left_behind_goes(saved):
     (saved[0] / ".saving-killed").mkdir()
     (saved[0] / ".saving-killed" / "adapter_model.safetensors").write_bytes(b"half")
@@ -437,3 +492,71 @@ def test_a_loaded_reward_generates(saved, tokenizer):
     scores = backbone(prompts).logits[:, -1].detach()
     expected = (scores.double().log_softmax(-1) + saved[1][:, -1].double()).log_softmax(-1)
     torch.testing.assert_close(processor(prompts, scores).double(), expected, atol=1e-4, rtol=1e-4)
+
+
+# Architectures with a peculiarity
+
+
+def test_heads_whose_names_end_alike(tmp_path):
+    """DistilBERT's `pre_classifier` ends as its head, `classifier`, does."""
+    config = DistilBertConfig(vocab_size=97, dim=16, hidden_dim=32, n_layers=1, n_heads=2, **tiny.labels())
+    base = DistilBertForSequenceClassification(config).eval()
+    for init in ("pretrained", "zero"):
+        reward = randomised(RewardModel.from_base(base, None, LoraConfig(), reward_init=init))
+        reward.network.eval()
+        reward.save_pretrained(tmp_path / init)
+        again = RewardModel.from_pretrained(tmp_path / init, base_model=base)
+        torch.testing.assert_close(logits(again), logits(reward))
+
+
+def test_rewards_of_two_heads_do_not_start_at_zero():
+    model = DeiTForImageClassificationWithTeacher(
+        DeiTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    for peft_config in (LoraConfig(), None):
+        with pytest.raises(PRTValueError, match="two heads"):
+            RewardModel.from_base(model, None, peft_config, reward_init="zero")
+
+
+def test_context_that_starts_behind_the_padding_index():
+    """RoBERTa's first position is pad_token_id + 1."""
+    config = RobertaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, pad_token_id=1)
+    config.max_position_embeddings, config.num_labels = 10, 3
+    reward = RewardModel.from_base(RobertaForSequenceClassification(config).eval())
+    assert reward(input_ids=tiny.prompts(1, 8)).shape == (1, 3)
+    with pytest.raises(ContextLengthError, match="at most 8 tokens"):
+        reward(input_ids=tiny.prompts(1, 9))
+
+
+def test_batch_statistics_are_part_of_the_base(tmp_path):
+    base = tiny.resnet(1)
+    RewardModel.from_base(base, None, LoraConfig()).save_pretrained(tmp_path)
+    base.resnet.embedder.embedder.normalization.running_mean += 1
+    with pytest.raises(BaseModelMismatchError):
+        RewardModel.from_pretrained(tmp_path, base_model=base)
+
+
+def test_float16_bases_without_a_name_are_not_the_same_base(tmp_path, tokenizer):
+    RewardModel.from_base(tiny.llama(1).half(), tokenizer, LoraConfig()).save_pretrained(tmp_path)
+    with pytest.raises(BaseModelMismatchError):
+        RewardModel.from_pretrained(tmp_path, base_model=tiny.llama(2).half())
+
+
+def test_other_adapters_than_lora(tmp_path, tokenizer):
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer, IA3Config(task_type="CAUSAL_LM"))
+    assert reference_to(reward.network).weights == weights_fingerprint(tiny.llama(1))
+    randomised(reward).save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(RewardModel.from_pretrained(tmp_path, base_model=tiny.llama(1))), logits(reward))
+    with pytest.raises(PRTValueError, match="Prompts alone make no reward"):
+        RewardModel.from_base(tiny.llama(1), tokenizer, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+def test_peft_models_that_could_not_be_loaded_again(tokenizer):
+    named = get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"]), adapter_name="tuned")
+    with pytest.raises(PRTValueError, match="(?s)one adapter, named 'default'.*'tuned'"):
+        RewardModel.from_base(named, tokenizer)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(RewardFileError, match="(?s)There is no reward at .*nowhere"):
+        RewardModel.from_pretrained(tmp_path / "nowhere")

@@ -5,8 +5,10 @@ import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import RwkvConfig, RwkvForCausalLM
 
-from prt_hf import ContextLengthError
+from prt_hf import ContextLengthError, RewardModel, UnsupportedError
 from prt_hf.generation import RewardState
 
 STEPS = ("extend", "reorder", "crop", "new prompt", "repeat", "draft", "pad", "shorter")
@@ -130,3 +132,41 @@ def test_context_is_counted_without_padding():
     with pytest.raises(ContextLengthError, match="(?s)at most 8 tokens.*found: 9 tokens"):
         state(tiny.prompts(1, 9))
     assert_exact(state, rows)
+
+
+def test_changed_networks_are_computed_anew(tokenizer):
+    """Training, another adapter, another precision: what was cached belongs to another reward."""
+    network = RewardModel.from_base(
+        tiny.gpt2(1, resid_pdrop=0.5), tokenizer, LoraConfig(init_lora_weights=False)
+    ).network
+    state, rows = RewardState(network.eval()), tiny.prompts(2, 9)
+    before = state(rows)
+    network.train()
+    network(input_ids=rows, labels=rows).loss.backward()
+    torch.optim.SGD([value for value in network.parameters() if value.requires_grad], lr=1.0).step()
+    after = state(rows)  # still in training mode, which a reward has no use for
+    assert network.training
+    network.eval()
+    assert (after - before).abs().max() > 0.1
+    torch.testing.assert_close(after, tiny.next_logits(network, rows), atol=2e-4, rtol=2e-4)
+    network.add_adapter("other", LoraConfig(target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True))
+    network.set_adapter("other")
+    assert_exact(state, rows)
+    network.to(torch.float64)
+    assert state(rows).dtype == torch.float64
+
+
+def test_hooks_do_not_outlive_their_state(networks):
+    state = RewardState(networks["llama"])
+    hooks = len(networks["llama"]._forward_pre_hooks)
+    del state
+    assert len(networks["llama"]._forward_pre_hooks) == hooks - 1
+
+
+def test_models_that_cannot_tell_padding(tokenizer):
+    network = RwkvForCausalLM(RwkvConfig(vocab_size=97, hidden_size=16, num_hidden_layers=2, context_length=64)).eval()
+    state, rows = RewardState(network), tiny.prompts(2, 6)
+    assert_exact(state, rows)
+    assert_exact(state, torch.cat([rows, rows[:, :1]], 1))
+    with pytest.raises(UnsupportedError, match="does not tell padding from text"):
+        state(rows, torch.tensor([[0] + [1] * 5, [1] * 6]))

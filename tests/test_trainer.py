@@ -20,6 +20,7 @@ from prt_hf import (
     VocabularyMismatchError,
     combine,
 )
+from prt_hf.collator import TokenCollator
 from prt_hf.errors import PRTValueError
 from prt_hf.pretrained import weights_fingerprint
 
@@ -517,3 +518,104 @@ def test_a_full_reward_of_unknown_source_needs_its_backbone(config, tokenizer):
         PRTTrainer(reward, config())
     fresh = RewardModel.from_base(tiny.llama(1), tokenizer)
     assert weights_fingerprint(PRTTrainer(fresh, config()).backbone) == weights_fingerprint(tiny.llama(1))
+
+
+# What a user may do by the way
+
+
+def test_masks_say_what_is_learned():
+    rows = [
+        {"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0]},
+        {"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1], "assistant_masks": [1, 1, 0]},
+        {"input_ids": [8, 9], "labels": [-100, 9]},
+    ]
+    batch = {name: value.tolist() for name, value in TokenCollator(0)(rows).items()}
+    assert batch == {
+        "input_ids": [[5, 6, 7, 0], [5, 6, 7, 0], [8, 9, 0, 0]],
+        "attention_mask": [[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 0, 0]],
+        "labels": [[5, 6, 7, -100], [-100, 6, -100, -100], [-100, 9, -100, -100]],
+    }
+
+
+def test_masks_of_the_data_set_reach_the_loss(config, tokenizer):
+    rows = texts()
+    masked = rows.map(lambda row: {"completion_mask": [int(label != -100) for label in row["labels"]]})
+    masked = masked.remove_columns("labels")
+    results = [
+        PRTTrainer(tiny.llama(1), config(), eval_dataset=data, processing_class=tokenizer).evaluate()["eval_loss"]
+        for data in (rows, masked)
+    ]
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+    padded = rows.map(
+        lambda row: {
+            "input_ids": row["input_ids"] + [0] * 3,
+            "labels": row["labels"] + [0] * 3,
+            "attention_mask": [1] * len(row["input_ids"]) + [0] * 3,
+        }
+    )
+    trainer = PRTTrainer(tiny.llama(1), config(), eval_dataset=padded, processing_class=tokenizer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(results[0], rel=1e-6)
+    packed = rows.add_column("position_ids", [list(range(len(row))) for row in rows["input_ids"]])
+    with pytest.raises(PRTValueError, match="(?s)is packed.*found: position_ids"):
+        PRTTrainer(tiny.llama(1), config(), None, packed, processing_class=tokenizer)
+
+
+def test_the_same_object_as_reward_and_backbone(config, tokenizer):
+    model, rows = tiny.llama(1), texts()
+    trainer = PRTTrainer(model, config(), None, rows, processing_class=tokenizer, backbone=model)
+    trainer.train()
+    assert weights_fingerprint(trainer.backbone) == weights_fingerprint(tiny.llama(1))
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer)
+    with pytest.raises(PRTValueError, match="trains weights that belong to its backbone"):
+        PRTTrainer(reward, config(), None, rows, backbone=reward.network).train()
+
+
+def test_backbones_that_carry_adapters(config, tokenizer):
+    backbone = get_peft_model(tiny.llama(2), LoraConfig(target_modules=["q_proj"]))
+    for carrying in (backbone, backbone.get_base_model()):
+        with pytest.raises(PRTValueError, match="carries an adapter"):
+            PRTTrainer(tiny.llama(1), config(), processing_class=tokenizer, backbone=carrying)
+
+
+def test_frozen_adapters_are_not_trained(config, tokenizer):
+    frozen = get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"]))
+    for value in frozen.parameters():
+        value.requires_grad_(False)
+    with pytest.raises(PRTValueError, match="(?s)no trainable parameter.*is_trainable=True"):
+        PRTTrainer(frozen, config(), None, texts(), processing_class=tokenizer).train()
+    partly = get_peft_model(tiny.llama(1), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    kept = {}
+    for name, value in partly.named_parameters():
+        if ".lora_A." in name:
+            value.requires_grad_(False)
+            kept[name] = value.clone()
+    trained(PRTTrainer(partly, config(), None, texts(), processing_class=tokenizer))
+    assert all(torch.equal(partly.get_parameter(name), value) for name, value in kept.items())
+
+
+def test_predictions_without_labels_are_the_prt_models(config, tokenizer):
+    data = images()
+    trainer = PRTTrainer(tiny.vit(1), config(), backbone=tiny.resnet(2))
+    pixel_values = data[:]["pixel_values"]
+    expected = combine(tiny.resnet(2)(pixel_values).logits, tiny.vit(1)(pixel_values).logits)
+    for rows in (data, data.remove_columns("label")):
+        predictions = torch.as_tensor(trainer.predict(rows).predictions)
+        torch.testing.assert_close(predictions, expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_text_classifiers_read_the_same_tokens(config, tmp_path):
+    tiny.bert(2).save_pretrained(tmp_path)
+    tiny.tokenizer(changed={"w9": "other"}).save_pretrained(tmp_path)
+    with pytest.raises(VocabularyMismatchError, match="2 differ"):
+        PRTTrainer(tiny.bert(1), config(), processing_class=tiny.tokenizer(), backbone=str(tmp_path))
+
+
+def test_another_tokenizer_than_the_rewards(config, tokenizer):
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer)
+    with pytest.raises(VocabularyMismatchError, match="The vocabulary of the reward's own tokenizer"):
+        PRTTrainer(reward, config(), processing_class=tiny.tokenizer(changed={"w9": "other"}))
+
+
+def test_a_start_that_is_over(config, tokenizer):
+    with pytest.raises(PRTValueError, match="(?s)has started already.*reward_init='pretrained'"):
+        PRTTrainer(RewardModel.from_base(tiny.llama(1), tokenizer), config(reward_init="zero"))

@@ -51,9 +51,10 @@ class _RewardProcessor(LogitsProcessor):
 
     @strength.setter
     def strength(self, value):
-        if not isinstance(value, int | float):
-            value = torch.as_tensor(value, dtype=torch.float32)
-        if not torch.isfinite(torch.as_tensor(value)).all() or getattr(value, "ndim", 0) > 1:
+        if isinstance(value, list | tuple):
+            value = torch.tensor(value, dtype=torch.float32)
+        values = torch.as_tensor(value)
+        if not torch.isfinite(values).all() or values.ndim > 1 or not values.numel():
             raise PRTValueError(
                 "`strength` is not usable.", expected="a finite number, or one per prompt", found=str(value)
             )
@@ -105,6 +106,10 @@ class _RewardProcessor(LogitsProcessor):
         output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
         output[:, :size] = combine(scores[:, :size], rewards, strength)
         return output
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Free the caches; they also know by themselves when prompts, adapters or (by training) weights change."""
 
     @abstractmethod
     def _rewards(self, input_ids, attention_mask) -> torch.Tensor:
@@ -213,6 +218,9 @@ class PRTLogitsProcessor(_RewardProcessor):
         self.reward = reward
         self._state = RewardState(reward.network.eval())
 
+    def reset(self) -> None:
+        self._state.reset()
+
     def _rewards(self, input_ids, attention_mask):
         return self._state(input_ids, attention_mask)
 
@@ -249,6 +257,10 @@ class EFTLogitsProcessor(_RewardProcessor):
         self._pretrained = (
             RewardState(finetuned, adapter=False) if pretrained is None else RewardState(pretrained.eval())
         )
+
+    def reset(self) -> None:
+        self._finetuned.reset()
+        self._pretrained.reset()
 
     def _rewards(self, input_ids, attention_mask):
         tuned, base = (

@@ -6,6 +6,7 @@ recomputation returns; the cache only saves time.
 """
 
 import inspect
+import weakref
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from ..errors import UnsupportedError
 from ..pretrained import unwrap_adapter
 from ..reward_model import check_length
 
@@ -43,17 +45,29 @@ class RewardState:
         self.tokens_computed = 0  # over all calls, for tests and benchmarks
         self._adapter = adapter
         self._config = model.config
-        self._cache_name = next((name for name in ("past_key_values", "cache_params") if name in accepted), None)
+        # Models with a cache of their own (RWKV, xLSTM, MiniMax) promise nothing about reordering: recompute.
+        is_cached = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
+        names = ("past_key_values", "cache_params") if is_cached else ()
+        self._cache_name = next((name for name in names if name in accepted), None)
         self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         # A recurrent state cannot be rewound, nor continued by several tokens at once.
         self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name != "past_key_values"
+        self._takes_padding = is_cached
         self.reset()
+        hook = network.register_forward_pre_hook(_reset_in_training(weakref.ref(self)))
+        weakref.finalize(self, hook.remove)
 
     def reset(self) -> None:
+        """Forget all rows, and free the cache."""
         self._rows: torch.LongTensor | None = None
         self._cache: Cache | None = None
         self._oldest = 0  # shortest prefix that the cache can still be cropped to
         self._logits: dict[int, torch.Tensor] = {}  # length of the prefix -> (cached rows, vocab_size)
+        self._made_by = self._maker()
+
+    def _maker(self) -> tuple:
+        """What may change between calls without a step of training."""
+        return self.network.dtype, self.network.device, str(getattr(self.network, "active_adapters", None))
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
@@ -69,6 +83,8 @@ class RewardState:
         Raises:
             ContextLengthError: more tokens than the network can read.
         """
+        if self._made_by != self._maker():
+            self.reset()
         rows = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, PAD)
         rows, copies = _distinct(rows.to(self.network.device))
         length = rows.shape[1]
@@ -133,6 +149,13 @@ class RewardState:
         new = rows[:, kept:]
         kwargs = {"input_ids": new.clamp(min=0), "use_cache": self._cache_name is not None}
         if not bool(mask.all()):
+            if not self._takes_padding:
+                raise UnsupportedError(
+                    f"{type(unwrap_adapter(self.network)).__name__} does not tell padding from text.",
+                    expected="rows without padding",
+                    found=f"{int((~mask).sum())} masked positions",
+                    remedy="generate for one prompt at a time, or for prompts of equal length",
+                )
             kwargs["attention_mask"] = mask.long()
             if "position_ids" in self._accepts:
                 kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
@@ -151,13 +174,30 @@ class RewardState:
             if isinstance(self.network, PeftModel) and not self._adapter
             else nullcontext()
         )
-        with adapters_off:
-            output = self.network(**kwargs)
-        returned = getattr(output, self._cache_name) if self._cache_name else None
-        # A class of the model's own (xLSTM) promises nothing about reordering: recompute.
+        is_training = self.network.training
+        if is_training:
+            self.network.eval()
+        try:
+            with adapters_off:
+                output = self.network(**kwargs)
+        finally:
+            if is_training:
+                self.network.train()
+        returned = getattr(output, self._cache_name or "", None)
         self._cache = returned if isinstance(returned, Cache) else None
         self.tokens_computed += new.numel()
         return output.logits[:, -1]
+
+
+def _reset_in_training(reference: weakref.ref):
+    """A pass in training mode says that the weights are about to change: what they gave before is not to be reused."""
+
+    def hook(module, _):
+        state = reference()
+        if module.training and state is not None:
+            state.reset()
+
+    return hook
 
 
 def _distinct(rows) -> tuple[torch.LongTensor, torch.LongTensor]:
