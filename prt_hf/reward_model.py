@@ -181,7 +181,7 @@ class RewardModel:
             ContextLengthError: the sequence is longer than the network can read.
         """
         if "input_ids" in inputs:
-            check_length(self.network, inputs["input_ids"].shape[1])
+            check_length(inputs["input_ids"].shape[1], context_length(self.network))
         logits = self.network(**inputs).logits
         return logits[..., : self.contract.size] if isinstance(self.contract, VocabularyContract) else logits
 
@@ -250,11 +250,10 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
         return None
 
 
-def check_length(network: torch.nn.Module, length: int) -> None:
+def check_length(length: int, limit: int | None) -> None:
     """Raises:
-    ContextLengthError: `length` tokens are more than the network can read.
+    ContextLengthError: more tokens than a network can read.
     """
-    limit = context_length(network)
     if limit is not None and length > limit:
         raise ContextLengthError(
             "The sequence is longer than the reward's context.",

@@ -22,6 +22,7 @@ from .functional import combine, prt_loss, prt_statistics
 from .pretrained import (
     IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
+    context_length,
     contract_of,
     load_pretrained,
     pretrained_parameters,
@@ -127,6 +128,7 @@ class PRTTrainer(Trainer):
             if is_adapter and getattr(module, "running_mean", None) is not None
             if not any(parameter.requires_grad for parameter in module.parameters())
         ]
+        self._limits = [context_length(network) for network in (self.model, self.backbone) if network is not None]
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -213,8 +215,8 @@ class PRTTrainer(Trainer):
             length = inputs["input_ids"].shape[1]
             if inputs.get("position_ids") is not None:  # packed documents start anew
                 length = int(inputs["position_ids"].max()) + 1
-            for network in filter(None, (self.model, self.backbone)):
-                check_length(network, length)
+            for limit in self._limits:
+                check_length(length, limit)
         if self.reward.config.task == TEXT_GENERATION:
             # Some models tell packed documents apart only where no cache is made.
             inputs["use_cache"] = False

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedError
-from ..pretrained import unwrap_adapter
+from ..pretrained import context_length, unwrap_adapter
 from ..reward_model import check_length
 
 PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
@@ -45,6 +45,7 @@ class RewardState:
         self.tokens_computed = 0  # over all calls, for tests and benchmarks
         self._adapter = adapter
         self._config = model.config
+        self._limit = context_length(model)
         # Models with a cache of their own (RWKV, xLSTM, MiniMax) promise nothing about reordering: recompute.
         is_cached = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
         names = ("past_key_values", "cache_params") if is_cached else ()
@@ -145,7 +146,7 @@ class RewardState:
     def _forward(self, rows, kept: int) -> torch.Tensor:
         mask = rows != PAD
         length = int(mask.sum(1).max())
-        check_length(self.network, length)
+        check_length(length, self._limit)
         new = rows[:, kept:]
         kwargs = {"input_ids": new.clamp(min=0), "use_cache": self._cache_name is not None}
         if not bool(mask.all()):
