@@ -4,7 +4,6 @@ import copy
 import warnings
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -17,6 +16,9 @@ ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
 # Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
 # these: the base, with the adapter off, is the source backbone.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+# Fused kernels read these layers' weights past an adapter, so PEFT refuses to adapt them.
+_FUSED_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_FUSED_LAYERS = {"conv1d", "out_proj"}
 
 
 def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
@@ -134,14 +136,10 @@ def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
     return sorted(short if matched == wanted else wanted)
 
 
-def _takes_lora(model, name: str, module: nn.Module) -> bool:
+def _takes_lora(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     if getattr(module, "groups", 1) > 1:  # PEFT splits the rank among the groups of a depthwise convolution
         return False
-    try:
-        _check_lora_target_modules_mamba(LoraConfig(), model, name.rpartition(".")[2])
-    except ValueError:  # fused kernels read these weights past the adapter
-        return False
-    return True
+    return not (model.config.model_type in _FUSED_MODELS and name.rpartition(".")[2] in _FUSED_LAYERS)
 
 
 def _suffix(parts: list[str]) -> list[str]:

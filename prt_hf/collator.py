@@ -1,9 +1,11 @@
-"""Batches of token rows: what is padded, what is learned."""
+"""Data sets and batches of token rows: what they must have, what is padded, what is learned."""
 
 from dataclasses import dataclass
 
 import torch
+from transformers.trainer_utils import has_length
 
+from .errors import PRTValueError
 from .functional import IGNORE_INDEX
 
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
@@ -45,3 +47,35 @@ class TokenCollator:
             batch["attention_mask"][index, : len(ids)] = masks.get("attention_mask", torch.ones(len(ids))).long()
             batch["labels"][index, : len(ids)] = labels
         return batch
+
+
+def check_not_empty(name: str, dataset) -> None:
+    """Raises:
+    PRTValueError: a data set of a known length without examples.
+    """
+    if dataset is not None and has_length(dataset) and len(dataset) == 0:
+        raise PRTValueError(f"`{name}` is empty.", expected="at least one example", found="0 examples")
+
+
+def check_tokenized(*datasets) -> None:
+    """Raises:
+    PRTValueError: columns that [`TokenCollator`] cannot make batches of.
+    """
+    for dataset in datasets:
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list):
+            continue
+        if "input_ids" not in columns:
+            raise PRTValueError(
+                "The data set is not tokenized.",
+                expected="a column `input_ids`, and `labels` where not all tokens are to be learned",
+                found=", ".join(columns),
+                remedy="dataset.map(lambda row: tokenizer(row['text']))",
+            )
+        if packed := {"position_ids", "seq_lengths"} & set(columns):
+            raise PRTValueError(
+                "The data set is packed.",
+                expected="one document a row",
+                found=", ".join(sorted(packed)),
+                remedy="pass a `data_collator` that keeps the documents of a row apart",
+            )

@@ -11,10 +11,9 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from .collator import MASKS, TokenCollator
+from .collator import MASKS, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
 from .contract import PRT_CONFIG_NAME, LabelContract, VocabularyContract, unwrap_tokenizer
 from .errors import PRTValueError
@@ -90,7 +89,7 @@ class PRTTrainer(Trainer):
                 )
         for name, dataset in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for split, rows in dataset.items() if isinstance(dataset, dict) else [("", dataset)]:
-                _check_not_empty(f"{name}[{split!r}]" if split else name, rows)
+                check_not_empty(f"{name}[{split!r}]" if split else name, rows)
 
         self.reward, self.backbone = _reward_and_backbone(model, backbone, processing_class, peft_config, args)
         if processing_class is not None:
@@ -101,7 +100,7 @@ class PRTTrainer(Trainer):
         is_language_model = self.reward.config.task == TEXT_GENERATION
         if data_collator is None and is_language_model:
             evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            _check_tokenized(train_dataset, *evaluation)
+            check_tokenized(train_dataset, *evaluation)
             data_collator = TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
         super().__init__(
             self.reward.network,
@@ -381,27 +380,3 @@ def _source_of_full_reward(reward: RewardModel) -> PreTrainedModel:
             found=str(source),
         )
     return load_pretrained(source.id, revision=source.revision)
-
-
-def _check_not_empty(name: str, dataset):
-    if dataset is not None and has_length(dataset) and len(dataset) == 0:
-        raise PRTValueError(f"`{name}` is empty.", expected="at least one example", found="0 examples")
-
-
-def _check_tokenized(*datasets):
-    for dataset in datasets:
-        columns = getattr(dataset, "column_names", None)
-        if isinstance(columns, list) and "input_ids" not in columns:
-            raise PRTValueError(
-                "The data set is not tokenized.",
-                expected="a column `input_ids`, and `labels` where not all tokens are to be learned",
-                found=", ".join(columns),
-                remedy="dataset.map(lambda row: tokenizer(row['text']))",
-            )
-        if isinstance(columns, list) and (packed := {"position_ids", "seq_lengths"} & set(columns)):
-            raise PRTValueError(
-                "The data set is packed.",
-                expected="one document a row",
-                found=", ".join(sorted(packed)),
-                remedy="pass a `data_collator` that keeps the documents of a row apart",
-            )
