@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
-from ..errors import PRTError, PRTValueError
+from ..errors import PRTValueError
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEST_SPLITS = ("test", "validation")
@@ -39,8 +39,6 @@ def load_splits(dataset: str, seed: int) -> tuple[Dataset, Dataset]:
             parts = load_dataset(FORMATS[path.suffix], data_files=str(path))
         else:
             parts = load_dataset(dataset)
-    except PRTError:
-        raise
     except Exception as error:  # the datasets library raises what its many back ends raise
         raise PRTValueError(
             f"The dataset {dataset} cannot be loaded.",
