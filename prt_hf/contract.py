@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -228,9 +228,9 @@ class RewardConfig:
         return 1 / self.kl_coef
 
     def to_json_string(self) -> str:
-        contract = asdict(self.contract)
+        contract = {"kind": self.contract.kind, **vars(self.contract)}
         contract.pop("vocabulary", None)
-        return json.dumps(asdict(self) | {"contract": {"kind": self.contract.kind, **contract}}, indent=2) + "\n"
+        return json.dumps(vars(self) | {"contract": contract}, indent=2, default=vars) + "\n"
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "RewardConfig":

@@ -35,6 +35,19 @@ def check_finite(reward: torch.Tensor) -> torch.Tensor:
     )
 
 
+def check_supervised(count: int | float | torch.Tensor, where: str) -> None:
+    """Raises:
+    PRTValueError: none of the positions has a label that is not ignored.
+    """
+    if not count:
+        raise PRTValueError(
+            "No position is supervised: every label is ignored.",
+            expected=f"at least one label other than {IGNORE_INDEX}",
+            found=f"0 supervised positions in {where}",
+            remedy="check that truncation keeps the completions, and that the data collator does not mask them",
+        )
+
+
 def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
     """log pi_theta(. | x), the PRT model (Eq. 6 in training, Eq. 10 with any other backbone).
 
@@ -98,13 +111,7 @@ def prt_loss(
     """
     backbone_logits, reward, labels = _supervised(backbone_logits, reward, labels)
     items = len(labels) if num_items_in_batch is None else num_items_in_batch
-    if not items:
-        raise PRTValueError(
-            "No position of this batch is supervised: every label is ignored.",
-            expected=f"at least one label other than {IGNORE_INDEX}",
-            found="0 supervised positions in the whole optimiser step",
-            remedy="check that truncation keeps the completions, and that the data collator does not mask them",
-        )
+    check_supervised(items, "the whole optimiser step")
     log_probs = _log_probs(backbone_logits, reward, 1 / kl_coef)
     loss = F.nll_loss(log_probs, labels, reduction="sum")
     if entropy_coef:

@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .contract import Contract, LabelContract, ModelReference, VocabularyContract, unwrap_tokenizer
-from .errors import PRTValueError
+from .errors import ContextLengthError, PRTValueError
 from .hub import commit_of
 
 TEXT_GENERATION = "text-generation"
@@ -156,6 +156,32 @@ def context_length(network: nn.Module) -> int | None:
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.num_embeddings - module.padding_idx - 1
     return limit
+
+
+def check_length(length: int, limit: int | None) -> None:
+    """Raises:
+    ContextLengthError: more tokens than a network can read.
+    """
+    if limit is not None and length > limit:
+        raise ContextLengthError(
+            "The sequence is longer than the reward's context.",
+            expected=f"at most {limit} tokens (max_position_embeddings)",
+            found=f"{length} tokens",
+            remedy="shorten the prompt or `max_new_tokens`, or tune a reward on a model with a longer context",
+        )
+
+
+def check_bare(model: PreTrainedModel) -> None:
+    """Raises:
+    PRTValueError: the model carries an adapter.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise PRTValueError(
+            "The base carries an adapter, so it is no pretrained model any more.",
+            expected="a PreTrainedModel without adapters",
+            found=type(model).__name__,
+            remedy="load the base again, or merge its adapter with `merge_and_unload` if that is what you want",
+        )
 
 
 def reference_to(network: nn.Module) -> ModelReference:

@@ -10,12 +10,14 @@ from transformers.utils import logging
 
 from .adapter import add_adapter, wrap, zero_head
 from .contract import PRT_CONFIG_NAME, Contract, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
-from .errors import BaseModelMismatchError, ContextLengthError, PRTValueError, RewardFileError
+from .errors import BaseModelMismatchError, PRTValueError, RewardFileError
 from .hub import local_folder
 from .pretrained import (
     AUTO_CLASSES,
     CONFIG_KWARGS,
     IMAGE_CLASSIFICATION,
+    check_bare,
+    check_length,
     context_length,
     contract_of,
     load_pretrained,
@@ -149,7 +151,7 @@ class RewardModel:
         if config.is_adapter:
             network, source = _load_adapter(folder, config, base_model, token, load_kwargs)
         else:
-            network, source = _load_full(folder, config, base_model, load_kwargs), folder
+            network, source = _load_full(folder, config, base_model, load_kwargs), None
         reward = cls(network.eval(), config)
         reward._take_processing_class(folder, source)
         return reward
@@ -157,6 +159,11 @@ class RewardModel:
     @property
     def contract(self) -> Contract:
         return self.config.contract
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the network's logits that are rewards: all but those that pad a vocabulary."""
+        return slice(self.contract.size) if isinstance(self.contract, VocabularyContract) else slice(None)
 
     @property
     def device(self) -> torch.device:
@@ -182,8 +189,7 @@ class RewardModel:
         """
         if "input_ids" in inputs:
             check_length(inputs["input_ids"].shape[1], context_length(self.network))
-        logits = self.network(**inputs).logits
-        return logits[..., : self.contract.size] if isinstance(self.contract, VocabularyContract) else logits
+        return self.network(**inputs).logits[..., self.columns]
 
     def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write plain PEFT files (or those of a full model), the tokenizer or image processor, and `prt_config.json`.
@@ -248,29 +254,6 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
     except ImportError as error:
         logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
         return None
-
-
-def check_length(length: int, limit: int | None) -> None:
-    """Raises:
-    ContextLengthError: more tokens than a network can read.
-    """
-    if limit is not None and length > limit:
-        raise ContextLengthError(
-            "The sequence is longer than the reward's context.",
-            expected=f"at most {limit} tokens (max_position_embeddings)",
-            found=f"{length} tokens",
-            remedy="shorten the prompt or `max_new_tokens`, or tune a reward on a model with a longer context",
-        )
-
-
-def check_bare(model: PreTrainedModel) -> None:
-    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
-        raise PRTValueError(
-            "The base carries an adapter, so it is no pretrained model any more.",
-            expected="a PreTrainedModel without adapters",
-            found=type(model).__name__,
-            remedy="load the base again, or merge its adapter with `merge_and_unload` if that is what you want",
-        )
 
 
 def _load_adapter(folder, config, base_model, token, load_kwargs):

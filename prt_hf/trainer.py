@@ -11,16 +11,19 @@ from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .collator import MASKS, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
 from .contract import PRT_CONFIG_NAME, LabelContract, VocabularyContract, unwrap_tokenizer
 from .errors import PRTValueError
-from .functional import combine, prt_loss, prt_statistics
+from .functional import IGNORE_INDEX, check_supervised, combine, prt_loss, prt_statistics
 from .pretrained import (
     IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
+    check_bare,
+    check_length,
     context_length,
     contract_of,
     load_pretrained,
@@ -29,7 +32,7 @@ from .pretrained import (
     task_of,
     weights_fingerprint,
 )
-from .reward_model import RewardModel, check_bare, check_length, load_processing_class
+from .reward_model import RewardModel, load_processing_class
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +154,7 @@ class PRTTrainer(Trainer):
             wanted,
             kl_coef=self.args.kl_coef,
             entropy_coef=self.args.entropy_coef if is_training else 0.0,
-            num_items_in_batch=num_items_in_batch if is_training else max(1, int((wanted != -100).sum())),
+            num_items_in_batch=num_items_in_batch if is_training else max(1, int((wanted != IGNORE_INDEX).sum())),
         )
         if is_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
@@ -223,7 +226,7 @@ class PRTTrainer(Trainer):
             backbone_logits = backbone(**inputs).logits
         for norm in self._frozen_norms:
             norm.eval()
-        rewards = model(**inputs).logits[..., self._reward_columns]
+        rewards = model(**inputs).logits[..., self.reward.columns]
         return backbone_logits[..., self._backbone_columns].to(rewards.device), rewards
 
     @contextmanager
@@ -243,16 +246,11 @@ class PRTTrainer(Trainer):
             for value, flag in flags:  # PEFT makes the whole adapter trainable when it is switched on again
                 value.requires_grad_(flag)
 
-    @property
-    def _reward_columns(self):
-        contract = self.reward.contract
-        return slice(contract.size) if isinstance(contract, VocabularyContract) else slice(None)
-
     def _match_backbone(self, given: str | PreTrainedModel | None):
         """The backbone's columns that belong to the reward's, in the reward's order."""
         contract = self.reward.contract
         if self.backbone is None:
-            return self._reward_columns
+            return self.reward.columns
         # A model in memory may have been separated from its tokenizer: then its size at least must fit.
         place = given if isinstance(given, str) else self.backbone.name_or_path
         tokenizer = self.reward.processing_class
@@ -266,7 +264,7 @@ class PRTTrainer(Trainer):
             order = contract.check(LabelContract.from_model_config(self.backbone.config))
             return sorted(range(len(order)), key=order.__getitem__)  # its inverse
         contract.check(contract_of(self.backbone, tokenizer))
-        return slice(contract.size)
+        return self.reward.columns
 
     def _check_same_inputs(self, tokenizer):
         """Text classifiers match in their labels, and here they also read the same token ids."""
@@ -297,8 +295,10 @@ class PRTTrainer(Trainer):
             )
 
     def _is_step_logged(self) -> bool:
-        step, every = self.state.global_step + 1, self.state.logging_steps
-        return (bool(every) and step % every == 0) or (step == 1 and self.args.logging_first_step)
+        if self.args.logging_strategy != IntervalStrategy.STEPS:
+            return self.args.logging_strategy == IntervalStrategy.EPOCH
+        step = self.state.global_step + 1
+        return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
     def _add(self, phase: str, statistics: dict[str, torch.Tensor]):
         rows = torch.stack([value.reshape(len(value), -1).sum(1) for value in statistics.values()], 1)
@@ -317,12 +317,7 @@ class PRTTrainer(Trainer):
             totals = self.accelerator.reduce(totals, "sum")
         sums_of = dict(zip(sums, totals.tolist(), strict=True))
         sums.clear()
-        if not sums_of["count"]:
-            raise PRTValueError(
-                f"There is nothing to measure in {phase}: every label is ignored.",
-                expected="at least one label other than -100",
-                remedy="check that truncation keeps the completions, and that the data collator does not mask them",
-            )
+        check_supervised(sums_of["count"], "what was measured")
         means = {name: value / sums_of["count"] for name, value in sums_of.items()}
         means.pop("count")
         return means

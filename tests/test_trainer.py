@@ -157,6 +157,20 @@ def test_logged_figures_are_those_of_the_logged_step(config, tokenizer):
     assert logged["loss"] == pytest.approx(before["eval_loss"] - 0.5 * before["eval_reward_entropy"], rel=1e-4)
 
 
+def test_figures_are_logged_with_every_epoch(config, tokenizer):
+    """A learning rate of 0, so that the epoch's figures are those of the whole training set."""
+    rows = texts(8)
+    args = config(logging_strategy="epoch", max_steps=-1, num_train_epochs=2, learning_rate=0.0)
+    trainer = PRTTrainer(tiny.llama(1), args, None, rows, rows, tokenizer)
+    expected = trainer.evaluate()
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["epoch"] for entry in logged] == [1, 2]
+    for entry in logged:
+        for name in ("accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
+            assert entry[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
+
+
 @pytest.mark.parametrize("peft_config", [None, LoraConfig()])
 def test_zero_start_begins_at_the_backbones_loss(config, tokenizer, peft_config):
     rows, base = texts(), tiny.llama(1)

@@ -41,22 +41,20 @@ def tokenizer(size=VOCABULARY, changed=None, **roles):
 _TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 
 
-def llama(seed=0, hidden_size=32, **config):
+_ATTENTION = _TEXT | {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "initializer_range": 0.4,
+}
+
+
+def llama(seed=0, **config):
     torch.manual_seed(seed)
-    config = (
-        _TEXT
-        | {
-            "hidden_size": hidden_size,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT,
-            "initializer_range": 0.4,
-        }
-        | config
-    )
-    return LlamaForCausalLM(LlamaConfig(**config)).eval()
+    return LlamaForCausalLM(LlamaConfig(**_ATTENTION | config)).eval()
 
 
 def gpt2(seed=0, **config):
@@ -69,21 +67,7 @@ def gpt2(seed=0, **config):
 
 def sliding_window(seed=0, window=6, **config):
     torch.manual_seed(seed)
-    config = (
-        _TEXT
-        | {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": CONTEXT,
-            "initializer_range": 0.4,
-            "sliding_window": window,
-        }
-        | config
-    )
-    return MistralForCausalLM(MistralConfig(**config)).eval()
+    return MistralForCausalLM(MistralConfig(**_ATTENTION | {"sliding_window": window} | config)).eval()
 
 
 def mamba(seed=0, **config):

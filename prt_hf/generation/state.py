@@ -18,8 +18,7 @@ from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedError
-from ..pretrained import context_length, unwrap_adapter
-from ..reward_model import check_length
+from ..pretrained import check_length, context_length, unwrap_adapter
 
 PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
 # Before, a window that records its past had to be cropped after every forward.
