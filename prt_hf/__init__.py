@@ -18,7 +18,9 @@ from .errors import (
     VocabularyMismatchError,
 )
 from .functional import combine, prt_loss
-from .generation import EFTLogitsProcessor, PRTLogitsProcessor
+from .generation import EFTLogitsProcessor, PRTLogitsProcessor, speculative_decoding
+from .modeling import PRTForCausalLM, PRTForImageClassification, PRTForSequenceClassification
+from .recipe import PRTModelConfig
 from .reward_model import RewardModel
 from .trainer import PRTTrainer
 
@@ -31,7 +33,11 @@ __all__ = [
     "NonFiniteRewardError",
     "PRTConfig",
     "PRTError",
+    "PRTForCausalLM",
+    "PRTForImageClassification",
+    "PRTForSequenceClassification",
     "PRTLogitsProcessor",
+    "PRTModelConfig",
     "PRTTrainer",
     "RewardConfig",
     "RewardFileError",
@@ -43,4 +49,5 @@ __all__ = [
     "combine",
     "default_peft_config",
     "prt_loss",
+    "speculative_decoding",
 ]

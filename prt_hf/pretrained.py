@@ -245,6 +245,17 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
+def tie_parameters(network: nn.Module, base: nn.Module) -> None:
+    """Make parameters of `network` that share their values with parameters of `base` the same objects, so that they
+    stay one when they move to another device or precision."""
+    known = {value.data_ptr(): value for value in base.parameters() if value.numel()}
+    for module in network.modules():
+        for name, value in module._parameters.items():
+            same = None if value is None else known.get(value.data_ptr())
+            if same is not None and same.shape == value.shape and same.dtype == value.dtype:
+                module._parameters[name] = same
+
+
 def _task_of_class(class_name: str, model_id: str) -> str:
     for task, names in _CLASS_NAMES.items():
         if class_name in names.values():

@@ -1,5 +1,6 @@
 """The folder of a saved reward: replaced as a whole or not at all, and read only where it is complete and safe."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -91,9 +92,7 @@ def check_files(folder: Path, config: RewardConfig) -> None:
         RewardFileError: names the file.
     """
     required = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if config.is_adapter else (MODEL_CONFIG,)
-    weights = [ADAPTER_WEIGHTS] if config.is_adapter else [MODEL_WEIGHTS]
-    if not config.is_adapter and (folder / MODEL_INDEX).exists():
-        weights = sorted(set(json.loads((folder / MODEL_INDEX).read_text())["weight_map"].values()))
+    weights = _weight_files(folder, config)
     for name in dict.fromkeys([*required, *weights]):
         if not (folder / name).is_file():
             pickled = [name for name in _PICKLED if (folder / name).exists()]
@@ -105,6 +104,16 @@ def check_files(folder: Path, config: RewardConfig) -> None:
             )
     for name in weights:
         read_weights(folder / name, values=False)
+
+
+def weights_digest(folder: Path, config: RewardConfig) -> str:
+    """SHA-256 over the files of the weights."""
+    digest = hashlib.sha256()
+    for name in _weight_files(folder, config):
+        with open(folder / name, "rb") as file:
+            while block := file.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_weights(path: Path, values: bool = True) -> dict[str, torch.Tensor | None]:
@@ -123,6 +132,14 @@ def read_weights(path: Path, values: bool = True) -> dict[str, torch.Tensor | No
             found=f"{path.stat().st_size} bytes",
             remedy="download or save the reward again",
         ) from error
+
+
+def _weight_files(folder: Path, config: RewardConfig) -> list[str]:
+    if config.is_adapter:
+        return [ADAPTER_WEIGHTS]
+    if (folder / MODEL_INDEX).exists():
+        return sorted(set(json.loads((folder / MODEL_INDEX).read_text())["weight_map"].values()))
+    return [MODEL_WEIGHTS]
 
 
 def _network_files(folder: Path) -> list[str]:

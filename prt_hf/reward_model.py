@@ -9,8 +9,16 @@ from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .adapter import add_adapter, wrap, zero_head
-from .contract import PRT_CONFIG_NAME, Contract, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
-from .errors import BaseModelMismatchError, PRTValueError, RewardFileError
+from .contract import (
+    PRT_CONFIG_NAME,
+    Contract,
+    LabelContract,
+    ModelReference,
+    RewardConfig,
+    VocabularyContract,
+    unwrap_tokenizer,
+)
+from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from .hub import local_folder
 from .pretrained import (
     AUTO_CLASSES,
@@ -29,6 +37,7 @@ from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, recover, r
 logger = logging.get_logger(__name__)
 
 REWARD_INITS = ("pretrained", "zero")
+_PIXELS = ("size", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class RewardModel:
@@ -216,6 +225,36 @@ class RewardModel:
         """Write down the training that `network` is about to get."""
         self.config = replace(self.config, source_backbone=source_backbone, kl_coef=kl_coef, entropy_coef=entropy_coef)
 
+    def order_for(self, backbone: PreTrainedModel, processing_class=None) -> slice | list[int]:
+        """The reward's columns in the order of a backbone's logits, after checking that the two fit together.
+
+        Args:
+            backbone: pi_pt.
+            processing_class (*optional*): the backbone's tokenizer or image processor; by default what lies beside its
+                weights, else, with a warning, the reward's.
+
+        Returns:
+            A slice that cuts padded rows off both models' vocabularies, or the labels' permutation.
+
+        Raises:
+            VocabularyMismatchError, LabelMismatchError: the backbone speaks of other tokens or labels.
+            UnsupportedError: the two want other pixels.
+        """
+        task = self.config.task
+        if processing_class is None and backbone.name_or_path:
+            processing_class = load_processing_class(backbone.name_or_path, task)
+        if processing_class is None and task != IMAGE_CLASSIFICATION:
+            logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
+            processing_class = self.processing_class
+        if isinstance(self.contract, VocabularyContract):
+            self.contract.check(contract_of(backbone, processing_class))
+            return self.columns
+        if task == IMAGE_CLASSIFICATION:
+            _check_same_pixels(self.processing_class, processing_class)
+        else:
+            _check_same_tokens(self.processing_class, processing_class, backbone)
+        return self.contract.check(LabelContract.from_model_config(backbone.config))
+
     def check_processing_class(self) -> VocabularyContract | None:
         """The contract that the tokenizer keeps, if the reward has a vocabulary and a tokenizer.
 
@@ -256,21 +295,60 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
         return None
 
 
+def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:
+    """Text classifiers match in their labels, and both also read the same token ids."""
+    ours, theirs = unwrap_tokenizer(ours), unwrap_tokenizer(theirs)
+    if ours is None or theirs is None:
+        return
+    vocabulary = VocabularyContract.from_tokenizer(ours)
+    vocabulary.check(VocabularyContract.from_tokenizer(theirs))
+    vocabulary.check_head(backbone.get_input_embeddings().weight.shape[0])
+
+
+def _check_same_pixels(ours, theirs) -> None:
+    if ours is None or theirs is None:
+        return
+    ours, theirs = ({name: processor.to_dict().get(name) for name in _PIXELS} for processor in (ours, theirs))
+    if differing := [name for name in _PIXELS if ours[name] != theirs[name]]:
+        raise UnsupportedError(
+            "Reward and backbone want other pixels, and get the same.",
+            expected=", ".join(f"{name}={ours[name]}" for name in differing),
+            found=", ".join(f"{name}={theirs[name]}" for name in differing),
+            remedy="prepare each model's pixels by itself, and add the two with `prt_hf.combine`",
+        )
+
+
+def load_base(reference: ModelReference, token: str | bool | None = None, **load_kwargs) -> PreTrainedModel:
+    """The pretrained model that a file names, at the revision named there.
+
+    Raises:
+        RewardFileError: it was made in memory and has no id.
+        BaseModelMismatchError: what lies there now is another model.
+    """
+    if reference.id is None:
+        raise RewardFileError(
+            "The pretrained model was made in memory and has no id to load it by.",
+            expected="`base_model=` of a reward, or `backbone=` of a PRT model: that model, or its path",
+            found=str(reference),
+        )
+    pinned = {"revision": reference.revision} if reference.revision else {}
+    model = load_pretrained(reference.id, **pinned | {"token": token} | load_kwargs)
+    check_same_model(reference, model)
+    return model
+
+
 def _load_adapter(folder, config, base_model, token, load_kwargs):
     """The adapter on its checked base, and where the base came from."""
     base, source = base_model, None
-    if not isinstance(base, torch.nn.Module):
-        source = str(base_model or config.reward_base.id or "")
-        if not source:
-            raise RewardFileError(
-                "The reward's base was made in memory and has no id to load it by.",
-                expected="`base_model=` the model, or its path",
-                found=str(config.reward_base),
-            )
-        pinned = {"revision": config.reward_base.revision} if config.reward_base.revision and not base_model else {}
-        base = load_pretrained(source, **pinned | {"token": token} | load_kwargs)
-    check_bare(base)
-    _check_base(config.reward_base, base)
+    if base_model is None:
+        source = config.reward_base.id
+        base = load_base(config.reward_base, token, **load_kwargs)
+    else:
+        if not isinstance(base_model, torch.nn.Module):
+            source = str(base_model)
+            base = load_pretrained(source, token=token, **load_kwargs)
+        check_bare(base)
+        check_same_model(config.reward_base, base)
     peft_config = PeftConfig.from_pretrained(folder)
     peft_config.inference_mode = False
     network = wrap(base, peft_config)
@@ -290,20 +368,24 @@ def _load_adapter(folder, config, base_model, token, load_kwargs):
     return network, source
 
 
-def _check_base(expected: ModelReference, base: PreTrainedModel) -> None:
-    """The weights decide where they can be read: the same base may have moved, another may have taken its place."""
-    found = reference_to(base)
+def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
+    """The weights decide where they can be read: the same model may have moved, another may have taken its place.
+
+    Raises:
+        BaseModelMismatchError: it is another model, or another revision.
+    """
+    found = reference_to(model)
     if found.weights and expected.weights:
         same = found.weights == expected.weights
     else:
-        names = [(base.id, base.revision, base.architecture) for base in (found, expected)]
+        names = [(reference.id, reference.revision, reference.architecture) for reference in (found, expected)]
         same = found.id is not None and names[0] == names[1]
     if not same:
         raise BaseModelMismatchError(
-            "The base is not the one that the reward adapter was tuned on.",
+            "The pretrained model is not the one that was used before.",
             expected=str(expected),
             found=str(found),
-            remedy="pass that base as `base_model=`, at that revision",
+            remedy="use that model, at that revision",
         )
 
 

@@ -16,16 +16,14 @@ from transformers.utils import logging
 
 from .collator import MASKS, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
-from .contract import PRT_CONFIG_NAME, LabelContract, VocabularyContract, unwrap_tokenizer
+from .contract import PRT_CONFIG_NAME, unwrap_tokenizer
 from .errors import PRTValueError
 from .functional import IGNORE_INDEX, check_supervised, combine, prt_loss, prt_statistics
 from .pretrained import (
-    IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
     check_bare,
     check_length,
     context_length,
-    contract_of,
     load_pretrained,
     pretrained_parameters,
     reference_to,
@@ -248,31 +246,15 @@ class PRTTrainer(Trainer):
 
     def _match_backbone(self, given: str | PreTrainedModel | None):
         """The backbone's columns that belong to the reward's, in the reward's order."""
-        contract = self.reward.contract
         if self.backbone is None:
             return self.reward.columns
-        # A model in memory may have been separated from its tokenizer: then its size at least must fit.
-        place = given if isinstance(given, str) else self.backbone.name_or_path
-        tokenizer = self.reward.processing_class
-        if self.reward.config.task != IMAGE_CLASSIFICATION:
-            tokenizer = load_processing_class(place, TEXT_GENERATION) if place else None
-            if tokenizer is None:
-                tokenizer = self.reward.processing_class
-                logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
-        if isinstance(contract, LabelContract):
-            self._check_same_inputs(tokenizer)
-            order = contract.check(LabelContract.from_model_config(self.backbone.config))
-            return sorted(range(len(order)), key=order.__getitem__)  # its inverse
-        contract.check(contract_of(self.backbone, tokenizer))
-        return self.reward.columns
-
-    def _check_same_inputs(self, tokenizer):
-        """Text classifiers match in their labels, and here they also read the same token ids."""
-        ours = unwrap_tokenizer(self.reward.processing_class)
-        if ours is not None and tokenizer is not None:
-            vocabulary = VocabularyContract.from_tokenizer(ours)
-            vocabulary.check(VocabularyContract.from_tokenizer(tokenizer))
-            vocabulary.check_head(self.backbone.get_input_embeddings().weight.shape[0])
+        # A model in memory may have been separated from its tokenizer.
+        order = self.reward.order_for(
+            self.backbone, load_processing_class(given, self.reward.config.task) if isinstance(given, str) else None
+        )
+        if isinstance(order, slice):
+            return order
+        return sorted(range(len(order)), key=order.__getitem__)  # its inverse
 
     def _check_what_is_trained(self):
         """Something, and nothing of the backbone."""

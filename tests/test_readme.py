@@ -42,7 +42,8 @@ def test_every_block_runs(tmp_path, monkeypatch):
         on_cpu = re.sub(r"PRTConfig\(([^)]*?)(, bf16=True)?\)", r"PRTConfig(\1, use_cpu=True, report_to='none')", block)
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, images = seen
+    text, generated, whole, images = seen
+    assert torch.equal(whole["output"], generated["output"]), "speculative or not, processor or model"
     assert text["trainer"].state.global_step > 0
     assert generated["output"].shape[1] > generated["inputs"]["input_ids"].shape[1]
     source, target = MODELS["google/vit-base-patch16-224"], MODELS["facebook/convnextv2-large-22k-224"]

@@ -308,7 +308,7 @@ def test_a_base_that_carries_an_adapter(saved):
 
 def test_a_base_made_in_memory_has_to_be_given(tmp_path, tokenizer):
     RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig()).save_pretrained(tmp_path)
-    with pytest.raises(RewardFileError, match="`base_model=` the model, or its path"):
+    with pytest.raises(RewardFileError, match="`base_model=` of a reward"):
         RewardModel.from_pretrained(tmp_path)
 
 

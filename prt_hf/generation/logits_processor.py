@@ -1,6 +1,8 @@
 """Reward logits inside `generate(logits_processor=[...])`."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
@@ -10,8 +12,9 @@ from transformers.utils import logging
 from ..contract import VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import check_finite, combine
+from ..passes import can_mix
 from ..pretrained import contract_of, unwrap_adapter
-from ..reward_model import RewardModel
+from ..reward_model import RewardModel, load_base
 from .state import RewardState
 
 logger = logging.get_logger(__name__)
@@ -185,6 +188,8 @@ class PRTLogitsProcessor(_RewardProcessor):
             with, 1 in the paper.
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to
             `generate`. By default left padding is inferred from the tokenizer's pad token.
+        source_backbone (`PreTrainedModel`, *optional*): drafts for [`~prt_hf.speculative_decoding`] with a full reward;
+            by default loaded as `prt_config.json` names it. The source backbone of an adapter is its own base.
 
     Raises:
         VocabularyMismatchError: the tokenizer is another one than the reward's.
@@ -204,6 +209,7 @@ class PRTLogitsProcessor(_RewardProcessor):
         *,
         strength: float | torch.Tensor | list[float] | None = None,
         attention_mask: torch.LongTensor | None = None,
+        source_backbone: PreTrainedModel | None = None,
     ):
         if not isinstance(reward, RewardModel):
             raise PRTValueError(
@@ -217,9 +223,35 @@ class PRTLogitsProcessor(_RewardProcessor):
         )
         self.reward = reward
         self._state = RewardState(reward.network.eval())
+        self._source_backbone = source_backbone
+        self._source: RewardState | None = None
 
     def reset(self) -> None:
         self._state.reset()
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """Within, `source_logits` can be asked for; a reward adapter gives them in the pass that gives its rewards."""
+        network, state = self.reward.network, self._state
+        if can_mix(network):
+            self._state = self._source = RewardState(network, of="both")
+        elif self.reward.config.is_adapter:
+            self._source = RewardState(network, of="base")
+        else:
+            if self._source_backbone is None:
+                config = self.reward.config
+                source = load_base(config.source_backbone or config.reward_base, dtype=self.reward.dtype)
+                self._source_backbone = source.to(self.reward.device)
+            self._source = RewardState(self._source_backbone.eval())
+        try:
+            yield
+        finally:
+            self._state, self._source = state, None
+
+    def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
+        """The source backbone's logits for the tokens after `input_ids`, `(batch_size, contract.size)`."""
+        logits = self._source.blocks(input_ids, self._mask(input_ids))[-1]
+        return logits[:, : self._contract.size].float()
 
     def _rewards(self, input_ids, attention_mask):
         return self._state(input_ids, attention_mask)
@@ -254,9 +286,7 @@ class EFTLogitsProcessor(_RewardProcessor):
             )
         super().__init__(contract_of(unwrap_adapter(finetuned), tokenizer), tokenizer, strength, attention_mask)
         self._finetuned = RewardState(finetuned.eval())
-        self._pretrained = (
-            RewardState(finetuned, adapter=False) if pretrained is None else RewardState(pretrained.eval())
-        )
+        self._pretrained = RewardState(finetuned, of="base") if pretrained is None else RewardState(pretrained.eval())
 
     def reset(self) -> None:
         self._finetuned.reset()

@@ -5,19 +5,17 @@ model and its target. So the state looks at the token rows themselves. Whatever 
 recomputation returns; the cache only saves time.
 """
 
-import inspect
 import weakref
-from contextlib import nullcontext
 
 import torch
 import transformers
 from packaging import version
-from peft import PeftModel
 from torch import nn
 from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from ..errors import UnsupportedError
+from ..passes import MixedPass, Pass, bare_base
 from ..pretrained import check_length, context_length, unwrap_adapter
 
 PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
@@ -34,22 +32,23 @@ class RewardState:
 
     Args:
         network: the model; a `PeftModel` for a reward adapter.
-        adapter (`bool`): False runs a `PeftModel` with its adapters switched off.
+        of (`str`): whose logits: `"network"`; of a `PeftModel` also its `"base"`, without adapters; or `"both"`, the
+            network first, in one pass where [`~prt_hf.passes.can_mix`] says so.
     """
 
-    def __init__(self, network: nn.Module, adapter: bool = True):
+    def __init__(self, network: nn.Module, of: str = "network"):
         model = unwrap_adapter(network)
-        accepted = inspect.signature(model.forward).parameters
+        accepted = Pass(network).accepted
         self.network = network
         self.tokens_computed = 0  # over all calls, for tests and benchmarks
-        self._adapter = adapter
+        self._of = of
+        self._pass: Pass | None = None
         self._config = model.config
         self._limit = context_length(model)
         # Models with a cache of their own (RWKV, xLSTM, MiniMax) promise nothing about reordering: recompute.
         is_cached = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
         names = ("past_key_values", "cache_params") if is_cached else ()
         self._cache_name = next((name for name in names if name in accepted), None)
-        self._accepts = {name for name in ("position_ids", "logits_to_keep") if name in accepted}
         # A recurrent state cannot be rewound, nor continued by several tokens at once.
         self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name != "past_key_values"
         self._takes_padding = is_cached
@@ -62,14 +61,19 @@ class RewardState:
         self._rows: torch.LongTensor | None = None
         self._cache: Cache | None = None
         self._oldest = 0  # shortest prefix that the cache can still be cropped to
-        self._logits: dict[int, torch.Tensor] = {}  # length of the prefix -> (cached rows, vocab_size)
-        self._made_by = self._maker()
+        # By length of the prefix: `(cached rows, vocab_size)` for each of those that are asked for.
+        self._logits: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def _maker(self) -> tuple:
         """What may change between calls without a step of training."""
         return self.network.dtype, self.network.device, str(getattr(self.network, "active_adapters", None))
 
-    @torch.no_grad()
+    def _new_pass(self) -> Pass:
+        if self._of == "network":
+            return Pass(self.network)
+        base = bare_base(self.network).eval()
+        return Pass(base) if self._of == "base" else MixedPass(base, [self.network, None])
+
     def __call__(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
         """Logits for the token after each row.
 
@@ -83,14 +87,22 @@ class RewardState:
         Raises:
             ContextLengthError: more tokens than the network can read.
         """
-        if self._made_by != self._maker():
+        return self.blocks(input_ids, attention_mask)[0]
+
+    @torch.no_grad()
+    def blocks(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """As a call, for each of those that were asked for."""
+        if self._pass is None or self._made_by != self._maker():
             self.reset()
+            self._pass, self._made_by = self._new_pass(), self._maker()
         rows = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, PAD)
         rows, copies = _distinct(rows.to(self.network.device))
         length = rows.shape[1]
         source, common = self._match(rows)
         if common == length and length in self._logits:
-            return self._logits[length][source][copies]
+            return tuple(logits[source][copies] for logits in self._logits[length])
         try:
             kept = self._align(rows, source, min(common, length - 1))
             logits = self._forward(rows, kept)
@@ -101,7 +113,7 @@ class RewardState:
         earlier = {n: kept_logits for n, kept_logits in self._logits.items() if is_one_row and n <= kept}
         self._logits = dict(list(earlier.items())[1 - REMEMBERED :]) | {length: logits}
         self._rows = rows
-        return logits[copies]
+        return tuple(block[copies] for block in logits)
 
     def _match(self, rows) -> tuple[torch.LongTensor | None, int]:
         """For each row the cached row with the longest common prefix, and the length that all of them share."""
@@ -134,7 +146,8 @@ class RewardState:
         if not (
             len(source) == len(self._rows) and torch.equal(source, torch.arange(len(source), device=source.device))
         ):
-            self._cache.reorder_cache(source)
+            blocks = range(len(self._pass.blocks))
+            self._cache.reorder_cache(torch.cat([source + block * len(self._rows) for block in blocks]))
         return common
 
     @property
@@ -142,12 +155,12 @@ class RewardState:
         """Whether a cropped cache lacks what lies further back, as windows and convolutions do."""
         return any(type(layer) is not DynamicLayer for layer in self._cache.layers)
 
-    def _forward(self, rows, kept: int) -> torch.Tensor:
+    def _forward(self, rows, kept: int) -> tuple[torch.Tensor, ...]:
         mask = rows != PAD
         length = int(mask.sum(1).max())
         check_length(length, self._limit)
         new = rows[:, kept:]
-        kwargs = {"input_ids": new.clamp(min=0), "use_cache": self._cache_name is not None}
+        kwargs = {"input_ids": new.clamp(min=0), "use_cache": self._cache_name is not None, "logits_to_keep": 1}
         if not bool(mask.all()):
             if not self._takes_padding:
                 raise UnsupportedError(
@@ -157,10 +170,7 @@ class RewardState:
                     remedy="generate for one prompt at a time, or for prompts of equal length",
                 )
             kwargs["attention_mask"] = mask.long()
-            if "position_ids" in self._accepts:
-                kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
-        if "logits_to_keep" in self._accepts:
-            kwargs["logits_to_keep"] = 1
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
         if self._cache_name == "past_key_values" and self._cache is None:
             self._cache = DynamicCache(config=self._config)
             if RECORDS_PAST and not self._is_recurrent:
@@ -169,24 +179,18 @@ class RewardState:
             kwargs[self._cache_name] = self._cache
             if self._cache_name == "cache_params":
                 kwargs.pop("attention_mask", None)  # padding lies behind the state
-        adapters_off = (
-            self.network.disable_adapter()
-            if isinstance(self.network, PeftModel) and not self._adapter
-            else nullcontext()
-        )
         is_training = self.network.training
         if is_training:
             self.network.eval()
         try:
-            with adapters_off:
-                output = self.network(**kwargs)
+            output = self._pass(**kwargs)
         finally:
             if is_training:
                 self.network.train()
         returned = getattr(output, self._cache_name or "", None)
         self._cache = returned if isinstance(returned, Cache) else None
         self.tokens_computed += new.numel()
-        return output.logits[:, -1]
+        return self._pass.split(output.logits[:, -1])
 
 
 def _reset_in_training(reference: weakref.ref):

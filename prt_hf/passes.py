@@ -1,0 +1,180 @@
+"""Forward passes: of one network, or of several adapters of one base and the base itself as blocks of rows.
+
+Decoding reads every weight once per pass, so two rows cost little more than one, while two passes cost twice as much.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers import PreTrainedModel
+
+from .pretrained import unwrap_adapter
+
+ADAPTER = "default"  # the one adapter of a reward
+_NAMED = ("logits_to_keep", "position_ids")  # models that do not name these hand them on to layers that know neither
+
+
+class Pass:
+    """One forward pass of one network.
+
+    Attributes:
+        model (`PreTrainedModel`): whose weights are read, and whose configuration tells the cache.
+        blocks (`tuple`): what the rows are computed for, block after block; here the network alone.
+    """
+
+    def __init__(self, network: PreTrainedModel | PeftModel):
+        self.network = network
+        self.model = unwrap_adapter(network)
+        self.blocks: tuple[PeftModel | PreTrainedModel | None, ...] = (network,)
+        parameters = inspect.signature(self.model.forward).parameters
+        self.accepted = set(parameters)
+        self._accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether the model takes a cache by its usual name."""
+        return "past_key_values" in self.accepted and self.model._supports_default_dynamic_cache()
+
+    def __call__(self, **inputs):
+        """The network's output; inputs that it does not take are left out."""
+        return self.network(**self.prepare(inputs))
+
+    def prepare(self, inputs: dict) -> dict:
+        return {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in inputs.items()
+            if name in self.accepted or (self._accepts_all and name not in _NAMED)
+        }
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`(len(blocks) * batch_size, ...)` -> one tensor of `(batch_size, ...)` for each block."""
+        return rows.chunk(len(self.blocks))
+
+
+class MixedPass(Pass):
+    """Runs `base` once with the rows of a batch repeated, block j of them through the layers of adapter j.
+
+    Args:
+        base (`PreTrainedModel`): without adapters; its forward hooks are set during a pass only.
+        blocks (sequence of `PeftModel` or None): adapters on that very base, see [`can_mix`]; None for the base itself.
+
+    Equals the separate passes up to rounding: same weights, other batch size. Not for training.
+    """
+
+    def __init__(self, base: PreTrainedModel, blocks: Sequence[PeftModel | None]):
+        super().__init__(base)
+        self.blocks = tuple(blocks)
+        changes: dict[str, list[tuple[int, Callable]]] = {}
+        for index, network in enumerate(self.blocks):
+            for name, layer in _adapted_layers(network) if network is not None else ():
+                changes.setdefault(name, []).append((index, _change_of(layer)))
+        self._changes = [(base.get_submodule(name), of_blocks) for name, of_blocks in changes.items()]
+
+    def prepare(self, inputs: dict) -> dict:
+        """Tensors with a batch axis are repeated, others go as they are."""
+        return {
+            name: value.repeat(len(self.blocks), *[1] * (value.ndim - 1))
+            if isinstance(value, torch.Tensor) and value.ndim > 1
+            else value
+            for name, value in super().prepare(inputs).items()
+        }
+
+    def __call__(self, **inputs):
+        with self._hooks():
+            return super().__call__(**inputs)
+
+    @contextmanager
+    def _hooks(self) -> Iterator[None]:
+        count = len(self.blocks)
+        handles = [
+            module.register_forward_hook(partial(_apply, count, of_blocks)) for module, of_blocks in self._changes
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def can_mix(network: nn.Module) -> bool:
+    """Whether an adapter changes layers only in ways that can be added to some rows: plain LoRA, layers saved whole.
+
+    Experts do not see whole batches, so their rows cannot be told apart.
+    """
+    return isinstance(network, PeftModel) and all(
+        is_plain(layer) and "expert" not in name for name, layer in _adapted_layers(network)
+    )
+
+
+def bare_base(network: PeftModel) -> PreTrainedModel:
+    """The base of an adapter without its layers, on the very same parameters and buffers."""
+    model = network.get_base_model()
+    memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    base = copy.deepcopy(model, memo)
+    for name, layer in list(_wrapped_layers(base)):
+        is_adapted = isinstance(layer, BaseTunerLayer)
+        base.set_submodule(name, layer.get_base_layer() if is_adapted else layer.original_module)
+    base.__dict__.pop("peft_config", None)
+    return base
+
+
+def _wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Outermost layers that PEFT put in the place of the base's own."""
+    wrapped = None
+    for name, module in model.named_modules():
+        if wrapped is not None and name.startswith(wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            wrapped = f"{name}."
+            yield name, module
+
+
+def _adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    return _wrapped_layers(network.get_base_model())
+
+
+def is_plain(layer: nn.Module) -> bool:
+    if type(layer) is ModulesToSaveWrapper:
+        return layer.active_adapters == [ADAPTER] and not layer.disable_adapters
+    return (
+        type(layer) in (Linear, Conv2d)
+        and not isinstance(layer.get_base_layer(), BaseTunerLayer)
+        and not layer.lora_variant
+        and not layer.merged
+        and not layer.disable_adapters
+        and layer.active_adapters == [ADAPTER]
+    )
+
+
+def _change_of(layer: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """(input, the base's output): makes the adapted layer's output of the latter, in place."""
+    return partial(_add_lora if isinstance(layer, LoraLayer) else _replace, layer)
+
+
+def _add_lora(layer: LoraLayer, inputs: torch.Tensor, output: torch.Tensor) -> None:
+    lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+    output += lora_b(lora_a(inputs.to(lora_a.weight.dtype))) * layer.scaling[ADAPTER]
+
+
+def _replace(layer: ModulesToSaveWrapper, inputs: torch.Tensor, output: torch.Tensor) -> None:
+    output.copy_(layer.modules_to_save[ADAPTER](inputs))
+
+
+def _apply(count: int, changes: list[tuple[int, Callable]], module, args, output):
+    inputs, outputs = args[0].chunk(count), output.chunk(count)
+    for index, change in changes:
+        change(inputs[index], outputs[index])

@@ -1,0 +1,216 @@
+"""The recipe of a PRT model: which backbone, which rewards, how strong. Its `config.json`; no backbone weights."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import CONFIG_NAME
+
+from .contract import PRT_CONFIG_NAME, RewardConfig
+from .errors import RewardFileError
+from .hub import local_folder
+from .pretrained import reference_to
+from .reward_files import weights_digest
+from .reward_model import RewardModel, load_base
+
+RECIPE_VERSION = "1.0"
+
+
+class PRTModelConfig(PreTrainedConfig):
+    """Configuration of a PRT model. What it does not say itself (sizes, special tokens, ...) is the backbone's.
+
+    Args:
+        backbone_reference (`dict`): id, revision, architecture and weight fingerprint of the backbone.
+        backbone_config (`PreTrainedConfig` or `dict`): the backbone's own configuration.
+        reward_references (`list[dict]`): for each reward its `strength`, the SHA-256 of its `weights`, and where it
+            lies: `id` and `revision` on the Hub, or a `folder` beside this file.
+        reward_configs (`list`): configurations of the rewards' networks.
+        vocab_size (`int`, *optional*): tokens of the vocabulary, without the rows that pad the models' heads.
+
+    Raises:
+        RewardFileError: written by a newer major version, or malformed.
+    """
+
+    model_type = "prt"
+
+    recipe_version: str = RECIPE_VERSION
+    backbone_reference: dict | None = None
+    backbone_config: PreTrainedConfig | dict | None = None
+    reward_references: list | None = None
+    reward_configs: list | None = None
+    vocab_size: int | None = None
+    tie_word_embeddings: bool = False  # of this model's own heads, which it has not
+
+    def __post_init__(self, **kwargs):
+        _check_version(self.recipe_version)
+        self.reward_references = self.reward_references or []
+        # Set last: PreTrainedConfig would take the backbone's settings for this model's own.
+        backbone_config, self.backbone_config = self.backbone_config, None
+        super().__post_init__(**kwargs)
+        self.backbone_config = _as_config(backbone_config)
+        self.reward_configs = [_as_config(config) for config in self.reward_configs or []]
+        if self.backbone_config is not None:
+            self.id2label, self.label2id = self.backbone_config.id2label, self.backbone_config.label2id
+            self.problem_type = self.backbone_config.problem_type
+            if self.vocab_size is None:
+                self.vocab_size = getattr(self.backbone_config.get_text_config(), "vocab_size", None)
+
+    def __getattr__(self, name):
+        config = self.__dict__.get("backbone_config")
+        if name.startswith("_") or not isinstance(config, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(config.get_text_config(), name)
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {
+            "backbone_config": self.backbone_config and self.backbone_config.to_dict(),
+            "reward_configs": [config.to_dict() for config in self.reward_configs],
+        }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        entries = self.to_dict()
+        entries.pop("_name_or_path", None)  # where this recipe was read from
+        return entries
+
+
+def write_recipe(config: PRTModelConfig, folder: Path) -> None:
+    """Replace `config.json` at one stroke: until then, the folder holds what it held before."""
+    staged = folder / f".{CONFIG_NAME}.{os.getpid()}"
+    try:
+        staged.write_text(config.to_json_string(), encoding="utf-8")
+        os.replace(staged, folder / CONFIG_NAME)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def check_place(folder: Path) -> None:
+    """Raises:
+    RewardFileError: saving a recipe to `folder` would spoil what lies there.
+    """
+    problem = None
+    if folder.exists() and not folder.is_dir():
+        problem = "a file"
+    elif (folder / PRT_CONFIG_NAME).exists():
+        problem = "a reward"
+    elif (folder / CONFIG_NAME).exists():
+        try:
+            model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
+        except ValueError:
+            model_type = None
+        if model_type != PRTModelConfig.model_type:
+            problem = f"a model of another kind ({model_type})"
+    if problem:
+        raise RewardFileError(
+            f"{folder} holds {problem}; saving a recipe there would spoil it.",
+            expected="an empty folder, or one with an earlier recipe",
+            found=problem,
+            remedy="choose another folder",
+        )
+
+
+def reward_folder(folder: Path, entry: dict) -> Path:
+    """Where a reward that was saved beside its recipe lies.
+
+    Raises:
+        RewardFileError: it is gone, or would lie outside the recipe's folder.
+    """
+    path = folder / str(entry["folder"])
+    if path.resolve().parent != folder.resolve() or not path.is_dir():
+        raise RewardFileError(
+            "The recipe's reward is gone.",
+            expected=f"a folder {entry['folder']} in {folder}",
+            found=", ".join(sorted(item.name for item in folder.iterdir() if item.is_dir())) or "no folders",
+            remedy="save or download the recipe again",
+        )
+    return path
+
+
+def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict):
+    """A reward, and where it lies on the Hub if it does; its base is taken from `bases`, or added to them."""
+    if isinstance(place, RewardModel):
+        return place, None
+    folder = local_folder(place, token=load_kwargs.get("token"))
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    kwargs = load_kwargs
+    if config.is_adapter:
+        known = config.reward_base.weights
+        base = next((base for base in bases if known and reference_to(base).weights == known), None)
+        if base is None:
+            base = load_base(config.reward_base, **load_kwargs)
+            bases.append(base)
+        kwargs = {"base_model": base}
+    reward = RewardModel.from_pretrained(folder, **kwargs)
+    if Path(place).is_dir():
+        return reward, None
+    return reward, {"id": str(place), "revision": folder.name, "weights": weights_digest(folder, config)}
+
+
+def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], load_kwargs: dict):
+    """
+    Raises:
+        RewardFileError: the reward is gone, or not the one that the recipe was written with.
+    """
+    if entry["id"] is None:
+        place = reward_folder(folder, entry)
+    else:
+        place = local_folder(entry["id"], revision=entry["revision"], token=load_kwargs["token"])
+    found = weights_digest(place, RewardConfig.from_json_file(place / PRT_CONFIG_NAME))
+    if found != entry["weights"]:
+        raise RewardFileError(
+            "The recipe's reward has changed.",
+            expected=f"weights with SHA-256 {entry['weights']}",
+            found=f"{found} in {place}",
+            remedy="use that reward with `from_parts`, if it is what you want",
+        )
+    reward, _ = load_reward(place, bases, load_kwargs)
+    return reward, None if entry["id"] is None else {name: entry[name] for name in ("id", "revision", "weights")}
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 over the values that a reward's file holds: the adapter's, or all."""
+    is_adapter = isinstance(network, PeftModel)
+    values = get_peft_model_state_dict(network, save_embedding_layers=False) if is_adapter else network.state_dict()
+    digest = hashlib.sha256()
+    for value in values.values():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_beside(reward: RewardModel, place: Path, state_dict: dict | None) -> dict:
+    """Save a reward into a folder of its own, and say so for the recipe."""
+    reward.save_pretrained(place, state_dict=state_dict)
+    return {"id": None, "revision": None, "weights": weights_digest(place, reward.config), "folder": place.name}
+
+
+def _check_version(version: str) -> None:
+    try:
+        is_known = int(str(version).split(".")[0]) <= int(RECIPE_VERSION.split(".")[0])
+    except ValueError:
+        is_known = False
+    if not is_known:
+        raise RewardFileError(
+            "The recipe was written by a newer prt_hf, or is none.",
+            expected=f"recipe version {RECIPE_VERSION} or older",
+            found=repr(version),
+            remedy="pip install --upgrade prt_hf",
+        )
+
+
+def _as_config(config) -> PreTrainedConfig | None:
+    if not isinstance(config, dict):
+        return config
+    entries = dict(config)
+    model_type = entries.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        raise RewardFileError(
+            "The recipe's models are not known to this transformers.",
+            expected="a model_type of an installed or imported architecture",
+            found=repr(model_type),
+        )
+    return AutoConfig.for_model(model_type, **entries)
