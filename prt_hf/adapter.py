@@ -94,7 +94,12 @@ def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out
         # itself.
         warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|fan_in_fan_out)")
-        return peft_class(share_weights(model), peft_config)
+        network = peft_class(share_weights(model), peft_config)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in network.parameters():
+        if parameter.requires_grad and parameter.data_ptr() in shared:  # biases, with `bias="all"` or `"lora_only"`
+            parameter.data = parameter.data.clone()
+    return network
 
 
 def zero_head(model: PreTrainedModel) -> None:

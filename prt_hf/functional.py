@@ -14,7 +14,7 @@ IGNORE_INDEX = -100
 
 
 def check_finite(reward: torch.Tensor) -> torch.Tensor:
-    """Return `reward` unchanged, or raise.
+    """Return `reward` unchanged, or raise. Not checked while compiling: a graph cannot branch on values.
 
     Args:
         reward (`torch.FloatTensor` of shape `(..., vocab_size)`): r_theta(x, .).
@@ -22,6 +22,8 @@ def check_finite(reward: torch.Tensor) -> torch.Tensor:
     Raises:
         NonFiniteRewardError: names how many entries are NaN or infinite, and the first of them.
     """
+    if torch.compiler.is_compiling():
+        return reward
     finite = torch.isfinite(reward)
     if finite.all():
         return reward

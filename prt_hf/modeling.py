@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput, SequenceClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_NAME, logging
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 from transformers.utils.generic import can_return_tuple
 
 from .contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
@@ -54,6 +54,7 @@ from .pretrained import (
 )
 from .recipe import (
     PRTModelConfig,
+    check_complete,
     check_place,
     digest,
     load_from_recipe,
@@ -100,9 +101,10 @@ class PRTPreTrainedModel(PreTrainedModel):
                 expected="a PRTModelConfig with `backbone_config`",
                 remedy=f"{type(self).__name__}.from_parts(backbone, rewards=[...])",
             )
+        attn_implementation = config._attn_implementation  # as asked for; PreTrainedModel fills in its default
         super().__init__(config)
         if backbone is None:
-            backbone, rewards = self._from_configs(config)
+            backbone, rewards = self._from_configs(config, attn_implementation)
         self.backbone = backbone.requires_grad_(False)
         self.rewards = rewards
         self.strengths = [entry["strength"] for entry in config.reward_references]
@@ -225,6 +227,7 @@ class PRTPreTrainedModel(PreTrainedModel):
                 expected=f"the recipe of a {cls.__name__}",
                 found=f"{config.model_type}: {config.architectures}",
             )
+        check_complete(config)
         load_kwargs = {name: value for name, value in load_kwargs.items() if name not in _AUTO_KWARGS}
         if load_kwargs.pop("output_loading_info", False):
             raise UnsupportedError("A recipe has no weights whose loading could be told of.")
@@ -243,6 +246,8 @@ class PRTPreTrainedModel(PreTrainedModel):
         strengths = [entry["strength"] for entry in config.reward_references]
         model = cls._assemble(backbone, loaded, strengths, load_processing_class(folder, cls.task))
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        if model.can_generate() and (folder / GENERATION_CONFIG_NAME).exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
         return model.eval()
 
     def save_pretrained(
@@ -269,6 +274,7 @@ class PRTPreTrainedModel(PreTrainedModel):
         folder.mkdir(parents=True, exist_ok=True)
         _check_strengths(self.strengths, len(self.rewards))
         config = copy.deepcopy(self.config)
+        config.architectures = [type(self).__name__]
         for index, (reward, strength) in enumerate(zip(self.rewards, self.strengths, strict=True)):
             if self._is_tuned and strength > 0:
                 source = ModelReference(**self.config.backbone_reference)
@@ -325,10 +331,15 @@ class PRTPreTrainedModel(PreTrainedModel):
             remedy="tune a reward with the other tokenizer",
         )
 
-    def _from_configs(self, config: PRTModelConfig) -> tuple[PreTrainedModel, list[RewardModel]]:
+    def _from_configs(
+        self, config: PRTModelConfig, attn_implementation: str | None
+    ) -> tuple[PreTrainedModel, list[RewardModel]]:
         """Parts with new weights, as all models have that are made from a configuration."""
         auto_class = AUTO_CLASSES[self.task]
-        networks = [auto_class.from_config(part) for part in (config.backbone_config, *config.reward_configs)]
+        asked = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+        parts = (config.backbone_config, *config.reward_configs)
+        networks = [auto_class.from_config(part, **asked) for part in parts]
+        config.backbone_reference = config.backbone_reference or asdict(reference_to(networks[0]))
         references = config.reward_references or [{} for _ in networks[1:]]
         config.reward_references = [{"strength": 1.0} | entry for entry in references]
         backbone, *rewards = networks
@@ -412,6 +423,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
 
     task = TEXT_GENERATION
     main_input_name = "input_ids"
+    _can_compile_fullgraph = True  # with PEFT's layers or a mixed pass, in parts
 
     def __init__(self, config, backbone=None, rewards=None, processing_class=None):
         super().__init__(config, backbone, rewards, processing_class)
@@ -439,7 +451,6 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         num_items_in_batch: int | torch.Tensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """
@@ -447,6 +458,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             past_key_values ([`~prt_hf.generation.cache.PRTCache`]): of all networks, as returned by an earlier call.
             output_hidden_states, output_attentions: of the backbone.
             labels: shifted here, as by every causal language model of transformers; -100 is ignored.
+            kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
 
         Returns:
             `CausalLMOutputWithPast`: `logits` normalised, float32.
@@ -456,6 +468,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             ContextLengthError: longer than a reward can read.
             NonFiniteRewardError: a reward is NaN or infinite.
         """
+        # Not in the signature, where the Trainer would take it for a label that every batch has.
+        shift_labels = kwargs.pop("shift_labels", None)
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError(
                 "A reward has embeddings of its own, and cannot read the backbone's.",
@@ -463,11 +477,12 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 found="`inputs_embeds`" if inputs_embeds is not None else "neither",
             )
         if use_cache is None:
-            use_cache = not self.training and past_key_values is not None
+            use_cache = not self.training and getattr(self.config, "use_cache", False)
         if past_key_values is not None:
             self._check_cache(past_key_values)
         if use_cache and past_key_values is None:
             past_key_values = self._new_cache()
+            use_cache = past_key_values is not None
         self._check_length(input_ids, attention_mask, past_key_values)
         inputs = {
             "input_ids": input_ids,
@@ -499,9 +514,15 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(attention_mask=None, **kwargs):
-        """Every network makes its own mask for its own cache of the mask of tokens."""
-        return attention_mask
+    def create_masks_for_generate(config, attention_mask=None, past_key_values=None, **kwargs):
+        """Every network makes its own mask for its own cache of the mask of tokens, which is as long at every step as a
+        static cache, lest every step be compiled anew. Recurrent layers and flash attention read its end, and have it
+        as it is."""
+        is_read_from_its_end = any(past_key_values.is_linear) or "flash" in (config._attn_implementation or "")
+        if attention_mask is None or is_read_from_its_end:
+            return attention_mask
+        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(0, missing)))
 
     def generate(
         self,

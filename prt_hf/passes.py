@@ -5,6 +5,7 @@ Decoding reads every weight once per pass, so two rows cost little more than one
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from itertools import chain
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from peft.tuners.lora import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from .pretrained import unwrap_adapter
 
+_LOCK = threading.RLock()  # layers are changed for the time of a pass: one at a time
 ADAPTER = "default"  # the one adapter of a reward
 _NAMED = ("logits_to_keep", "position_ids")  # models that do not name these hand them on to layers that know neither
 
@@ -69,7 +71,7 @@ class MixedPass(Pass):
     """Runs `base` once with the rows of a batch repeated, block j of them through the layers of adapter j.
 
     Args:
-        base (`PreTrainedModel`): without adapters; its forward hooks are set during a pass only.
+        base (`PreTrainedModel`): without adapters; its layers are changed for the time of a pass.
         blocks (sequence of `PeftModel` or None): adapters on that very base, see [`can_mix`]; None for the base itself.
 
     Equals the separate passes up to rounding: same weights, other batch size. Not for training.
@@ -78,11 +80,16 @@ class MixedPass(Pass):
     def __init__(self, base: PreTrainedModel, blocks: Sequence[PeftModel | None]):
         super().__init__(base)
         self.blocks = tuple(blocks)
+        self._thread: list[int | None] = [None]  # that runs the pass
         changes: dict[str, list[tuple[int, Callable]]] = {}
         for index, network in enumerate(self.blocks):
             for name, layer in _adapted_layers(network) if network is not None else ():
                 changes.setdefault(name, []).append((index, _change_of(layer)))
-        self._changes = [(base.get_submodule(name), of_blocks) for name, of_blocks in changes.items()]
+        self._forwards = []
+        for name, of_blocks in changes.items():
+            module = base.get_submodule(name)
+            forward = partial(_changed_forward, module.forward, self._thread, len(self.blocks), of_blocks)
+            self._forwards.append((module, forward))
 
     def prepare(self, inputs: dict) -> dict:
         """Tensors with a batch axis are repeated, others go as they are."""
@@ -94,20 +101,25 @@ class MixedPass(Pass):
         }
 
     def __call__(self, **inputs):
-        with self._hooks():
+        with _LOCK, self._changed_layers():
             return super().__call__(**inputs)
 
     @contextmanager
-    def _hooks(self) -> Iterator[None]:
-        count = len(self.blocks)
-        handles = [
-            module.register_forward_hook(partial(_apply, count, of_blocks)) for module, of_blocks in self._changes
-        ]
+    def _changed_layers(self) -> Iterator[None]:
+        # Hooks would do the same, but setting them for every pass and calling them takes as long as a small layer.
+        earlier = [module.__dict__.get("forward") for module, _ in self._forwards]
+        for module, forward in self._forwards:
+            module.__dict__["forward"] = forward
+        self._thread[0] = threading.get_ident()
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._thread[0] = None
+            for (module, _), forward in zip(self._forwards, earlier, strict=True):
+                if forward is None:
+                    del module.__dict__["forward"]
+                else:
+                    module.__dict__["forward"] = forward
 
 
 def can_mix(network: nn.Module) -> bool:
@@ -115,8 +127,10 @@ def can_mix(network: nn.Module) -> bool:
 
     Experts do not see whole batches, so their rows cannot be told apart.
     """
-    return isinstance(network, PeftModel) and all(
-        is_plain(layer) and "expert" not in name for name, layer in _adapted_layers(network)
+    return (
+        isinstance(network, PeftModel)
+        and getattr(network.peft_config.get(ADAPTER), "bias", "none") == "none"  # else the base's own are changed
+        and all(is_plain(layer) and "expert" not in name for name, layer in _adapted_layers(network))
     )
 
 
@@ -162,19 +176,28 @@ def is_plain(layer: nn.Module) -> bool:
 
 def _change_of(layer: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """(input, the base's output): makes the adapted layer's output of the latter, in place."""
-    return partial(_add_lora if isinstance(layer, LoraLayer) else _replace, layer)
+    if isinstance(layer, ModulesToSaveWrapper):
+        return partial(_replace, layer.modules_to_save[ADAPTER])
+    return partial(_add_lora, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling)
 
 
-def _add_lora(layer: LoraLayer, inputs: torch.Tensor, output: torch.Tensor) -> None:
-    lora_a, lora_b = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-    output += lora_b(lora_a(inputs.to(lora_a.weight.dtype))) * layer.scaling[ADAPTER]
+def _add_lora(lora_a, lora_b, scaling: dict[str, float], inputs: torch.Tensor, output: torch.Tensor) -> None:
+    # Their forwards, past what calling a module costs.
+    output.add_(lora_b.forward(lora_a.forward(inputs.to(lora_a.weight.dtype))), alpha=scaling[ADAPTER])
 
 
-def _replace(layer: ModulesToSaveWrapper, inputs: torch.Tensor, output: torch.Tensor) -> None:
-    output.copy_(layer.modules_to_save[ADAPTER](inputs))
+def _replace(module: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> None:
+    output.copy_(module(inputs))
 
 
-def _apply(count: int, changes: list[tuple[int, Callable]], module, args, output):
-    inputs, outputs = args[0].chunk(count), output.chunk(count)
+def _changed_forward(forward, thread: list, count: int, changes, inputs: torch.Tensor, *args, **kwargs):
+    output = forward(inputs, *args, **kwargs)
+    if thread[0] != threading.get_ident():  # somebody else uses the base by itself
+        return output
+    if count == 1:
+        changes[0][1](inputs, output)
+        return output
+    of_blocks, outputs = inputs.chunk(count), output.chunk(count)
     for index, change in changes:
-        change(inputs[index], outputs[index])
+        change(of_blocks[index], outputs[index])
+    return output

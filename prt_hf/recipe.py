@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from .reward_files import weights_digest
 from .reward_model import RewardModel, load_base
 
 RECIPE_VERSION = "1.0"
+_BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
+_REWARD_ENTRY = dict.fromkeys(("id", "revision", "weights", "folder"), str | None) | {"strength": Real}
 
 
 class PRTModelConfig(PreTrainedConfig):
@@ -38,6 +41,7 @@ class PRTModelConfig(PreTrainedConfig):
     """
 
     model_type = "prt"
+    auto_map = {}  # the backbone's would make the Auto classes load its code in the place of this model
 
     recipe_version: str = RECIPE_VERSION
     backbone_reference: dict | None = None
@@ -49,6 +53,7 @@ class PRTModelConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         _check_version(self.recipe_version)
+        _check_entries(self)
         self.reward_references = self.reward_references or []
         # Set last: PreTrainedConfig would take the backbone's settings for this model's own.
         backbone_config, self.backbone_config = self.backbone_config, None
@@ -101,7 +106,7 @@ def check_place(folder: Path) -> None:
     elif (folder / CONFIG_NAME).exists():
         try:
             model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
-        except ValueError:
+        except (ValueError, AttributeError):
             model_type = None
         if model_type != PRTModelConfig.model_type:
             problem = f"a model of another kind ({model_type})"
@@ -111,6 +116,20 @@ def check_place(folder: Path) -> None:
             expected="an empty folder, or one with an earlier recipe",
             found=problem,
             remedy="choose another folder",
+        )
+
+
+def check_complete(config: PRTModelConfig) -> None:
+    """Raises:
+    RewardFileError: the recipe does not say where all its parts lie.
+    """
+    rewards = config.reward_references
+    if not rewards or not all(_REWARD_ENTRY.keys() <= entry.keys() for entry in rewards):
+        raise RewardFileError(
+            "The recipe is incomplete.",
+            expected=f"`reward_references`: one reward or more, each with {', '.join(_REWARD_ENTRY)}",
+            found=str(rewards)[:200],
+            remedy="save or download the recipe again",
         )
 
 
@@ -186,6 +205,29 @@ def save_beside(reward: RewardModel, place: Path, state_dict: dict | None) -> di
     """Save a reward into a folder of its own, and say so for the recipe."""
     reward.save_pretrained(place, state_dict=state_dict)
     return {"id": None, "revision": None, "weights": weights_digest(place, reward.config), "folder": place.name}
+
+
+def _check_entries(config: PRTModelConfig) -> None:
+    def is_made_of(entry, types) -> bool:
+        return isinstance(entry, dict) and all(
+            name in types and isinstance(value, types[name]) for name, value in entry.items()
+        )
+
+    rewards, configs = config.reward_references or [], config.reward_configs or []
+    parts = [config.backbone_config or {}, *(configs if isinstance(configs, list) else [None])]
+    are_right = {
+        "backbone_reference": is_made_of(config.backbone_reference or {}, _BACKBONE_ENTRY),
+        "reward_references": isinstance(rewards, list) and all(is_made_of(entry, _REWARD_ENTRY) for entry in rewards),
+        "backbone_config": isinstance(parts[0], dict | PreTrainedConfig),
+        "reward_configs": all(isinstance(part, dict | PreTrainedConfig) for part in parts[1:]),
+    }
+    if wrong := [name for name, is_right in are_right.items() if not is_right]:
+        raise RewardFileError(
+            f"The recipe's {wrong[0]} cannot be read.",
+            expected=f"the entries of a {RECIPE_VERSION} recipe",
+            found=str(getattr(config, wrong[0]))[:200],
+            remedy="save or download the recipe again",
+        )
 
 
 def _check_version(version: str) -> None:

@@ -32,3 +32,10 @@ def loopback_only():
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny.tokenizer()
+
+
+def pytest_configure(config):
+    for kind in ("generate", "slow", "timeout", "torch_compile_test", "flash_attn_test", "flash_attn_3_test"):
+        config.addinivalue_line("markers", f"{kind}: of transformers, see test_generation_mixin.py")
+    for kind in ("flash_attn_4_test", "torch_export_test", "onnx_export_test", "executorch_export_test"):
+        config.addinivalue_line("markers", f"{kind}: of transformers, see test_generation_mixin.py")

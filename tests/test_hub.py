@@ -40,7 +40,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(404, {"X-Error-Code": "RepoNotFound"})
         if revision not in ("main", COMMIT):
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
-        files = sorted(file.name for file in folder.iterdir())
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
         if path.startswith("api/models/"):
             if parts[2:3] == ["tree"]:
                 sizes = [(name, (folder / name).stat().st_size) for name in files]
@@ -78,6 +78,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", endpoint)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # made once, for the endpoint of then
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     yield handler

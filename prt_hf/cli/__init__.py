@@ -5,9 +5,9 @@ import sys
 
 from .._version import __version__
 from ..errors import PRTError
-from . import demo
+from . import bench, demo
 
-COMMANDS = (demo,)
+COMMANDS = (demo, bench)
 
 
 def main(argv: list[str] | None = None) -> int:

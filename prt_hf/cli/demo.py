@@ -21,9 +21,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     own.add_argument("--source", help="old model: Hub id or path")
     own.add_argument("--target", help="new model with the same vocabulary or labels")
     own.add_argument("--dataset", help="Hub id, folder or file; columns: text, or image and label")
-    own.add_argument("--steps", type=_positive(int), default=200, help="of tuning; default: %(default)s")
-    own.add_argument("--learning-rate", type=_positive(float), default=2e-4, help="default: %(default)s")
-    own.add_argument("--batch-size", type=_positive(int), default=8, help="default: %(default)s")
+    own.add_argument("--steps", type=positive(int), default=200, help="of tuning; default: %(default)s")
+    own.add_argument("--learning-rate", type=positive(float), default=2e-4, help="default: %(default)s")
+    own.add_argument("--batch-size", type=positive(int), default=8, help="default: %(default)s")
     return parser
 
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
         print(describe(run_demo(task, args.output_dir, args.seed, own)), flush=True)
 
 
-def _positive(number: type):
+def positive(number: type):
     def parse(text: str):
         value = number(text)
         if not value > 0:

@@ -224,33 +224,38 @@ class PRTLogitsProcessor(_RewardProcessor):
         self.reward = reward
         self._state = RewardState(reward.network.eval())
         self._source_backbone = source_backbone
-        self._source: RewardState | None = None
+        self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source, in speculative decoding
 
     def reset(self) -> None:
-        self._state.reset()
+        for state in (self._state, *(self._drafting or ())):
+            state.reset()
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
         """Within, `source_logits` can be asked for; a reward adapter gives them in the pass that gives its rewards."""
-        network, state = self.reward.network, self._state
-        if can_mix(network):
-            self._state = self._source = RewardState(network, of="both")
-        elif self.reward.config.is_adapter:
-            self._source = RewardState(network, of="base")
-        else:
-            if self._source_backbone is None:
-                config = self.reward.config
-                source = load_base(config.source_backbone or config.reward_base, dtype=self.reward.dtype)
-                self._source_backbone = source.to(self.reward.device)
-            self._source = RewardState(self._source_backbone.eval())
+        if self._drafting is None:
+            self._drafting = self._draft_states()
+        ordinary = self._state
+        self._state = self._drafting[0]
         try:
             yield
         finally:
-            self._state, self._source = state, None
+            self._state = ordinary
+
+    def _draft_states(self) -> tuple[RewardState, RewardState]:
+        network, config = self.reward.network, self.reward.config
+        if can_mix(network):
+            return (RewardState(network, of="both"),) * 2
+        if config.is_adapter:
+            return self._state, RewardState(network, of="base")
+        source = self._source_backbone
+        if source is None:
+            source = load_base(config.source_backbone or config.reward_base, dtype=self.reward.dtype)
+        return self._state, RewardState(source.to(self.reward.device).eval())
 
     def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
         """The source backbone's logits for the tokens after `input_ids`, `(batch_size, contract.size)`."""
-        logits = self._source.blocks(input_ids, self._mask(input_ids))[-1]
+        logits = self._drafting[1].blocks(input_ids, self._mask(input_ids))[-1]
         return logits[:, : self._contract.size].float()
 
     def _rewards(self, input_ids, attention_mask):

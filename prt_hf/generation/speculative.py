@@ -165,10 +165,11 @@ class _Verifier:
         """The prompt's mask and positions, for the text so far."""
         extended = {}
         if (mask := self._kwargs.get("attention_mask")) is not None:
-            extended["attention_mask"] = torch.cat([mask, mask.new_ones(1, length - mask.shape[1])], 1)[:, :length]
+            more = mask.new_ones(1, max(0, length - mask.shape[1]))
+            extended["attention_mask"] = torch.cat([mask, more], 1)[:, :length]
         if (positions := self._kwargs.get("position_ids")) is not None:
-            more = positions[..., -1:] + torch.arange(1, length - positions.shape[-1] + 1, device=positions.device)
-            extended["position_ids"] = torch.cat([positions, more], -1)[..., :length]
+            more = torch.arange(1, max(0, length - positions.shape[-1]) + 1, device=positions.device)
+            extended["position_ids"] = torch.cat([positions, positions[..., -1:] + more], -1)[..., :length]
         return extended
 
 

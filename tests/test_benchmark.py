@@ -1,0 +1,103 @@
+"""The benchmark times what it says, and computes its ratios as it says. No test is about how fast anything is."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+
+from prt_hf import RewardModel
+from prt_hf.benchmark import ASSISTED, BARE, EFT, ROWS, SAME_BASE, SEQUENTIAL, SPECULATIVE, DecodeTimings, time_decoding
+from prt_hf.cli import main
+from prt_hf.demo.timing import TimingSettings, grow, timing_task
+from prt_hf.demo.training import Steps
+from prt_hf.errors import PRTValueError
+
+
+def test_figures_by_hand():
+    """Two prompts, two rounds, 10 tokens each; the fastest round of every prompt counts."""
+    timings = DecodeTimings("float32", tokens=10)
+    seconds = {BARE: (1, 3), SEQUENTIAL: (2, 3), SPECULATIVE: (1, 1), EFT: (3, 5), ASSISTED: (1, 1), SAME_BASE: (4, 4)}
+    for row, (first, second) in seconds.items():
+        timings.rows[row] = [[first, first + 7.0], [second + 0.5, second]]
+    timings.forwards = {"backbone": [[4.0, 5.0], [6.0, 4.0]], "reward": [[1.0], [1.0]], "source": [[3.0], [3.0]]}
+    assert timings.speed(BARE) == pytest.approx(20 / 4)
+    assert timings.c == pytest.approx(1 / 4) and timings.limit == pytest.approx(0.8)
+    assert timings.eft_limit == pytest.approx((4 + 1 + 3) / (4 + 1))
+    assert timings.figures == pytest.approx(
+        {
+            "sequential_of_limit": 4 / 5 / 0.8,
+            "vs_eft_of_limit": 8 / 5 / (8 / 5),
+            "speculative_vs_sequential": 5 / 2,
+            "speculative_vs_bare": 4 / 2,
+            "same_base_vs_bare": 4 / 8,
+        }
+    )
+
+
+def test_every_row_is_timed(tokenizer):
+    source = tiny.llama(2)
+    reward = RewardModel.from_base(source, tokenizer, LoraConfig(target_modules="all-linear"))
+    reward.network.eval()
+    timings = time_decoding(
+        tiny.llama(1), source, reward, tokenizer, [tiny.prompts(1), tiny.prompts(1, 5)], new_tokens=3, rounds=2
+    )
+    assert tuple(timings.rows) == ROWS
+    for seconds in (*timings.rows.values(), *timings.forwards.values()):
+        assert [len(of_prompt) for of_prompt in seconds] == [2, 2] and min(map(min, seconds)) > 0
+    assert timings.is_same_text
+    with pytest.raises(PRTValueError, match="a reward adapter"):
+        time_decoding(tiny.llama(1), source, RewardModel.from_base(source, tokenizer), tokenizer, [tiny.prompts(1)])
+
+
+def test_a_grown_model_has_the_same_function():
+    small = tiny.llama(3, initializer_range=0.2, num_key_value_heads=2, tie_word_embeddings=True)
+    grown = grow(small, 96, 5)
+    assert grown.num_parameters() > 5 * small.num_parameters()
+    ids = tiny.prompts(3, 12)
+    torch.testing.assert_close(grown(ids).logits, small(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_with_models_of_ones_own(tmp_path, tokenizer, capsys):
+    for name, model in (("backbone", tiny.llama(1)), ("source", tiny.llama(2))):
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    reward = RewardModel.from_base(str(tmp_path / "source"), peft_config=LoraConfig(target_modules="all-linear"))
+    reward.save_pretrained(tmp_path / "reward")
+    own = ["--reward", str(tmp_path / "reward"), "--backbone", str(tmp_path / "backbone"), "--prompt", "w5 w6 w7"]
+    few = ["--new-tokens", "3", "--rounds", "1", "--dtype", "float32"]
+    assert main(["bench", "decode", "--json", *own, *few]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == {"hardware", "versions", "settings", "timings", "figures"}
+    assert set(record["figures"]) == {
+        "sequential_of_limit",
+        "vs_eft_of_limit",
+        "speculative_vs_sequential",
+        "speculative_vs_bare",
+        "same_base_vs_bare",
+    }
+    assert all(value > 0 for value in record["figures"].values())
+    assert [len(of_prompt) for of_prompt in record["timings"][0]["rows"]["bare"]] == [1]
+    assert main(["bench", "decode", *own, *few]) == 0
+    assert "limit of sequential PRT" in capsys.readouterr().out
+    assert main(["bench", "decode", *own[:2]]) == 1
+    assert "--reward, --backbone and --prompt" in capsys.readouterr().err
+
+
+def test_models_made_here_draft_for_each_other():
+    """A few steps: the parts fit, and the grown model is the larger one."""
+    steps = Steps(2, 1e-3, batch_size=2)
+    settings = TimingSettings(
+        grown={"hidden_size": 128, "num_hidden_layers": 4},
+        old_pretraining=steps,
+        new_pretraining=steps,
+        tuning=steps,
+        texts=8,
+        prompts=2,
+    )
+    task = timing_task(settings, seed=0)
+    assert task.backbone.config.hidden_size == 2 * task.source.config.hidden_size
+    assert task.reward.config.is_adapter and task.backbone.generation_config.use_cache
+    assert [prompt.shape for prompt in task.prompts] == [(1, 12)] * 2
+    assert task.tokenizer.unk_token_id is None or (task.prompts[0] != task.tokenizer.unk_token_id).all()
