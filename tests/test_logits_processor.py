@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import logging
+from transformers import CompileConfig, StaticCache, logging
 
 from prt_hf import (
     ContextLengthError,
@@ -77,6 +77,61 @@ def test_left_padding(backbone, reward, tokenizer, mode, is_mask_given):
     expected = generate(backbone, tiny.BruteForce(reward.network, mask), prompts, mask, **MODES[mode])
     processor = PRTLogitsProcessor(reward, tokenizer, attention_mask=mask if is_mask_given else None)
     assert torch.equal(generate(backbone, processor, prompts, mask, **MODES[mode]), expected)
+
+
+COMPILED = ["greedy", "beams", "several samples returned", "chunked prefill"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "sliding-window"])
+def test_compiled_step(backbone, tokenizer, architecture, monkeypatch):
+    """A static cache that grows, is rewound by drafts and reordered by beams; the step of one token compiled."""
+    monkeypatch.setattr("prt_hf.generation.state.ROOM", 16)
+    network = tiny.LANGUAGE_MODELS[architecture](2)
+    reward = RewardModel.from_base(network, tokenizer, LoraConfig(init_lora_weights=False))
+    reward.network.eval()
+    steps = []
+    monkeypatch.setattr(torch, "compile", counting(steps))
+    processor = PRTLogitsProcessor(reward, tokenizer, compile_config=CompileConfig(backend="eager", mode=None))
+    for mode in COMPILED:
+        prompts = tiny.prompts(2, 9)
+        mask = torch.ones_like(prompts)
+        prompts[1, :4], mask[1, :4] = tokenizer.pad_token_id, 0
+        processor.attention_mask = mask
+        expected = generate(backbone, tiny.BruteForce(reward.network, mask), prompts, mask, **MODES[mode])
+        assert torch.equal(generate(backbone, processor, prompts, mask, **MODES[mode]), expected)
+    processor.attention_mask = None
+    prompt = tiny.prompts(1, 9, seed=4)
+    expected = generate(backbone, tiny.BruteForce(reward.network), prompt)
+    for mode in SPECULATIVE:
+        assert torch.equal(generate(backbone, processor, prompt, **SPECULATIVE[mode]), expected)
+    assert len(steps) > 3 * 19, "the compiled step was taken"
+
+
+def counting(steps):
+    """That torch.compile is right is not for us to test; that it is asked, with static shapes, is."""
+
+    def compile(function, **settings):
+        assert settings["backend"] == "eager"
+
+        def step(*args, **kwargs):
+            assert kwargs["input_ids"].shape[1] == 1 and isinstance(kwargs["past_key_values"], StaticCache)
+            steps.append(1)
+            return function(*args, **kwargs)
+
+        return step
+
+    return compile
+
+
+def test_a_really_compiled_step(backbone, tokenizer):
+    reward = RewardModel.from_base(tiny.llama(2), tokenizer)
+    processor = PRTLogitsProcessor(reward, tokenizer, compile_config=CompileConfig(backend="eager", mode=None))
+    prompts = tiny.prompts(2)
+    expected = generate(backbone, tiny.BruteForce(reward.network), prompts, max_new_tokens=6)
+    assert torch.equal(generate(backbone, processor, prompts, max_new_tokens=6), expected)
+    with pytest.raises(UnsupportedError, match="cannot be compiled"):
+        recurrent = RewardModel.from_base(tiny.mamba(2), tokenizer)
+        PRTLogitsProcessor(recurrent, tokenizer, compile_config=CompileConfig())
 
 
 def test_one_object_for_everything(backbone, reward, tokenizer):

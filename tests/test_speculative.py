@@ -245,6 +245,23 @@ def test_both_logits_in_one_pass(source, tokenizer):
         torch.testing.assert_close(alone, base, atol=2e-4, rtol=1e-3)
 
 
+def test_drafters_forget_what_training_changed(source, backbone, tokenizer):
+    """The same prompt before and after a step of a trainer that never calls the reward as a whole."""
+    reward = reward_of("lora", copy.deepcopy(source), tokenizer)
+    model = PRTForCausalLM.from_parts(copy.deepcopy(backbone), [reward], tokenizer=tokenizer)
+    prompt, settings = tiny.prompts(1), {"max_new_tokens": 16, "do_sample": False}
+    before = model.generate(prompt, speculative=True, **settings)
+    model.train()
+    model.base_model(prompt).last_hidden_state.sum().backward()
+    with torch.no_grad():
+        for parameter in reward.network.parameters():
+            if parameter.grad is not None:
+                parameter += 0.3 * parameter.grad.sign()
+    model.eval()
+    after = model.generate(prompt, speculative=True, **settings)
+    assert torch.equal(after, model.generate(prompt, **settings)) and not torch.equal(after, before)
+
+
 # Streaming and stopping
 
 

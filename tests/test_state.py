@@ -158,9 +158,9 @@ def test_changed_networks_are_computed_anew(tokenizer):
 
 def test_hooks_do_not_outlive_their_state(networks):
     state = RewardState(networks["llama"])
-    hooks = len(networks["llama"]._forward_pre_hooks)
+    hooks = len(networks["llama"].base_model._forward_pre_hooks)
     del state
-    assert len(networks["llama"]._forward_pre_hooks) == hooks - 1
+    assert len(networks["llama"].base_model._forward_pre_hooks) == hooks - 1
 
 
 def test_models_that_cannot_tell_padding(tokenizer):

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..contract import VocabularyContract, unwrap_tokenizer
@@ -190,6 +190,8 @@ class PRTLogitsProcessor(_RewardProcessor):
             `generate`. By default left padding is inferred from the tokenizer's pad token.
         source_backbone (`PreTrainedModel`, *optional*): drafts for [`~prt_hf.speculative_decoding`] with a full reward;
             by default loaded as `prt_config.json` names it. The source backbone of an adapter is its own base.
+        compile_config (`CompileConfig`, *optional*): compile the reward's step, for GPUs on which a small network waits
+            for its launches; `CompileConfig()` uses CUDA graphs.
 
     Raises:
         VocabularyMismatchError: the tokenizer is another one than the reward's.
@@ -210,6 +212,7 @@ class PRTLogitsProcessor(_RewardProcessor):
         strength: float | torch.Tensor | list[float] | None = None,
         attention_mask: torch.LongTensor | None = None,
         source_backbone: PreTrainedModel | None = None,
+        compile_config: CompileConfig | None = None,
     ):
         if not isinstance(reward, RewardModel):
             raise PRTValueError(
@@ -222,7 +225,7 @@ class PRTLogitsProcessor(_RewardProcessor):
             reward.contract, tokenizer, reward.config.strength if strength is None else strength, attention_mask
         )
         self.reward = reward
-        self._state = RewardState(reward.network.eval())
+        self._state = RewardState(reward.network.eval(), compile_config=compile_config)
         self._source_backbone = source_backbone
         self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source, in speculative decoding
 

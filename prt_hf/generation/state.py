@@ -11,8 +11,8 @@ import torch
 import transformers
 from packaging import version
 from torch import nn
-from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import UnsupportedError
 from ..passes import MixedPass, Pass, bare_base
@@ -21,6 +21,7 @@ from ..pretrained import check_length, context_length, unwrap_adapter
 PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
 # Before, a window that records its past had to be cropped after every forward.
 RECORDS_PAST = version.parse(transformers.__version__) >= version.parse("5.18")
+ROOM = 256  # tokens by which a static cache grows
 REMEMBERED = 64  # positions of a single row whose logits are kept: drafts are scored forwards, then verified again
 
 
@@ -34,14 +35,19 @@ class RewardState:
         network: the model; a `PeftModel` for a reward adapter.
         of (`str`): whose logits: `"network"`; of a `PeftModel` also its `"base"`, without adapters; or `"both"`, the
             network first, in one pass where [`~prt_hf.passes.can_mix`] says so.
+        compile_config (`CompileConfig`, *optional*): keep a static cache, and compile the step of one token (of the
+            network only). The step with a growing cache is the reference.
+
+    Raises:
+        UnsupportedError: a network without an attention cache cannot be compiled so.
     """
 
-    def __init__(self, network: nn.Module, of: str = "network"):
+    def __init__(self, network: nn.Module, of: str = "network", compile_config: CompileConfig | None = None):
         model = unwrap_adapter(network)
         accepted = Pass(network).accepted
         self.network = network
         self.tokens_computed = 0  # over all calls, for tests and benchmarks
-        self._of = of
+        self._of, self._compile_config = of, compile_config
         self._pass: Pass | None = None
         self._config = model.config
         self._limit = context_length(model)
@@ -52,8 +58,15 @@ class RewardState:
         # A recurrent state cannot be rewound, nor continued by several tokens at once.
         self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name != "past_key_values"
         self._takes_padding = is_cached
+        if compile_config is not None and (self._is_recurrent or of != "network"):
+            raise UnsupportedError(
+                f"The step of {type(model).__name__} cannot be compiled.",
+                expected="a network whose cache is of attention alone",
+                remedy="leave `compile_config` out",
+            )
         self.reset()
-        hook = network.register_forward_pre_hook(_reset_in_training(weakref.ref(self)))
+        # On the decoder, which runs in every kind of pass.
+        hook = model.base_model.register_forward_pre_hook(_reset_in_training(weakref.ref(self)))
         weakref.finalize(self, hook.remove)
 
     def reset(self) -> None:
@@ -61,6 +74,7 @@ class RewardState:
         self._rows: torch.LongTensor | None = None
         self._cache: Cache | None = None
         self._oldest = 0  # shortest prefix that the cache can still be cropped to
+        self._capacity = 0  # tokens for which a static cache has room
         # By length of the prefix: `(cached rows, vocab_size)` for each of those that are asked for.
         self._logits: dict[int, tuple[torch.Tensor, ...]] = {}
 
@@ -132,6 +146,13 @@ class RewardState:
         is_reusable = common > 0 and self._cache is not None and common >= self._oldest
         if self._is_recurrent:
             is_reusable = is_reusable and surplus == 0 and rows.shape[1] == common + 1
+        elif isinstance(self._cache, StaticCache):
+            is_reusable = (
+                is_reusable
+                and rows.shape[1] <= self._capacity
+                and len(rows) == len(self._rows)
+                and (surplus == 0 or not self._forgets)
+            )
         elif surplus > 0:
             is_reusable = (
                 is_reusable and (RECORDS_PAST or not self._forgets) and getattr(self._cache, "is_croppable", True)
@@ -139,7 +160,10 @@ class RewardState:
         if not is_reusable:
             self.reset()
             return 0
-        if surplus > 0:
+        if surplus > 0 and isinstance(self._cache, StaticCache):
+            for layer in self._cache.layers:
+                layer.cumulative_length.sub_(surplus)  # what lies behind is masked, and overwritten
+        elif surplus > 0:
             self._cache.crop(-surplus)
             if self._forgets:
                 self._oldest = common
@@ -153,7 +177,7 @@ class RewardState:
     @property
     def _forgets(self) -> bool:
         """Whether a cropped cache lacks what lies further back, as windows and convolutions do."""
-        return any(type(layer) is not DynamicLayer for layer in self._cache.layers)
+        return any(type(layer) not in (DynamicLayer, StaticLayer) for layer in self._cache.layers)
 
     def _forward(self, rows, kept: int) -> tuple[torch.Tensor, ...]:
         mask = rows != PAD
@@ -171,7 +195,10 @@ class RewardState:
                 )
             kwargs["attention_mask"] = mask.long()
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
-        if self._cache_name == "past_key_values" and self._cache is None:
+        if self._compile_config is not None and self._cache is None:
+            self._capacity = ROOM * (1 + rows.shape[1] // ROOM)
+            self._cache = StaticCache(config=self._config, max_cache_len=self._capacity)
+        elif self._cache_name == "past_key_values" and self._cache is None:
             self._cache = DynamicCache(config=self._config)
             if RECORDS_PAST and not self._is_recurrent:
                 self._cache.activate_past_recording()
@@ -183,14 +210,33 @@ class RewardState:
         if is_training:
             self.network.eval()
         try:
-            output = self._pass(**kwargs)
+            output = self._pass(**kwargs) if self._compile_config is None else self._static_step(rows, kept, kwargs)
         finally:
             if is_training:
                 self.network.train()
         returned = getattr(output, self._cache_name or "", None)
         self._cache = returned if isinstance(returned, Cache) else None
         self.tokens_computed += new.numel()
-        return self._pass.split(output.logits[:, -1])
+        # A compiled step may write its next output into the same memory.
+        return self._pass.split(output.logits[:, -1].clone())
+
+    def _static_step(self, rows, kept: int, kwargs: dict):
+        """The mask and positions of a static cache are made outside of what is compiled."""
+        model = self._pass.model
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(kept, rows.shape[1], device=rows.device).expand(len(rows), -1)
+        inputs = model.prepare_inputs_for_generation(
+            rows.clamp(min=0),
+            next_sequence_length=rows.shape[1] - kept,
+            past_key_values=self._cache,
+            attention_mask=kwargs.get("attention_mask"),
+            position_ids=positions,
+            use_cache=True,
+        )
+        is_step = rows.shape[1] == kept + 1 and kept > 0
+        run = model.get_compiled_call(self._compile_config) if is_step else model
+        return run(**self._pass.prepare(inputs), return_dict=True)
 
 
 def _reset_in_training(reference: weakref.ref):

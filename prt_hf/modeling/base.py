@@ -1,9 +1,8 @@
-"""PRT models: a backbone and its rewards as one transformers model, for everything that takes a model."""
+"""What all PRT models share: their parts, their recipe, their passes."""
 
 import copy
 import shutil
 from dataclasses import asdict
-from functools import partial
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -13,38 +12,22 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
     Cache,
-    DynamicCache,
     GenerationConfig,
-    GenerationMixin,
     PreTrainedModel,
-    StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.modeling_outputs import CausalLMOutputWithPast, ImageClassifierOutput, SequenceClassifierOutput
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
-from transformers.utils.generic import can_return_tuple
 
-from .contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
-from .errors import PRTValueError, UnsupportedError
-from .functional import combine
-from .generation.cache import PRTCache
-from .generation.logits_processor import PRTLogitsProcessor
-from .generation.speculative import speculative_decoding
-from .hub import local_folder
-from .joint_head import JointBase, JointHead, joint_head
-from .passes import MixedPass, Pass, bare_base, can_mix
-from .pretrained import (
+from ..contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
+from ..errors import PRTValueError, UnsupportedError
+from ..functional import combine
+from ..hub import local_folder
+from ..passes import MixedPass, Pass, bare_base, can_mix
+from ..pretrained import (
     AUTO_CLASSES,
-    IMAGE_CLASSIFICATION,
-    TEXT_CLASSIFICATION,
     TEXT_GENERATION,
     check_bare,
-    check_length,
     context_length,
     load_pretrained,
     reference_to,
@@ -52,7 +35,7 @@ from .pretrained import (
     tie_parameters,
     unwrap_adapter,
 )
-from .recipe import (
+from ..recipe import (
     PRTModelConfig,
     check_complete,
     check_place,
@@ -62,7 +45,7 @@ from .recipe import (
     save_beside,
     write_recipe,
 )
-from .reward_model import RewardModel, check_same_model, load_base, load_processing_class
+from ..reward_model import RewardModel, check_same_model, load_base, load_processing_class
 
 logger = logging.get_logger(__name__)
 
@@ -173,6 +156,12 @@ class PRTPreTrainedModel(PreTrainedModel):
                 raise PRTValueError(
                     f"{cls.__name__} is for {cls.task}.", expected=f"models for {cls.task}", found=task_of(part)
                 )
+        if any(reward.network is backbone for reward in rewards):
+            raise PRTValueError(
+                "A full reward and its backbone are one object, of which one is tuned and the other frozen.",
+                expected="two models",
+                remedy="load the backbone again, or copy.deepcopy it",
+            )
         orders = [reward.order_for(backbone, processing_class) for reward in rewards]
         strengths = [reward.config.strength for reward in rewards] if strengths is None else strengths
         _check_strengths(strengths, len(rewards))
@@ -411,328 +400,6 @@ class PRTPreTrainedModel(PreTrainedModel):
         return combine(backbone, total)
 
 
-class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
-    """A language model with rewards. `logits` are log-probabilities over the contract's tokens, of shape
-    `(batch_size, sequence_length, vocab_size)`, without the columns that pad the networks' heads.
-
-    ```python
-    model = PRTForCausalLM.from_parts("Qwen/Qwen2.5-7B", rewards=["me/gsm8k-reward"])
-    model.generate(**inputs)
-    ```
-    """
-
-    task = TEXT_GENERATION
-    main_input_name = "input_ids"
-    _can_compile_fullgraph = True  # with PEFT's layers or a mixed pass, in parts
-
-    def __init__(self, config, backbone=None, rewards=None, processing_class=None):
-        super().__init__(config, backbone, rewards, processing_class)
-        self.generation_config = copy.deepcopy(self.backbone.generation_config)
-
-    @property
-    def base_model(self) -> JointBase:
-        """For trainers that multiply hidden states by the head themselves, as TRL's do."""
-        return JointBase(self)
-
-    def get_output_embeddings(self) -> JointHead:
-        return joint_head(self)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: PRTCache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        num_items_in_batch: int | torch.Tensor | None = None,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """
-        Args:
-            past_key_values ([`~prt_hf.generation.cache.PRTCache`]): of all networks, as returned by an earlier call.
-            output_hidden_states, output_attentions: of the backbone.
-            labels: shifted here, as by every causal language model of transformers; -100 is ignored.
-            kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
-
-        Returns:
-            `CausalLMOutputWithPast`: `logits` normalised, float32.
-
-        Raises:
-            UnsupportedError: a prompt given as embeddings.
-            ContextLengthError: longer than a reward can read.
-            NonFiniteRewardError: a reward is NaN or infinite.
-        """
-        # Not in the signature, where the Trainer would take it for a label that every batch has.
-        shift_labels = kwargs.pop("shift_labels", None)
-        if input_ids is None or inputs_embeds is not None:
-            raise UnsupportedError(
-                "A reward has embeddings of its own, and cannot read the backbone's.",
-                expected="`input_ids`",
-                found="`inputs_embeds`" if inputs_embeds is not None else "neither",
-            )
-        if use_cache is None:
-            use_cache = not self.training and getattr(self.config, "use_cache", False)
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = self._new_cache()
-            use_cache = past_key_values is not None
-        self._check_length(input_ids, attention_mask, past_key_values)
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "use_cache": use_cache,
-            "logits_to_keep": logits_to_keep,
-        } | kwargs
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        inputs, asked = ({k: v for k, v in given.items() if v is not None} for given in (inputs, asked))
-        if past_key_values is not None:
-            past_key_values.rows = len(input_ids)
-        logits, beside = self._run(inputs, asked, None if past_key_values is None else past_key_values.parts)
-        log_probs = self._combine([_keep(value, logits_to_keep, input_ids.shape[1]) for value in logits])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=log_probs,
-                labels=labels,
-                vocab_size=log_probs.shape[-1],
-                num_items_in_batch=num_items_in_batch,
-                shift_labels=shift_labels,
-            )
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=log_probs,
-            past_key_values=past_key_values,
-            **beside,
-        )
-
-    @staticmethod
-    def create_masks_for_generate(config, attention_mask=None, past_key_values=None, **kwargs):
-        """Every network makes its own mask for its own cache of the mask of tokens, which is as long at every step as a
-        static cache, lest every step be compiled anew. Recurrent layers and flash attention read its end, and have it
-        as it is."""
-        is_read_from_its_end = any(past_key_values.is_linear) or "flash" in (config._attn_implementation or "")
-        if attention_mask is None or is_read_from_its_end:
-            return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
-        return nn.functional.pad(attention_mask, (0, max(0, missing)))
-
-    def generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        *,
-        speculative: bool = False,
-        num_draft_tokens: int | None = None,
-        **kwargs,
-    ):
-        """As every model's, see [`~transformers.GenerationMixin.generate`].
-
-        Args:
-            speculative (`bool`): draft with the source backbone and the rewards, verify with the backbone: the same
-                greedy text, samples of the same distribution, faster where the reward is smaller than the backbone. One
-                prompt at a time. With a full reward, `assistant_model` is its source backbone, by default loaded as the
-                reward names it. `return_dict_in_generate` tells what became of the drafts
-                ([`~prt_hf.generation.speculative.SpeculativeOutput`]).
-            num_draft_tokens (`int`, *optional*): the most to draft at a time.
-
-        Raises:
-            UnsupportedError: continuous batching; what cannot be speculative.
-        """
-        asked = (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None))
-        if "paged" in asked:
-            self._refuse_continuous_batching()
-        if speculative:
-            return self._generate_speculatively(inputs, generation_config, num_draft_tokens, **kwargs)
-        if num_draft_tokens is not None:
-            raise PRTValueError("`num_draft_tokens` is for speculative decoding.", remedy="speculative=True")
-        return super().generate(inputs, generation_config, **kwargs)
-
-    def _generate_speculatively(
-        self,
-        inputs,
-        generation_config,
-        num_draft_tokens,
-        *,
-        assistant_model=None,
-        streamer=None,
-        tokenizer=None,
-        stop_strings=None,
-        stopping_criteria=None,
-        **kwargs,
-    ):
-        generation_config = copy.deepcopy(generation_config or self.generation_config)
-        kwargs = generation_config.update(**kwargs)
-        stopping_criteria = StoppingCriteriaList(stopping_criteria or ())
-        stop_strings = stop_strings or generation_config.stop_strings
-        if stop_strings:
-            # transformers keeps the tokenizer from a `custom_generate`, and cannot make these without it.
-            stopping_criteria.append(StopStringCriteria(tokenizer or self.processing_class, stop_strings))
-            generation_config.stop_strings = None
-        rewards = [
-            PRTLogitsProcessor(
-                reward,
-                self.processing_class,
-                strength=strength,
-                attention_mask=kwargs.get("attention_mask"),
-                source_backbone=assistant_model,
-            )
-            for reward, strength in zip(self.rewards, self.strengths, strict=True)
-        ]
-        decode = partial(
-            speculative_decoding, rewards=rewards, num_draft_tokens=num_draft_tokens, streamer=streamer
-        )
-        return self.backbone.generate(
-            inputs,
-            generation_config,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            custom_generate=decode,
-            **kwargs,
-        )
-
-    def init_continuous_batching(self, *args, **kwargs):
-        self._refuse_continuous_batching()
-
-    def generate_batch(self, *args, **kwargs):
-        self._refuse_continuous_batching()
-
-    def _refuse_continuous_batching(self):
-        raise UnsupportedError(
-            "Continuous batching keeps one paged cache for one model, and a PRT model has several.",
-            expected="`generate` with a dynamic or static cache",
-            remedy="serve with vLLM, or generate in batches",
-        )
-
-    @property
-    def _is_cached(self) -> bool:
-        return all(run.is_cached for run in self._separate)
-
-    def _new_cache(self) -> PRTCache | None:
-        if not self._is_cached:
-            return None
-        parts = [DynamicCache(config=run.model.config.get_text_config(decoder=True)) for run in self._passes]
-        return PRTCache(parts, [len(run.blocks) for run in self._passes])
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            self._check_cache(given)
-            return super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-        if not self._is_cached:
-            if generation_config.use_cache:
-                logger.warning_once(
-                    "One of the networks keeps no cache of the usual kind: every step reads all tokens."
-                )
-            generation_config.use_cache = False
-        if not generation_config.use_cache:
-            return None
-        parts = []
-        for run in self._passes:
-            made = {}
-            run.model._prepare_cache_for_generation(
-                generation_config, made, generation_mode, batch_size * len(run.blocks), max_cache_length
-            )
-            parts.append(made["past_key_values"])
-        model_kwargs["past_key_values"] = PRTCache(parts, [len(run.blocks) for run in self._passes])
-
-    def _check_cache(self, cache) -> None:
-        blocks = [len(run.blocks) for run in self._passes]
-        if not isinstance(cache, PRTCache) or cache.blocks != blocks:
-            raise UnsupportedError(
-                "The cache is not one of this PRT model's passes.",
-                expected="`past_key_values` as an earlier call of this model returned them, with gradients where there "
-                f"are now: blocks of rows {blocks}",
-                found=f"{type(cache).__name__}{f' of {cache.blocks}' if isinstance(cache, PRTCache) else ''}",
-            )
-
-    def _check_length(self, input_ids, attention_mask, cache) -> None:
-        if not self._limits or torch.compiler.is_compiling():
-            return
-        limit = min(self._limits)
-        length = input_ids.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
-        if length > limit and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            length = int(attention_mask.sum(1).max())
-        check_length(length, limit)
-
-
-class PRTForSequenceClassification(PRTPreTrainedModel):
-    """A text classifier with rewards. `logits` are log-probabilities over the backbone's labels,
-    `(batch_size, num_labels)`; the rewards' labels are matched to them by name."""
-
-    task = TEXT_CLASSIFICATION
-    main_input_name = "input_ids"
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutput:
-        """`labels` of shape `(batch_size,)` in the backbone's order; hidden states and attentions are its own."""
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-        }
-        return SequenceClassifierOutput(
-            **self._classify(inputs, labels, output_hidden_states, output_attentions, kwargs)
-        )
-
-    def _classify(self, inputs, labels, output_hidden_states, output_attentions, kwargs) -> dict:
-        num_items = kwargs.pop("num_items_in_batch", None)
-        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
-        inputs, asked = ({k: v for k, v in given.items() if v is not None} for given in (inputs | kwargs, asked))
-        logits, beside = self._run(inputs, asked)
-        log_probs = self._combine(logits)
-        loss = None
-        if labels is not None:
-            reduction = "mean" if num_items is None else "sum"
-            loss = nn.functional.nll_loss(log_probs, labels.to(log_probs.device), reduction=reduction)
-            loss = loss if num_items is None else loss / num_items
-        return {"loss": loss, "logits": log_probs} | beside
-
-
-class PRTForImageClassification(PRTForSequenceClassification):
-    """An image classifier with rewards. `logits` are log-probabilities over the backbone's labels,
-    `(batch_size, num_labels)`; the rewards' labels are matched to them by name."""
-
-    task = IMAGE_CLASSIFICATION
-    main_input_name = "pixel_values"
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
-        **kwargs,
-    ) -> ImageClassifierOutput:
-        """`labels` of shape `(batch_size,)` in the backbone's order; hidden states and attentions are its own."""
-        return ImageClassifierOutput(
-            **self._classify({"pixel_values": pixel_values}, labels, output_hidden_states, output_attentions, kwargs)
-        )
-
-
 def _check_strengths(strengths: list[float], count: int) -> None:
     is_usable = isinstance(strengths, list | tuple) and len(strengths) == count
     if not is_usable or not all(isinstance(value, Real) and isfinite(value) for value in strengths):
@@ -749,16 +416,3 @@ def _contract_without_tokenizer(task: str, config: PRTModelConfig) -> Contract:
 
 def _without_prefix(state_dict: dict, prefix: str) -> dict:
     return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-
-
-def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor, length: int) -> torch.Tensor:
-    """Cut the logits of a network that does not know `logits_to_keep`."""
-    if isinstance(logits_to_keep, int):
-        return logits[:, -logits_to_keep:]  # all for 0
-    return logits[:, logits_to_keep] if logits.shape[1] == length else logits
-
-
-AutoConfig.register(PRTModelConfig.model_type, PRTModelConfig)
-AutoModelForCausalLM.register(PRTModelConfig, PRTForCausalLM)
-AutoModelForSequenceClassification.register(PRTModelConfig, PRTForSequenceClassification)
-AutoModelForImageClassification.register(PRTModelConfig, PRTForImageClassification)

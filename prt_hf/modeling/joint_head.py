@@ -13,11 +13,11 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from .errors import UnsupportedError
-from .passes import ADAPTER, Pass, is_plain
+from ..errors import UnsupportedError
+from ..passes import ADAPTER, Pass, is_plain
 
 if TYPE_CHECKING:
-    from .modeling import PRTForCausalLM
+    from .causal_lm import PRTForCausalLM
 
 _TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 # What models do to logits behind the head. Weak ones hide in the tolerance.

@@ -1,0 +1,75 @@
+"""Text and image classifiers with rewards."""
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import ImageClassifierOutput, SequenceClassifierOutput
+from transformers.utils.generic import can_return_tuple
+
+from ..pretrained import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
+from .base import PRTPreTrainedModel
+
+
+class PRTForSequenceClassification(PRTPreTrainedModel):
+    """A text classifier with rewards. `logits` are log-probabilities over the backbone's labels,
+    `(batch_size, num_labels)`; the rewards' labels are matched to them by name."""
+
+    task = TEXT_CLASSIFICATION
+    main_input_name = "input_ids"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutput:
+        """`labels` of shape `(batch_size,)` in the backbone's order; hidden states and attentions are its own."""
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+        }
+        return SequenceClassifierOutput(
+            **self._classify(inputs, labels, output_hidden_states, output_attentions, kwargs)
+        )
+
+    def _classify(self, inputs, labels, output_hidden_states, output_attentions, kwargs) -> dict:
+        num_items = kwargs.pop("num_items_in_batch", None)
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        inputs, asked = ({k: v for k, v in given.items() if v is not None} for given in (inputs | kwargs, asked))
+        logits, beside = self._run(inputs, asked)
+        log_probs = self._combine(logits)
+        loss = None
+        if labels is not None:
+            reduction = "mean" if num_items is None else "sum"
+            loss = nn.functional.nll_loss(log_probs, labels.to(log_probs.device), reduction=reduction)
+            loss = loss if num_items is None else loss / num_items
+        return {"loss": loss, "logits": log_probs} | beside
+
+
+class PRTForImageClassification(PRTForSequenceClassification):
+    """An image classifier with rewards. `logits` are log-probabilities over the backbone's labels,
+    `(batch_size, num_labels)`; the rewards' labels are matched to them by name."""
+
+    task = IMAGE_CLASSIFICATION
+    main_input_name = "pixel_values"
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """`labels` of shape `(batch_size,)` in the backbone's order; hidden states and attentions are its own."""
+        return ImageClassifierOutput(
+            **self._classify({"pixel_values": pixel_values}, labels, output_hidden_states, output_attentions, kwargs)
+        )
