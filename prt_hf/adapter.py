@@ -3,13 +3,13 @@
 import copy
 import warnings
 
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .contract import ModelReference
-from .errors import PRTValueError
+from .errors import PRTValueError, UnsupportedError
 from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of
 
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
@@ -81,6 +81,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
             }
         peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
     network = wrap(model, peft_config)
+    _check_saved(network)
     if zero:
         check_one_head(model)
         zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
@@ -100,6 +101,19 @@ def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
         if parameter.requires_grad and parameter.data_ptr() in shared:  # biases, with `bias="all"` or `"lora_only"`
             parameter.data = parameter.data.clone()
     return network
+
+
+def _check_saved(network: PeftModel) -> None:
+    """PEFT 0.19 leaves tuned biases out of its files."""
+    saved = {value.data_ptr() for value in get_peft_model_state_dict(network, save_embedding_layers=False).values()}
+    lost = [name for name, value in network.named_parameters() if value.requires_grad and value.data_ptr() not in saved]
+    if lost:
+        raise UnsupportedError(
+            "This PEFT does not save all that the adapter would train.",
+            expected="every trainable parameter in its state dict",
+            found=f"{len(lost)} are missing, the first is {lost[0]}",
+            remedy="pip install --upgrade peft, or bias='none'",
+        )
 
 
 def zero_head(model: PreTrainedModel) -> None:

@@ -523,7 +523,11 @@ def test_a_mixed_pass_equals_the_separate_ones():
 def test_adapters_of_every_kind(lora, is_mixed, is_tied):
     backbone = tiny.llama(1, tie_word_embeddings=is_tied, attention_bias=True)
     expected = backbone(tiny.prompts(2)).logits
-    reward = adapter(backbone, **lora)
+    try:
+        reward = adapter(backbone, **lora)
+    except UnsupportedError as error:
+        assert "does not save all" in str(error) and lora.get("bias")
+        pytest.skip("PEFT before 0.20 loses tuned biases, and rewards with them are refused")
     for name, parameter in reward.network.named_parameters():
         if parameter.requires_grad and "lora_" not in name:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -833,3 +837,9 @@ def test_rewards_that_are_not_finite():
         model(tiny.prompts(1))
     with pytest.raises(NonFiniteRewardError, match="token or label id 9"):
         generate(model, tiny.prompts(1), num_beams=2)
+
+
+def test_a_reward_that_is_its_own_backbone():
+    network = tiny.llama(1)
+    with pytest.raises(PRTValueError, match="one object"):
+        PRTForCausalLM.from_parts(network, [RewardModel.from_base(network, TOKENIZER)], tokenizer=TOKENIZER)

@@ -125,9 +125,11 @@ def test_round_trip_of_image_classifiers(tmp_path):
     pixels = torch.randn(2, 1, 8, 8)
     assert type(loaded) is PRTForImageClassification
     assert torch.equal(logits(loaded, pixels), logits(model, pixels))
-    assert list(loaded.processing_class.image_mean) == [0.5]
     with pytest.raises(PRTValueError, match="(?s)recipe of a PRTForCausalLM.*PRTForImageClassification"):
         PRTForCausalLM.from_pretrained(tmp_path / "recipe")
+    if loaded.processing_class is None:
+        pytest.skip("this transformers reads image processors with torchvision only")
+    assert list(loaded.processing_class.image_mean) == [0.5]
 
 
 def test_round_trip_of_text_classifiers(tmp_path):
@@ -224,7 +226,11 @@ def test_tuned_biases_are_the_rewards_own(tmp_path):
     tiny.gpt2(1).save_pretrained(tmp_path / "base")
     backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     config = LoraConfig(init_lora_weights=False, bias="lora_only", target_modules=["c_attn"])
-    reward = RewardModel.from_base(backbone, TOKENIZER, config)
+    try:
+        reward = RewardModel.from_base(backbone, TOKENIZER, config)
+    except UnsupportedError as error:
+        assert "does not save all" in str(error)
+        pytest.skip("PEFT before 0.20 loses tuned biases, and rewards with them are refused")
     expected = logits(backbone)
     for name, parameter in reward.network.named_parameters():
         if parameter.requires_grad and "lora_" not in name:
@@ -458,7 +464,8 @@ def test_damaged_recipes(recipe, damage):
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
 def test_recipes_that_are_no_json(recipe, content):
     (recipe / "config.json").write_text(content)
-    with pytest.raises((PRTError, OSError, ValueError), match="config|recipe|model_type"):
+    # The last is transformers' own, for a list; newer ones say more.
+    with pytest.raises((PRTError, OSError, ValueError, TypeError), match="config|recipe|model_type|list"):
         AutoModelForCausalLM.from_pretrained(recipe)
 
 
