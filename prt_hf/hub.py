@@ -31,7 +31,7 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
 
 
 def local_folder(path_or_repo: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:
-    """The folder of a reward: a local one as it is, a repository of the Hub after downloading it to the cache.
+    """The folder of a reward or recipe: a local one as it is, a repository of the Hub once it is in the cache.
 
     Errors of the Hub (missing repository, wrong revision, no right) reach the user as such.
     """
@@ -41,6 +41,6 @@ def local_folder(path_or_repo: str | Path, revision: str | None = None, token: s
         folder = snapshot_download(str(path_or_repo), revision=revision, token=token, allow_patterns=REWARD_PATTERNS)
     except HFValidationError as error:
         raise RewardFileError(
-            f"There is no reward at {path_or_repo}.", expected="a folder, or an id of the Hub", found="neither"
+            f"There is nothing at {path_or_repo}.", expected="a folder, or an id of the Hub", found="neither"
         ) from error
     return Path(folder)

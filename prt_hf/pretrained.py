@@ -245,6 +245,17 @@ def share_weights(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, memo)
 
 
+def frozen_norms(network: nn.Module) -> list[nn.Module]:
+    """Layers with batch statistics that are not trained: under an adapter the statistics are the base's, which others
+    share."""
+    return [
+        module
+        for module in network.modules()
+        if getattr(module, "running_mean", None) is not None
+        and not any(parameter.requires_grad for parameter in module.parameters())
+    ]
+
+
 def tie_parameters(network: nn.Module, base: nn.Module) -> None:
     """Make parameters of `network` that share their values with parameters of `base` the same objects, so that they
     stay one when they move to another device or precision."""

@@ -24,6 +24,7 @@ from .pretrained import (
     check_bare,
     check_length,
     context_length,
+    frozen_norms,
     load_pretrained,
     pretrained_parameters,
     reference_to,
@@ -120,14 +121,7 @@ class PRTTrainer(Trainer):
                 self.backbone.to(args.device)
         if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
             self.model.enable_input_require_grads()
-        # Batch statistics of frozen layers belong to the base, which others share and which is the backbone.
-        is_adapter = self.reward.config.is_adapter
-        self._frozen_norms = [
-            module
-            for module in self.model.modules()
-            if is_adapter and getattr(module, "running_mean", None) is not None
-            if not any(parameter.requires_grad for parameter in module.parameters())
-        ]
+        self._frozen_norms = frozen_norms(self.model) if self.reward.config.is_adapter else []
         self._limits = [context_length(network) for network in (self.model, self.backbone) if network is not None]
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 

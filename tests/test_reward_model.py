@@ -558,5 +558,5 @@ def test_peft_models_that_could_not_be_loaded_again(tokenizer):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(RewardFileError, match="(?s)There is no reward at .*nowhere"):
+    with pytest.raises(RewardFileError, match="(?s)There is nothing at .*nowhere"):
         RewardModel.from_pretrained(tmp_path / "nowhere")

@@ -114,9 +114,9 @@ def test_as_one_model(source, backbone, tokenizer):
     prompt = tiny.prompts(1, 9)
     mask = torch.ones_like(prompt)
     prompt[0, :3], mask[0, :3] = tokenizer.pad_token_id, 0
-    for settings in ({}, {"repetition_penalty": 1.5}, {"num_draft_tokens": 2}):
+    for settings in ({}, {"repetition_penalty": 1.5}, {"num_draft_tokens": 2}, {"attention_mask": None}):
         longest = settings.pop("num_draft_tokens", None)
-        settings |= {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24}
+        settings = {"attention_mask": mask, "do_sample": False, "max_new_tokens": 24} | settings
         ordinary = model.generate(prompt, **settings)
         assert torch.equal(model.generate(prompt, speculative=True, num_draft_tokens=longest, **settings), ordinary)
 
@@ -343,6 +343,23 @@ def test_what_cannot_be_speculative(source, backbone, processor, tokenizer):
     model = PRTForCausalLM.from_parts(copy.deepcopy(backbone), [processor.reward], tokenizer=tokenizer)
     with pytest.raises(PRTValueError, match="speculative=True"):
         model.generate(one, num_draft_tokens=3, max_new_tokens=4)
+
+
+def test_going_on_from_a_cache(backbone, processor):
+    prompt, settings = tiny.prompts(1), {"do_sample": False, "logits_processor": [processor]}
+    settings["custom_generate"] = speculative_decoding
+    first = backbone.generate(prompt, return_dict_in_generate=True, max_new_tokens=6, **settings)
+    whole = backbone.generate(prompt, max_new_tokens=12, **settings)
+    cache = first.past_key_values
+    assert torch.equal(backbone.generate(first.sequences, past_key_values=cache, max_new_tokens=6, **settings), whole)
+    with pytest.raises(UnsupportedError, match="those in `past_key_values` included"):
+        backbone.generate(
+            whole[:, -1:],
+            past_key_values=cache,
+            attention_mask=torch.ones(1, cache.get_seq_length() + 1),
+            max_new_tokens=2,
+            **settings,
+        )
 
 
 def test_a_full_reward_drafts_with_the_source_that_it_names(tmp_path, backbone, source, tokenizer):

@@ -75,9 +75,9 @@ def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dic
         ("source", settings.old, settings.old_pretraining),
         ("target", settings.new, settings.new_pretraining),
     ):
-        model = _llama(tokenizer, size, seed)
+        model = llama(tokenizer, size, seed)
         description = f"pretraining the {'old' if name == 'source' else 'new'} model"
-        fit(model, blocks, steps, seed, description, _collator(tokenizer))
+        fit(model, blocks, steps, seed, description, collator_of(tokenizer))
         folders[name] = folder / f"text-{name}"
         model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
@@ -110,7 +110,7 @@ def own_text(source: str, target: str, dataset: str, settings: TextSettings, see
 
 def run_text(task: TextTask, folder: Path, settings: TextSettings, seed: int) -> Result:
     """Tune a reward, and what it is compared with; save the reward, measure, time, write."""
-    collator = _collator(task.tokenizer)
+    collator = collator_of(task.tokenizer)
     reward = tune_reward(
         task.source,
         task.train,
@@ -157,7 +157,8 @@ output = target.generate(**inputs, logits_processor=[PRTLogitsProcessor(reward, 
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 
-def _llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
+def llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
+    """With new weights, of the tokenizer's vocabulary."""
     set_seed(seed)
     hidden_size = size["hidden_size"]
     config = {
@@ -171,7 +172,7 @@ def _llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **config, **special))
 
 
-def _collator(tokenizer) -> DataCollatorForLanguageModeling:
+def collator_of(tokenizer) -> DataCollatorForLanguageModeling:
     return DataCollatorForLanguageModeling(tokenizer.pad_token_id)
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ..reward_model import RewardModel
+from .text import collator_of, llama
 from .training import Steps, fit, tune_reward
 
 _CHOICES = (
@@ -66,9 +66,9 @@ def timing_task(settings: TimingSettings, seed: int) -> TimingTask:
         [{"input_ids": tokenizer(_text(generator, is_list))["input_ids"]} for _ in range(count)]
         for is_list, count in ((False, settings.texts), (True, settings.texts), (True, settings.prompts))
     )
-    collator = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    collator = collator_of(tokenizer)
     source, target = (
-        fit(_llama(tokenizer, size, seed), running, steps, seed, f"pretraining the {age} model", collator)
+        fit(llama(tokenizer, size, seed), running, steps, seed, f"pretraining the {age} model", collator)
         for age, size, steps in (
             ("old", settings.old, settings.old_pretraining),
             ("new", settings.new, settings.new_pretraining),
@@ -134,17 +134,3 @@ def _text(generator: random.Random, is_list: bool) -> str:
     if is_list:
         return " ".join(f"* {who} : {' '.join(rest)} ." for who, *rest in sentences) + " </s>"
     return "<s> " + " then ".join(" ".join(sentence) for sentence in sentences) + " . </s>"
-
-
-def _llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
-    set_seed(seed)
-    hidden_size = size["hidden_size"]
-    config = {
-        "intermediate_size": 8 * hidden_size // 3,
-        "num_attention_heads": max(1, hidden_size // 32),
-        "num_key_value_heads": max(1, hidden_size // 32),
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-    } | size
-    special = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **config, **special))

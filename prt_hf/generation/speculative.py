@@ -57,7 +57,7 @@ def speculative_decoding(
             follows what was accepted.
         streamer: transformers hands none to a `custom_generate`; give it with
             `custom_generate=functools.partial(speculative_decoding, streamer=streamer)`.
-        rewards: processors that come before those of `logits_processor`.
+        rewards: processors that come before those of `logits_processor`, and get the backbone's mask.
 
     Returns:
         `torch.LongTensor` of shape `(1, sequence_length)`, or [`SpeculativeOutput`] with `return_dict_in_generate`.
@@ -71,6 +71,9 @@ def speculative_decoding(
     longest = LONGEST if num_draft_tokens is None else num_draft_tokens
     _check(input_ids, model_kwargs.get("past_key_values"), generation_config, drafters, longest)
     size = drafters[0].reward.contract.size
+    mask = model_kwargs.get("attention_mask")
+    for reward in rewards:
+        reward.attention_mask = torch.ones_like(input_ids) if mask is None else mask
     networks = [model, *(drafter.reward.network for drafter in drafters)]
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
     verifier = _Verifier(model, model_kwargs)
@@ -221,6 +224,12 @@ def _check(input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProc
             expected="a dynamic cache of attention layers",
             found="no cache" if cache is None else f"{type(cache).__name__} of {type(cache.layers[0]).__name__}",
             remedy="generate without speculation",
+        )
+    if cache.get_seq_length() >= input_ids.shape[1]:
+        raise UnsupportedError(
+            "The rewards have to read what the backbone's cache holds.",
+            expected="all tokens of the text, those in `past_key_values` included",
+            found=f"{input_ids.shape[1]} tokens, and {cache.get_seq_length()} in the cache",
         )
     if generation_config.output_hidden_states or generation_config.output_attentions:
         raise UnsupportedError(

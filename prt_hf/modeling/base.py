@@ -29,6 +29,7 @@ from ..pretrained import (
     TEXT_GENERATION,
     check_bare,
     context_length,
+    frozen_norms,
     load_pretrained,
     reference_to,
     task_of,
@@ -298,11 +299,8 @@ class PRTPreTrainedModel(PreTrainedModel):
         self.backbone.eval()
         self.bases.eval()
         for reward in self.rewards:
-            # Batch statistics of frozen layers are the base's, which others share.
-            for module in reward.network.modules() if reward.config.is_adapter else ():
-                is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
-                if is_frozen and getattr(module, "running_mean", None) is not None:
-                    module.eval()
+            for norm in frozen_norms(reward.network) if reward.config.is_adapter else ():
+                norm.eval()
         return self
 
     def init_weights(self) -> None:

@@ -203,7 +203,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 for reward in self.rewards
             ]
         for reward, strength in zip(rewards, self.strengths, strict=True):
-            reward.strength, reward.attention_mask = strength, kwargs.get("attention_mask")
+            reward.strength = strength
         decode = partial(speculative_decoding, rewards=rewards, num_draft_tokens=num_draft_tokens, streamer=streamer)
         return self.backbone.generate(
             inputs,

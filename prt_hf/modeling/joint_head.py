@@ -4,7 +4,7 @@ softmax(log_softmax(b) + s r) = softmax(b + s r), so where b = h_b W_b^T and r =
 are [h_b, s h_r] [W_b, W_r]^T, up to a constant per context.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
@@ -15,9 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..errors import UnsupportedError
 from ..passes import ADAPTER, Pass, is_plain
-
-if TYPE_CHECKING:
-    from .causal_lm import PRTForCausalLM
+from .base import PRTPreTrainedModel
 
 _TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 # What models do to logits behind the head. Weak ones hide in the tolerance.
@@ -40,7 +38,7 @@ class JointHead(NamedTuple):
 class JointBase:
     """Called as a decoder without its head; `last_hidden_state` belongs to the head of [`joint_head`]."""
 
-    def __init__(self, model: "PRTForCausalLM"):
+    def __init__(self, model: PRTPreTrainedModel):
         self.model = model
 
     def __call__(self, input_ids: torch.LongTensor, **inputs) -> BaseModelOutput:
@@ -69,7 +67,7 @@ class JointBase:
         return BaseModelOutput(last_hidden_state=torch.cat(hidden, -1))
 
 
-def joint_head(model: "PRTForCausalLM") -> JointHead:
+def joint_head(model: PRTPreTrainedModel) -> JointHead:
     weights, biases = [], []
     for run, strength in zip(model._separate, [1.0, *model.strengths], strict=True):
         of_network, bias = _head_pieces(run.model)
