@@ -19,6 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from .errors import UnsupportedError
 from .pretrained import unwrap_adapter
 
 _LOCK = threading.RLock()  # layers are changed for the time of a pass: one at a time
@@ -85,20 +86,29 @@ class MixedPass(Pass):
         for index, network in enumerate(self.blocks):
             for name, layer in _adapted_layers(network) if network is not None else ():
                 changes.setdefault(name, []).append((index, _change_of(layer)))
-        self._forwards = []
-        for name, of_blocks in changes.items():
-            module = base.get_submodule(name)
-            forward = partial(_changed_forward, module.forward, self._thread, len(self.blocks), of_blocks)
-            self._forwards.append((module, forward))
+        self._changes = [(base.get_submodule(name), of_blocks) for name, of_blocks in changes.items()]
+        adapted = (dict(_adapted_layers(network)) for network in self.blocks if network is not None)
+        self._witnesses = [next(iter(layers.values())) for layers in adapted if layers]  # adapters switch as a whole
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the adapters are still switched on.
+
+        Raises:
+            UnsupportedError: one was merged into weights that others share.
+        """
+        for layer in self._witnesses:
+            check_not_merged(layer)
+        return all(is_plain(layer) for layer in self._witnesses)
 
     def prepare(self, inputs: dict) -> dict:
         """Tensors with a batch axis are repeated, others go as they are."""
-        return {
-            name: value.repeat(len(self.blocks), *[1] * (value.ndim - 1))
-            if isinstance(value, torch.Tensor) and value.ndim > 1
-            else value
-            for name, value in super().prepare(inputs).items()
-        }
+        prepared = super().prepare(inputs)
+        rows = len(prepared[self.model.main_input_name])
+        for name, value in prepared.items():
+            if isinstance(value, torch.Tensor) and value.ndim > 1 and len(value) == rows:
+                prepared[name] = value.repeat(len(self.blocks), *[1] * (value.ndim - 1))
+        return prepared
 
     def __call__(self, **inputs):
         with _LOCK, self._changed_layers():
@@ -107,15 +117,16 @@ class MixedPass(Pass):
     @contextmanager
     def _changed_layers(self) -> Iterator[None]:
         # Hooks would do the same, but setting them for every pass and calling them takes as long as a small layer.
-        earlier = [module.__dict__.get("forward") for module, _ in self._forwards]
-        for module, forward in self._forwards:
+        earlier = [module.__dict__.get("forward") for module, _ in self._changes]
+        for module, of_blocks in self._changes:
+            forward = partial(_changed_forward, module.forward, self._thread, len(self.blocks), of_blocks)
             module.__dict__["forward"] = forward
         self._thread[0] = threading.get_ident()
         try:
             yield
         finally:
             self._thread[0] = None
-            for (module, _), forward in zip(self._forwards, earlier, strict=True):
+            for (module, _), forward in zip(self._changes, earlier, strict=True):
                 if forward is None:
                     del module.__dict__["forward"]
                 else:
@@ -140,6 +151,7 @@ def bare_base(network: PeftModel) -> PreTrainedModel:
     memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     base = copy.deepcopy(model, memo)
     for name, layer in list(_wrapped_layers(base)):
+        check_not_merged(layer)
         is_adapted = isinstance(layer, BaseTunerLayer)
         base.set_submodule(name, layer.get_base_layer() if is_adapted else layer.original_module)
     base.__dict__.pop("peft_config", None)
@@ -161,7 +173,20 @@ def _adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     return _wrapped_layers(network.get_base_model())
 
 
+def check_not_merged(layer: nn.Module) -> None:
+    """Raises:
+    UnsupportedError: PEFT has added the adapter to the base's own weights.
+    """
+    if getattr(layer, "merged", False):
+        raise UnsupportedError(
+            "The adapter is merged into weights that its base, the backbone or other rewards share.",
+            expected="an adapter beside its base",
+            remedy="unmerge_adapter(), or tune and load the merged network as a full reward",
+        )
+
+
 def is_plain(layer: nn.Module) -> bool:
+    """Plain LoRA, or a layer that is saved whole, switched on."""
     if type(layer) is ModulesToSaveWrapper:
         return layer.active_adapters == [ADAPTER] and not layer.disable_adapters
     return (
@@ -197,6 +222,12 @@ def _changed_forward(forward, thread: list, count: int, changes, inputs: torch.T
     if count == 1:
         changes[0][1](inputs, output)
         return output
+    if len(inputs) % count:
+        raise UnsupportedError(
+            "A layer does not see whole batches, so that its rows cannot be told apart.",
+            expected=f"a multiple of {count} rows",
+            found=f"{tuple(inputs.shape)}",
+        )
     of_blocks, outputs = inputs.chunk(count), output.chunk(count)
     for index, change in changes:
         change(of_blocks[index], outputs[index])

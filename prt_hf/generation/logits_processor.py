@@ -236,7 +236,7 @@ class PRTLogitsProcessor(_RewardProcessor):
     @contextmanager
     def drafting(self) -> Iterator[None]:
         """Within, `source_logits` can be asked for; a reward adapter gives them in the pass that gives its rewards."""
-        if self._drafting is None:
+        if self._drafting is None or self._is_mixed != can_mix(self.reward.network):
             self._drafting = self._draft_states()
         ordinary = self._state
         self._state = self._drafting[0]
@@ -247,7 +247,8 @@ class PRTLogitsProcessor(_RewardProcessor):
 
     def _draft_states(self) -> tuple[RewardState, RewardState]:
         network, config = self.reward.network, self.reward.config
-        if can_mix(network):
+        self._is_mixed = can_mix(network)
+        if self._is_mixed:
             return (RewardState(network, of="both"),) * 2
         if config.is_adapter:
             return self._state, RewardState(network, of="base")

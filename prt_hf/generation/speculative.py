@@ -10,7 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import (
+    BaseStreamer,
+    GenerateDecoderOnlyOutput,
+    GenerationMode,
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from ..errors import PRTValueError, UnsupportedError
 from ..pretrained import context_length
@@ -19,6 +25,7 @@ from .state import REMEMBERED
 
 START = 4  # drafts in the first round
 LONGEST = 16
+_STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
 @dataclass
@@ -50,7 +57,7 @@ def speculative_decoding(
     """For `backbone.generate(..., logits_processor=[p], custom_generate=speculative_decoding)`, one prompt at a time.
 
     Every option of greedy decoding and sampling holds: processors, warpers and stopping criteria see each token and its
-    prefix as in ordinary decoding.
+    prefix as in ordinary decoding. Processors that count their calls are refused.
 
     Args:
         num_draft_tokens (`int`, *optional*): the most that is drafted in a round, 16 by default; below it, the number
@@ -64,12 +71,19 @@ def speculative_decoding(
 
     Raises:
         PRTValueError: no [`PRTLogitsProcessor`] that could draft, or a number of drafts that is none.
-        UnsupportedError: several rows, beams, no cache, or one that cannot be cropped.
+        UnsupportedError: several rows, beams, classifier-free guidance, no cache, or one that cannot be cropped.
     """
     first, others = LogitsProcessorList(rewards), logits_processor
     drafters = [processor for processor in [*first, *others] if isinstance(processor, PRTLogitsProcessor)]
     longest = LONGEST if num_draft_tokens is None else num_draft_tokens
     _check(input_ids, model_kwargs.get("past_key_values"), generation_config, drafters, longest)
+    for processor in others:
+        if isinstance(processor, _STATEFUL):
+            raise UnsupportedError(
+                f"{type(processor).__name__} counts its calls, and drafts that are not kept would count.",
+                expected="processors that look at the tokens alone",
+                remedy="generate without speculation",
+            )
     size = drafters[0].reward.contract.size
     mask = model_kwargs.get("attention_mask")
     for reward in rewards:
@@ -78,7 +92,7 @@ def speculative_decoding(
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
     verifier = _Verifier(model, model_kwargs)
     if chunk := generation_config.prefill_chunk_size:
-        for end in range(chunk, input_ids.shape[1], chunk):
+        for end in range(verifier.cache.get_seq_length() + chunk, input_ids.shape[1], chunk):
             verifier(input_ids[:, :end], 1)
     wanted = {"scores": generation_config.output_scores, "logits": generation_config.output_logits}
     records = {name: () for name, asked in wanted.items() if asked and generation_config.return_dict_in_generate}

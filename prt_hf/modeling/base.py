@@ -1,6 +1,7 @@
 """What all PRT models share: their parts, their recipe, their passes."""
 
 import copy
+import json
 import shutil
 from dataclasses import asdict
 from math import isfinite
@@ -31,6 +32,7 @@ from ..pretrained import (
     context_length,
     frozen_norms,
     load_pretrained,
+    pretrained_parameters,
     reference_to,
     task_of,
     tie_parameters,
@@ -339,14 +341,11 @@ class PRTPreTrainedModel(PreTrainedModel):
     def _mixed_passes(self) -> tuple[list[Pass], list[int]]:
         """The fewest passes: adapters of one base as blocks of one pass, together with the backbone if it is theirs.
         And where the backbone (0) and reward i (i) are among all blocks, one pass after the other."""
-        ours = ModelReference(**self.config.backbone_reference or {}).weights
-        keys = [(ours, self.backbone.dtype, self.backbone.device)]
-        for reward in self.rewards:
-            base = reward.config.reward_base.weights if can_mix(reward.network) else None
-            keys.append((base, reward.dtype, reward.device))
         groups: dict = {}
-        for index, key in enumerate(keys):
-            groups.setdefault(key if key[0] else index, []).append(index)
+        for index, network in enumerate([self.backbone, *self.reward_networks]):
+            # Classifiers have no decoding to speed up, and some call layers on more than rows of the batch.
+            is_shared = self.task == TEXT_GENERATION and (index == 0 or can_mix(network))
+            groups.setdefault(_base_of(network) if is_shared else index, []).append(index)
         passes = []
         for first, *others in groups.values():
             if not others:
@@ -364,7 +363,10 @@ class PRTPreTrainedModel(PreTrainedModel):
     @property
     def _passes(self) -> list[Pass]:
         """The first has the backbone's rows first."""
-        return self._separate if self.training or torch.is_grad_enabled() else self._mixed
+        if self.training or torch.is_grad_enabled():
+            return self._separate
+        is_current = all(run.is_current for run in self._mixed if isinstance(run, MixedPass))
+        return self._mixed if is_current else self._separate
 
     def _run(self, inputs: dict, of_backbone: dict, caches: list[Cache | None] | None = None):
         """The logits of the backbone and of every reward, and the backbone's output beside its logits."""
@@ -396,6 +398,15 @@ class PRTPreTrainedModel(PreTrainedModel):
             for strength, order, reward in zip(self.strengths, self.orders, rewards, strict=True)
         )
         return combine(backbone, total)
+
+
+def _base_of(network: nn.Module) -> tuple:
+    """Equal for networks that run the very same weights in the same way."""
+    config = unwrap_adapter(network).config.to_dict() | {"_attn": unwrap_adapter(network).config._attn_implementation}
+    for name in ("_name_or_path", "architectures", "transformers_version", "use_cache", "dtype"):
+        config.pop(name, None)
+    weights = sorted(value.data_ptr() for value in pretrained_parameters(network).values())
+    return tuple(weights), json.dumps(config, sort_keys=True, default=str)
 
 
 def _check_strengths(strengths: list[float], count: int) -> None:

@@ -188,24 +188,28 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         stopping_criteria=None,
         **kwargs,
     ):
+        # The backbone under this model's defaults, on the very same modules.
+        backbone = copy.copy(self.backbone)
+        backbone.generation_config = copy.deepcopy(self.generation_config)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         kwargs = generation_config.update(**kwargs)
         stopping_criteria = StoppingCriteriaList(stopping_criteria or ())
-        stop_strings = stop_strings or generation_config.stop_strings
+        stop_strings = stop_strings or generation_config.stop_strings or self.generation_config.stop_strings
         if stop_strings:
             # transformers keeps the tokenizer from a `custom_generate`, and cannot make these without it.
             stopping_criteria.append(StopStringCriteria(tokenizer or self.processing_class, stop_strings))
-            generation_config.stop_strings = None
-        rewards = _DRAFTERS.get(self)
-        if rewards is None or assistant_model is not None:
-            rewards = _DRAFTERS[self] = [
+            generation_config.stop_strings = backbone.generation_config.stop_strings = None
+        # Taken out while they are at work: another thread makes its own.
+        rewards = _DRAFTERS.pop(self, None) if assistant_model is None else None
+        if rewards is None:
+            rewards = [
                 PRTLogitsProcessor(reward, self.processing_class, source_backbone=assistant_model)
                 for reward in self.rewards
             ]
         for reward, strength in zip(rewards, self.strengths, strict=True):
             reward.strength = strength
         decode = partial(speculative_decoding, rewards=rewards, num_draft_tokens=num_draft_tokens, streamer=streamer)
-        return self.backbone.generate(
+        output = backbone.generate(
             inputs,
             generation_config,
             stopping_criteria=stopping_criteria,
@@ -213,6 +217,9 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             custom_generate=decode,
             **kwargs,
         )
+        if assistant_model is None:
+            _DRAFTERS[self] = rewards
+        return output
 
     def init_continuous_batching(self, *args, **kwargs):
         self._refuse_continuous_batching()
