@@ -265,6 +265,13 @@ def test_eft_is_cached_as_prt_is(backbone, tokenizer, mode):
     assert torch.equal(one, generate(backbone, forgetful, prompts, **MODES[mode]))
 
 
+def test_eft_with_a_merged_adapter_is_refused(backbone, tokenizer):
+    adapted = RewardModel.from_base(tiny.llama(2), tokenizer, LoraConfig(init_lora_weights=False)).network
+    adapted.merge_adapter()
+    with pytest.raises(UnsupportedError, match="merged into weights"):
+        EFTLogitsProcessor(adapted, tokenizer)(tiny.prompts(1), torch.randn(1, tiny.VOCABULARY))
+
+
 def test_eft_needs_both_old_models(tokenizer):
     with pytest.raises(PRTValueError, match="`pretrained=`, or a PeftModel"):
         EFTLogitsProcessor(tiny.llama(2), tokenizer)

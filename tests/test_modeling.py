@@ -32,6 +32,7 @@ from prt_hf import (
     RewardModel,
     UnsupportedError,
     VocabularyMismatchError,
+    combine,
     prt_loss,
 )
 from prt_hf.errors import PRTValueError
@@ -671,7 +672,7 @@ def test_images(make):
         torch.testing.assert_close(out.logits.double(), expected, atol=1e-4, rtol=1e-4)
         assert out.loss.item() == pytest.approx(F.nll_loss(expected, labels).item(), rel=1e-4)
         torch.testing.assert_close(out.hidden_states, backbone(pixels(), output_hidden_states=True).hidden_states)
-    assert [len(run.blocks) for run in model._mixed] == [2, 1, 1]
+    assert [len(run.blocks) for run in model._mixed] == [1, 1, 1, 1]  # nothing to gain without decoding
     total = model(pixels(), labels=labels, num_items_in_batch=5).loss.item()
     assert total == pytest.approx(3 / 5 * F.nll_loss(expected, labels).item(), rel=1e-4)
     assert model.config.id2label == dict(enumerate(OTHER_ORDER)) and model.config.num_labels == 4
@@ -843,3 +844,42 @@ def test_a_reward_that_is_its_own_backbone():
     network = tiny.llama(1)
     with pytest.raises(PRTValueError, match="one object"):
         PRTForCausalLM.from_parts(network, [RewardModel.from_base(network, TOKENIZER)], tokenizer=TOKENIZER)
+
+
+# What the review of mixed passes and drafts found
+
+
+def test_adapters_that_are_switched_off_or_merged():
+    base = tiny.llama(1)
+    model = PRTForCausalLM.from_parts(base, [adapter(base)], tokenizer=TOKENIZER).eval()
+    rows, network = tiny.prompts(2), model.reward_networks[0]
+    with torch.no_grad():
+        tuned = model(rows, use_cache=False).logits
+        with network.disable_adapter():
+            off = model(rows, use_cache=False).logits
+        torch.testing.assert_close(off, combine(base(rows).logits, base(rows).logits), atol=1e-4, rtol=1e-4)
+        assert (tuned - off).abs().max() > 0.1
+        assert torch.equal(model(rows, use_cache=False).logits, tuned)
+        network.merge_adapter()
+        with pytest.raises(UnsupportedError, match="merged into weights"):
+            model(rows)
+        network.unmerge_adapter()
+        torch.testing.assert_close(model(rows, use_cache=False).logits, tuned, atol=1e-3, rtol=1e-3)
+
+
+def test_the_same_weights_under_another_configuration_are_another_model():
+    backbone, other = tiny.llama(1), tiny.llama(1)
+    other.config.rope_parameters["rope_theta"] = 50.0
+    other = type(other)(other.config).eval()
+    other.load_state_dict(backbone.state_dict())
+    model = PRTForCausalLM.from_parts(backbone, [adapter(other)], tokenizer=TOKENIZER).eval()
+    assert [len(run.blocks) for run in model._mixed] == [1, 1]
+
+
+def test_inputs_that_every_row_shares():
+    base = tiny.llama(1)
+    model = PRTForCausalLM.from_parts(base, [adapter(base)], tokenizer=TOKENIZER).eval()
+    rows = tiny.prompts(3, 6)
+    with torch.no_grad():
+        shared = model(rows, position_ids=torch.arange(6)[None], use_cache=False).logits
+        torch.testing.assert_close(shared, model(rows, use_cache=False).logits, atol=1e-4, rtol=1e-4)

@@ -1,6 +1,7 @@
 """Speculative decoding gives what ordinary decoding gives: greedy token by token, sampling in distribution."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -8,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from scipy.stats import chisquare
-from transformers import StoppingCriteria, TextStreamer
+from transformers import GenerationConfig, StoppingCriteria, TextStreamer
 from transformers.generation import BaseStreamer
 
 from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel, UnsupportedError, speculative_decoding
@@ -317,6 +318,36 @@ def test_stopping_criteria_see_every_token(source, backbone, tokenizer):
         assert ordinary.shape[1] <= index + 1
 
 
+def test_the_models_own_defaults_hold(source, backbone, tokenizer):
+    """Not those of the backbone, whose `generate` does the work."""
+    model = PRTForCausalLM.from_parts(
+        copy.deepcopy(backbone), [reward_of("lora", source, tokenizer)], tokenizer=tokenizer
+    )
+    prompt = tiny.prompts(1)
+    text = model.generate(prompt, do_sample=False, max_new_tokens=20)
+    config = GenerationConfig(do_sample=False, max_new_tokens=20)
+    model.generation_config.eos_token_id = text[0, 11].item()
+    model.generation_config.repetition_penalty = 1.1
+    model.backbone.generation_config.eos_token_id = text[0, 8].item()
+    for given in ({"generation_config": config}, {"do_sample": False, "max_new_tokens": 20}):
+        ordinary = model.generate(prompt, **given)
+        assert torch.equal(model.generate(prompt, speculative=True, **given), ordinary)
+
+
+def test_threads(source, backbone, tokenizer):
+    model = PRTForCausalLM.from_parts(
+        copy.deepcopy(backbone), [reward_of("lora", source, tokenizer)], tokenizer=tokenizer
+    )
+    prompts = [tiny.prompts(1, 6 + seed, seed) for seed in range(4)]
+    expected = [model.generate(prompt, do_sample=False, max_new_tokens=12) for prompt in prompts]
+
+    def generate(prompt):
+        return model.generate(prompt, speculative=True, do_sample=False, max_new_tokens=12)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(map(torch.equal, threads.map(generate, prompts), expected))
+
+
 # What cannot be right is refused
 
 
@@ -329,6 +360,7 @@ def test_what_cannot_be_speculative(source, backbone, processor, tokenizer):
         (one, {"num_return_sequences": 2, "do_sample": True}, "2 rows"),
         (one, {"use_cache": False}, "no cache"),
         (one, {"cache_implementation": "static"}, "StaticCache"),
+        (one, {"guidance_scale": 1.7}, "counts its calls"),
         (one, {"return_dict_in_generate": True, "output_hidden_states": True}, "Hidden states"),
     ):
         with pytest.raises(UnsupportedError, match=message):
