@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from peft import PeftModel
@@ -87,8 +87,9 @@ class MixedPass(Pass):
             for name, layer in _adapted_layers(network) if network is not None else ():
                 changes.setdefault(name, []).append((index, _change_of(layer)))
         self._changes = [(base.get_submodule(name), of_blocks) for name, of_blocks in changes.items()]
-        adapted = (dict(_adapted_layers(network)) for network in self.blocks if network is not None)
-        self._witnesses = [next(iter(layers.values())) for layers in adapted if layers]  # adapters switch as a whole
+        adapters = (network for network in self.blocks if network is not None)
+        # Adapters are switched as a whole: one layer of each tells.
+        self._witnesses = [layer for network in adapters for _, layer in islice(_adapted_layers(network), 1)]
 
     @property
     def is_current(self) -> bool:

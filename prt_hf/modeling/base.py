@@ -165,13 +165,13 @@ class PRTPreTrainedModel(PreTrainedModel):
                 expected="two models",
                 remedy="load the backbone again, or copy.deepcopy it",
             )
+        if processing_class is None and backbone.name_or_path:
+            processing_class = load_processing_class(backbone.name_or_path, cls.task)
         orders = [reward.order_for(backbone, processing_class) for reward in rewards]
         strengths = [reward.config.strength for reward in rewards] if strengths is None else strengths
         _check_strengths(strengths, len(rewards))
         if processing_class is None:
-            place = backbone.name_or_path
-            processing_class = load_processing_class(place, cls.task) if place else None
-            processing_class = processing_class or rewards[0].processing_class
+            processing_class = rewards[0].processing_class
         contract = rewards[0].contract
         config = PRTModelConfig(
             architectures=[cls.__name__],
