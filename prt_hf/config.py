@@ -1,11 +1,15 @@
 """`PRTConfig`: `TrainingArguments` plus the coefficients of Portable Reward Tuning."""
 
+import os
 from dataclasses import dataclass, field
 
+from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 
 from .errors import PRTValueError
 from .reward_model import REWARD_INITS
+
+FUSED_LOSSES = ("auto", "always", "never")
 
 
 @dataclass
@@ -18,6 +22,13 @@ class PRTConfig(TrainingArguments):
         reward_init (`str`, defaults to `"pretrained"`): where a new reward starts. `"pretrained"`: as the base's
             logits, as in the paper. `"zero"`: r = 0 with an output layer of its own, so that tuning starts at the
             backbone's loss.
+        fused_loss (`str`, defaults to `"auto"`): `"auto"`, language models' logits are never made whole where both
+            models' logits are their last hidden state times their head; `"always"`, or an error says why not;
+            `"never"`.
+        precompute_backbone (`bool`, defaults to `False`): run the backbone once over every data set and keep on disk
+            what it gives at the supervised positions; epochs and later runs read that, and load no backbone. For two
+            epochs or more, and for data sets without augmentation.
+        backbone_cache_dir (`str`, *optional*): where that is kept, by default `prt_hf` beside the Hub's cache.
     """
 
     kl_coef: float = field(default=1.0, metadata={"help": "Weight lambda of KL(pi || pi_pt), Eq. 5 of the paper."})
@@ -26,13 +37,26 @@ class PRTConfig(TrainingArguments):
         default="pretrained",
         metadata={"help": "Start of a new reward: the base's logits, or zero.", "choices": list(REWARD_INITS)},
     )
+    fused_loss: str = field(
+        default="auto",
+        metadata={"help": "Whether logits of language models are left unmade.", "choices": list(FUSED_LOSSES)},
+    )
+    precompute_backbone: bool = field(
+        default=False, metadata={"help": "Run the backbone once over every data set and keep its states on disk."}
+    )
+    backbone_cache_dir: str | None = field(
+        default=None, metadata={"help": "Where the states of backbones are kept, by default beside the Hub's cache."}
+    )
 
     def __post_init__(self):
         super().__post_init__()
+        if self.backbone_cache_dir is None:
+            self.backbone_cache_dir = os.path.join(HF_HOME, "prt_hf")
         for name, value, expected, is_valid in (
             ("kl_coef", self.kl_coef, "a number above 0", self.kl_coef > 0),
             ("entropy_coef", self.entropy_coef, "0 or a number above it", self.entropy_coef >= 0),
             ("reward_init", self.reward_init, " or ".join(REWARD_INITS), self.reward_init in REWARD_INITS),
+            ("fused_loss", self.fused_loss, " or ".join(FUSED_LOSSES), self.fused_loss in FUSED_LOSSES),
             ("label_smoothing_factor", self.label_smoothing_factor, "0", self.label_smoothing_factor == 0),
         ):
             if not is_valid:

@@ -20,7 +20,7 @@ from .errors import LabelMismatchError, PRTValueError, RewardFileError, Vocabula
 logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"  # 1.1: more_source_backbones
 SHOWN = 5  # differences that an error shows
 
 
@@ -183,6 +183,19 @@ Contract = VocabularyContract | LabelContract
 CONTRACTS = {contract.kind: contract for contract in (VocabularyContract, LabelContract)}
 
 
+def contract_to_dict(contract: Contract) -> dict[str, Any]:
+    """As it is written to files: without the token names."""
+    return {"kind": contract.kind} | {name: value for name, value in vars(contract).items() if name != "vocabulary"}
+
+
+def contract_from_dict(entries: dict[str, Any]) -> Contract:
+    entries = dict(entries)
+    contract_class = CONTRACTS[entries.pop("kind")]
+    if contract_class is LabelContract:
+        entries["names"] = tuple(map(str, entries["names"]))
+    return contract_class(**entries)
+
+
 @dataclass(frozen=True)
 class ModelReference:
     """Which pretrained model: Hub id or path, commit, class, and a fingerprint of its weights."""
@@ -206,6 +219,7 @@ class RewardConfig:
         contract: vocabulary or labels.
         reward_base (`ModelReference`): the model that the reward started from, and that a reward adapter sits on.
         source_backbone (`ModelReference`, *optional*): pi_pt in training; None while untrained.
+        more_source_backbones (tuple of `ModelReference`): the others, where training drew one of several for each step.
         is_adapter (`bool`): a PEFT adapter, or a full network.
         kl_coef (`float`): lambda in training.
         entropy_coef (`float`): alpha of Eq. 12 in training.
@@ -216,6 +230,7 @@ class RewardConfig:
     contract: Contract
     reward_base: ModelReference
     source_backbone: ModelReference | None = None
+    more_source_backbones: tuple[ModelReference, ...] = ()
     is_adapter: bool = True
     kl_coef: float = 1.0
     entropy_coef: float = 0.0
@@ -228,9 +243,7 @@ class RewardConfig:
         return 1 / self.kl_coef
 
     def to_json_string(self) -> str:
-        contract = {"kind": self.contract.kind, **vars(self.contract)}
-        contract.pop("vocabulary", None)
-        return json.dumps(vars(self) | {"contract": contract}, indent=2, default=vars) + "\n"
+        return json.dumps(vars(self) | {"contract": contract_to_dict(self.contract)}, indent=2, default=vars) + "\n"
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "RewardConfig":
@@ -271,14 +284,13 @@ class RewardConfig:
         if unknown := sorted(set(entries) - set(cls.__dataclass_fields__)):
             logger.warning(f"{PRT_CONFIG_NAME} has entries that this version does not know and ignores: {unknown}")
         known = {name: value for name, value in entries.items() if name not in unknown}
-        contract = dict(entries["contract"])
-        contract_class = CONTRACTS[contract.pop("kind")]
-        if contract_class is LabelContract:
-            contract["names"] = tuple(map(str, contract["names"]))
-        known["contract"] = contract_class(**contract)
+        known["contract"] = contract_from_dict(entries["contract"])
         for name in ("reward_base", "source_backbone"):
             if known.get(name) is not None:
                 known[name] = ModelReference(**known[name])
+        known["more_source_backbones"] = tuple(
+            ModelReference(**entry) for entry in entries.get("more_source_backbones", ())
+        )
         config = cls(**known)
         if not (float(config.kl_coef) > 0 and config.reward_base is not None):
             raise ValueError(f"kl_coef = {config.kl_coef!r} and reward_base = {config.reward_base!r}")

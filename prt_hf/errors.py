@@ -40,6 +40,10 @@ class RewardFileError(PRTError, OSError):
     """A saved reward is incomplete, damaged, pickled, or no reward at all."""
 
 
+class BackboneCacheError(PRTError, ValueError):
+    """Stored states of a backbone are damaged or another's, or cannot be stored."""
+
+
 class NonFiniteRewardError(PRTError, FloatingPointError):
     """A reward holds NaN or infinity."""
 

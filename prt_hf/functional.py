@@ -180,8 +180,9 @@ class Projection(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return len(self.hidden[0]), len(self.weights[0])
 
+    @torch.no_grad()
     def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`torch.FloatTensor` of shape `(n, vocab_size)`, float32; in `out` if given, which has no gradient."""
+        """`torch.FloatTensor` of shape `(n, vocab_size)`, float32, without a gradient; in `out` if given."""
         if out is None:
             out = torch.empty(self.shape, dtype=torch.float32, device=self.hidden[0].device)
         for index, (hidden, weight) in enumerate(zip(self.hidden, self.weights, strict=True)):
@@ -255,6 +256,7 @@ def fused_prt_loss(
     return loss / items
 
 
+@torch.no_grad()
 def fused_prt_statistics(
     backbone: Projection, reward: Projection, labels: torch.LongTensor, *, kl_coef: float = 1.0
 ) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
 """A language model's logits as its last hidden state times its head, so that they need not be made."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from peft.tuners.lora import Linear
@@ -17,36 +18,55 @@ from .pretrained import unwrap_adapter
 
 _TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
-_DIVISORS = ("logits_scaling",)
+_DIVISOR = "logits_scaling"
 _SOFTCAP = "final_logit_softcapping"
 
 
-def projection(network: nn.Module, hidden: torch.Tensor, columns: slice = slice(None)) -> Projection:
-    """The logits of a language model, as it is switched now (adapter on or off), from its last hidden states.
+class Head(NamedTuple):
+    """What makes logits of last hidden states.
 
-    Args:
-        hidden (`torch.FloatTensor` of shape `(n, hidden_size)`).
-        columns (`slice`): without the rows that pad the vocabulary.
+    Attributes:
+        weights (tuple of `torch.FloatTensor` of shape `(vocab_size, hidden_size_i)`): LoRA's apart from its base's.
+        bias (`torch.FloatTensor` of shape `(vocab_size,)`, *optional*).
+        scale (`float`), softcap (`float`, *optional*): what the model does to the logits, in this order.
     """
-    model = unwrap_adapter(network)
-    found = behind_the_head(model)
-    scale = 1.0
-    for name in _SCALES:
-        scale *= found.get(name, 1)
-    for name in _DIVISORS:
-        scale /= found.get(name, 1)
-    weights, bias = head_pieces(model)
-    pieces = hidden_pieces(model, hidden)
-    if scale != 1:
-        pieces = [piece * scale for piece in pieces]
-        bias = None if bias is None else bias * scale
-    whole = columns.indices(len(weights[0])) == (0, len(weights[0]), 1)
-    return Projection(
-        tuple(pieces),
-        tuple(weights if whole else [weight[columns] for weight in weights]),
-        bias if bias is None or whole else bias[columns],
-        found.get(_SOFTCAP),
-    )
+
+    weights: tuple[torch.Tensor, ...]
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, network: nn.Module, columns: slice = slice(None)) -> "Head":
+        """Of a language model, as it is switched now (adapter on or off).
+
+        Args:
+            columns (`slice`): without the rows that pad the vocabulary.
+        """
+        model = unwrap_adapter(network)
+        found = behind_the_head(model)
+        scale = math.prod(found.get(name, 1.0) for name in _SCALES) / found.get(_DIVISOR, 1.0)
+        weights, bias = head_pieces(model)
+        if columns.indices(len(weights[0])) != (0, len(weights[0]), 1):
+            weights, bias = [weight[columns] for weight in weights], None if bias is None else bias[columns]
+        return cls(tuple(weights), bias, scale, found.get(_SOFTCAP))
+
+    def project(self, pieces: Sequence[torch.Tensor]) -> Projection:
+        """
+        Args:
+            pieces (sequence of `torch.FloatTensor` of shape `(n, hidden_size_i)`): one for each of the weights.
+        """
+        pieces = [piece.to(weight.device) for piece, weight in zip(pieces, self.weights, strict=True)]
+        bias = self.bias
+        if self.scale != 1:
+            pieces = [self.scale * piece for piece in pieces]
+            bias = None if bias is None else self.scale * bias
+        return Projection(tuple(pieces), self.weights, bias, self.softcap)
+
+
+def projection(network: nn.Module, hidden: torch.Tensor, columns: slice = slice(None)) -> Projection:
+    """The logits of a language model, as it is switched now, from its last hidden states `(n, hidden_size)`."""
+    return Head.of(network, columns).project(hidden_pieces(unwrap_adapter(network), hidden))
 
 
 def why_not_projected(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
@@ -70,26 +90,28 @@ def why_not_linear(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> s
     return None
 
 
-@contextmanager
-def last_hidden_states(network: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """Collects the last hidden states, `(batch_size, sequence_length, hidden_size)`, of the passes made inside.
+def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapped: nn.Module | None = None):
+    """`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, from one pass that makes next to no
+    logits.
 
-    A hook, so that whatever wraps the network (data parallelism, checkpointing, autocast) sees an ordinary pass.
+    Args:
+        wrapped (*optional*): what is called instead, where something is wrapped around the network (data parallelism,
+            autocast): it sees an ordinary pass.
     """
-    found: list[torch.Tensor] = []
-    handle = unwrap_adapter(network).base_model.register_forward_hook(
-        lambda module, args, output: found.append(output[0])
-    )
+    found = []
+    decoder = unwrap_adapter(network).base_model
+    handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
     try:
-        yield found
+        (network if wrapped is None else wrapped)(**inputs, logits_to_keep=1)
     finally:
         handle.remove()
+    return found[0]
 
 
 def behind_the_head(model: PreTrainedModel) -> dict[str, float]:
     """What the model does to its logits behind the head, by the names in its configuration."""
     config = model.config.get_text_config()
-    values = {name: getattr(config, name, None) for name in (*_SCALES, *_DIVISORS, _SOFTCAP)}
+    values = {name: getattr(config, name, None) for name in (*_SCALES, _DIVISOR, _SOFTCAP)}
     return {name: value for name, value in values.items() if value not in (None, 1)}
 
 
@@ -134,7 +156,7 @@ def _difference(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> floa
     try:
         hidden = model.base_model(**given)[0]
         expected = model(**given).logits.float()
+        found = projection(model, hidden.flatten(0, 1)).cast().logits().view_as(expected)
     finally:
         model.train(is_training)
-    found = projection(model, hidden.flatten(0, 1)).cast().logits().view_as(expected)
     return float((found - expected).abs().max() / expected.abs().max())

@@ -6,7 +6,7 @@ Decoding reads every weight once per pass, so two rows cost little more than one
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
@@ -118,20 +118,32 @@ class MixedPass(Pass):
     @contextmanager
     def _changed_layers(self) -> Iterator[None]:
         # Hooks would do the same, but setting them for every pass and calling them takes as long as a small layer.
-        earlier = [module.__dict__.get("forward") for module, _ in self._changes]
-        for module, of_blocks in self._changes:
-            forward = partial(_changed_forward, module.forward, self._thread, len(self.blocks), of_blocks)
-            module.__dict__["forward"] = forward
-        self._thread[0] = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._thread[0] = None
-            for (module, _), forward in zip(self._changes, earlier, strict=True):
-                if forward is None:
-                    del module.__dict__["forward"]
-                else:
-                    module.__dict__["forward"] = forward
+        forwards = [
+            (module, partial(_changed_forward, module.forward, self._thread, len(self.blocks), of_blocks))
+            for module, of_blocks in self._changes
+        ]
+        with replaced_forwards(forwards):
+            self._thread[0] = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._thread[0] = None
+
+
+@contextmanager
+def replaced_forwards(forwards: Collection[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Other forwards of modules for a while."""
+    earlier = [(module, module.__dict__.get("forward")) for module, _ in forwards]
+    for module, forward in forwards:
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, forward in earlier:
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
 
 
 def can_mix(network: nn.Module) -> bool:
@@ -151,7 +163,7 @@ def bare_base(network: PeftModel) -> PreTrainedModel:
     model = network.get_base_model()
     memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     base = copy.deepcopy(model, memo)
-    for name, layer in list(_wrapped_layers(base)):
+    for name, layer in list(wrapped_layers(base)):
         check_not_merged(layer)
         is_adapted = isinstance(layer, BaseTunerLayer)
         base.set_submodule(name, layer.get_base_layer() if is_adapted else layer.original_module)
@@ -159,7 +171,7 @@ def bare_base(network: PeftModel) -> PreTrainedModel:
     return base
 
 
-def _wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Outermost layers that PEFT put in the place of the base's own."""
     wrapped = None
     for name, module in model.named_modules():
@@ -171,7 +183,7 @@ def _wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
-    return _wrapped_layers(network.get_base_model())
+    return wrapped_layers(network.get_base_model())
 
 
 def check_not_merged(layer: nn.Module) -> None:

@@ -221,9 +221,16 @@ class RewardModel:
                 self.processing_class.save_pretrained(staged)
             (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
 
-    def trained_with(self, source_backbone: ModelReference, kl_coef: float, entropy_coef: float) -> None:
+    def trained_with(self, *source_backbones: ModelReference, kl_coef: float, entropy_coef: float) -> None:
         """Write down the training that `network` is about to get."""
-        self.config = replace(self.config, source_backbone=source_backbone, kl_coef=kl_coef, entropy_coef=entropy_coef)
+        first, *others = source_backbones
+        self.config = replace(
+            self.config,
+            source_backbone=first,
+            more_source_backbones=tuple(others),
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+        )
 
     def order_for(self, backbone: PreTrainedModel, processing_class=None) -> slice | list[int]:
         """The reward's columns in the order of a backbone's logits, after checking that the two fit together.

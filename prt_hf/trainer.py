@@ -3,37 +3,47 @@
 import copy
 import os
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from .backbone_cache import BackboneCache, cache_folder, dataset_key, precompute
+from .backbones import ROW, Backbone, Batch, NumberedCollator, OwnBase, StoredBackbone, numbered
 from .collator import MASKS, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
 from .contract import PRT_CONFIG_NAME, unwrap_tokenizer
-from .errors import PRTValueError
-from .functional import IGNORE_INDEX, check_supervised, combine, prt_loss, prt_statistics
+from .errors import PRTValueError, UnsupportedError
+from .functional import (
+    Projection,
+    check_supervised,
+    combine,
+    fused_prt_loss,
+    fused_prt_statistics,
+    prt_loss,
+    prt_statistics,
+)
+from .heads import last_hidden_state, projection, why_not_projected
 from .pretrained import (
     TEXT_GENERATION,
-    check_bare,
     check_length,
     context_length,
     frozen_norms,
     load_pretrained,
     pretrained_parameters,
-    reference_to,
     task_of,
     weights_fingerprint,
 )
 from .reward_model import RewardModel, load_processing_class
 
 logger = logging.get_logger(__name__)
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PRTTrainer(Trainer):
@@ -93,17 +103,17 @@ class PRTTrainer(Trainer):
             for split, rows in dataset.items() if isinstance(dataset, dict) else [("", dataset)]:
                 check_not_empty(f"{name}[{split!r}]" if split else name, rows)
 
-        self.reward, self.backbone = _reward_and_backbone(model, backbone, processing_class, peft_config, args)
+        self.reward, self._sources = _reward_and_backbones(model, backbone, processing_class, peft_config, args)
         if processing_class is not None:
             self.reward.processing_class = processing_class
             self.reward.check_processing_class()
         processing_class = self.reward.processing_class
-        self._backbone_columns = self._match_backbone(backbone)
-        is_language_model = self.reward.config.task == TEXT_GENERATION
-        if data_collator is None and is_language_model:
-            evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            check_tokenized(train_dataset, *evaluation)
-            data_collator = TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
+        self._is_language_model = self.reward.config.task == TEXT_GENERATION
+        if not args.precompute_backbone:
+            for source in self._sources:
+                source.load()
+        if data_collator is None and self._is_language_model:
+            data_collator = self._default_collator(train_dataset, eval_dataset, processing_class)
         super().__init__(
             self.reward.network,
             args,
@@ -114,59 +124,88 @@ class PRTTrainer(Trainer):
             **trainer_kwargs,
         )
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted
-        self._loss_shifts_labels = is_language_model
-        if self.backbone is not None:
-            self.backbone.eval()
-            if getattr(self.backbone, "hf_device_map", None) is None:
-                self.backbone.to(args.device)
         if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
             self.model.enable_input_require_grads()
         self._frozen_norms = frozen_norms(self.model) if self.reward.config.is_adapter else []
-        self._limits = [context_length(network) for network in (self.model, self.backbone) if network is not None]
+        self._is_fused: bool | None = None  # the first batch decides
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._limits = [context_length(self.model)]
+        self.backbones = self._sources
+        if args.precompute_backbone:
+            self._store_backbones()
+        else:
+            for source in self._sources:
+                source.place(self._placed)
+                self._limits.append(source.limit)
+
+    @property
+    def backbone(self) -> PreTrainedModel | None:
+        """The first source backbone, where it is another network than the reward's own and in memory."""
+        source = self._sources[0]
+        return None if isinstance(source, OwnBase) else source.network
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The PRT loss (Eq. 7, 12); outputs are `{"logits": log pi_theta}` in the reward's order of columns."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels", None)
-        if labels is None:
+        batch = self._batch(inputs)
+        if batch.labels is None:
             raise PRTValueError(
                 "The batch has no labels.",
                 expected="a column `labels` (or `label`), or a data collator that makes it",
-                found=", ".join(inputs),
+                found=", ".join(batch.inputs),
             )
-        backbone_logits, rewards = self._forward(model, inputs)
-        is_shifted = self._loss_shifts_labels
-        at = (slice(None), slice(None, -1)) if is_shifted else ...
-        wanted = labels[:, 1:] if is_shifted else labels
         is_training = model.training
-        loss = prt_loss(
-            backbone_logits[at],
-            rewards[at],
-            wanted,
-            kl_coef=self.args.kl_coef,
-            entropy_coef=self.args.entropy_coef if is_training else 0.0,
-            num_items_in_batch=num_items_in_batch if is_training else max(1, int((wanted != IGNORE_INDEX).sum())),
-        )
+        if self._is_fused is None:
+            self._start(model, batch)
+        is_fused = self._is_fused and not return_outputs
+        if return_outputs and self.args.precompute_backbone and self._is_language_model:
+            raise UnsupportedError(
+                "Of a stored backbone, only what it gave at supervised positions is known.",
+                expected="losses and the trainer's own figures",
+                found="a wish for the PRT model's outputs (`predict`, or `compute_metrics`)",
+                remedy="precompute_backbone=False",
+            )
+        backbones = [self._drawn_backbone()] if is_training else self.backbones
+        of_backbones, rewards = self._forward(model, batch, backbones, is_fused)
+        count = batch.supervised.sum() if num_items_in_batch is None or not is_training else num_items_in_batch
+        losses = []
+        for of_backbone in of_backbones:
+            loss_of, statistics_of, arguments = _objective(of_backbone, rewards, batch)
+            if is_training:
+                losses.append(
+                    loss_of(
+                        *arguments,
+                        kl_coef=self.args.kl_coef,
+                        entropy_coef=self.args.entropy_coef,
+                        num_items_in_batch=count,
+                    )
+                )
+            if not is_training or self._is_step_logged():
+                statistics = statistics_of(*arguments, kl_coef=self.args.kl_coef)
+                self._add("train" if is_training else "eval", statistics, batch)
+                if not is_training:
+                    losses.append(statistics["loss"].sum() / count.clamp(min=1))
+        loss = sum(losses) / len(losses)
         if is_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
-        if not is_training or self._is_step_logged():
-            statistics = prt_statistics(backbone_logits[at], rewards[at], wanted, kl_coef=self.args.kl_coef)
-            self._add("train" if is_training else "eval", statistics)
         if not return_outputs:
             return loss
-        return loss, {"logits": combine(backbone_logits, rewards, 1 / self.args.kl_coef)}
+        return loss, {"logits": combine(of_backbones[0], rewards, 1 / self.args.kl_coef)}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        if inputs.get("labels") is None:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                logits = self._forward(model, dict(self._prepare_inputs(inputs)))
-                return None, None if prediction_loss_only else combine(*logits, 1 / self.args.kl_coef), None
-        if not prediction_loss_only:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        # The Trainer would ask for outputs as well, and logits of whole sequences are large.
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+            if inputs.get("labels") is None:
+                (of_backbone,), rewards = self._forward(model, self._batch(inputs), self.backbones[:1], is_fused=False)
+                return (
+                    None,
+                    None if prediction_loss_only else combine(of_backbone, rewards, 1 / self.args.kl_coef),
+                    None,
+                )
+            # Outputs only where they are wanted: logits of whole sequences are large.
+            if prediction_loss_only:
+                return self.compute_loss(model, inputs).detach(), None, None
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+            return loss.detach(), outputs["logits"], inputs["labels"]
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._sums["eval"].clear()
@@ -185,16 +224,27 @@ class PRTTrainer(Trainer):
     def train(self, *args, **kwargs):
         self._check_what_is_trained()
         self.reward.trained_with(
-            reference_to(self.model if self.backbone is None else self.backbone),
+            *(source.reference for source in self.backbones),
             kl_coef=self.args.kl_coef,
             entropy_coef=self.args.entropy_coef,
         )
         return super().train(*args, **kwargs)
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        if self.args.precompute_backbone and not isinstance(eval_dataset, str | None):
+            eval_dataset = self._with_states(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(
+            self._with_states(test_dataset) if self.args.precompute_backbone else test_dataset
+        )
+
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if isinstance(self.data_collator, TokenCollator):
-            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *MASKS]))
+        collator = getattr(self.data_collator, "collator", self.data_collator)
+        extra = [ROW, *(MASKS if isinstance(collator, TokenCollator) else ())]
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
 
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
@@ -203,55 +253,167 @@ class PRTTrainer(Trainer):
         self.reward.save_pretrained(output_dir, state_dict=state_dict)
         torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
-    def _forward(self, model, inputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """Backbone logits and rewards of the whole batch, column by column alike."""
+    def _default_collator(self, train_dataset, eval_dataset, processing_class):
+        """Of a language model."""
+        evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        check_tokenized(train_dataset, *evaluation)
+        return TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
+
+    def _batch(self, inputs) -> Batch:
+        """
+        Raises:
+            ContextLengthError: a text is longer than one of the models can read.
+        """
+        inputs = dict(inputs)
+        labels, rows = inputs.pop("labels", None), inputs.pop(ROW, None)
         if "input_ids" in inputs:
             length = inputs["input_ids"].shape[1]
             if inputs.get("position_ids") is not None:  # packed documents start anew
                 length = int(inputs["position_ids"].max()) + 1
             for limit in self._limits:
                 check_length(length, limit)
-        if self.reward.config.task == TEXT_GENERATION:
+        if self._is_language_model:
             # Some models tell packed documents apart only where no cache is made.
             inputs["use_cache"] = False
-        with torch.no_grad(), self._frozen_backbone(model) as backbone, self.accelerator.autocast():
-            backbone_logits = backbone(**inputs).logits
+            labels = None if labels is None else labels[:, 1:]
+        return Batch(inputs, labels, rows)
+
+    def _start(self, model, batch: Batch) -> None:
+        """What the first batch decides: whether layers are shared, whether logits are left unmade.
+
+        Raises:
+            UnsupportedError: they cannot be, and `fused_loss="always"`.
+        """
+        with torch.no_grad(), self.accelerator.autocast():
+            for source in self.backbones:
+                source.prepare(batch)
+            problem = self._why_not_fused(self.accelerator.unwrap_model(model), batch)
+        self._is_fused = problem is None
+        if problem is not None and self.args.fused_loss == "always":
+            raise UnsupportedError("The loss cannot be fused.", expected="fused_loss='auto'", found=problem)
+        if problem is not None and self.args.fused_loss == "auto" and self._is_language_model:
+            logger.warning(f"Logits of whole sequences are made: {problem}.")
+
+    def _why_not_fused(self, network, batch: Batch) -> str | None:
+        args = self.args
+        devices = {network.device, *(source.network.device for source in self.backbones if source.network is not None)}
+        for problem, holds in {
+            "fused_loss='never'": args.fused_loss == "never",
+            "a classifier has few": not self._is_language_model,
+            "the networks are compiled": args.torch_compile,
+            "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
+            "ZeRO-3 keeps the heads in parts": self.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3,
+            f"the models are on several devices: {devices}": len(devices) > 1,
+        }.items():
+            if holds:
+                return problem
+        problems = [
+            why_not_projected(network, batch.inputs),
+            *(each.why_not_projected(batch) for each in self.backbones),
+        ]
+        return next((problem for problem in problems if problem), None)
+
+    def _forward(self, model, batch: Batch, backbones: list[Backbone], is_fused: bool):
+        """Of every backbone and of the reward: a [`Projection`] at the supervised positions if `is_fused`, else logits
+        of all. Of stored states of a language model there is only the former."""
+        is_projected = is_fused or (self.args.precompute_backbone and self._is_language_model)
+        with self.accelerator.autocast():
+            of_backbones = [source.projection(batch) if is_projected else source.logits(batch) for source in backbones]
         for norm in self._frozen_norms:
             norm.eval()
-        rewards = model(**inputs).logits[..., self.reward.columns]
-        return backbone_logits[..., self._backbone_columns].to(rewards.device), rewards
+        with ExitStack() as stack:
+            for source in backbones:
+                stack.enter_context(source.reused())
+            if not is_fused:
+                return of_backbones, model(**batch.inputs).logits[..., self.reward.columns]
+            network = self.accelerator.unwrap_model(model)
+            hidden = last_hidden_state(network, batch.inputs, model)
+        with self.accelerator.autocast():
+            return of_backbones, projection(network, batch.aligned(hidden)[batch.supervised], self.reward.columns)
 
-    @contextmanager
-    def _frozen_backbone(self, model) -> Iterator[nn.Module]:
-        """pi_pt as it was pretrained: evaluation mode, no adapter."""
-        if self.backbone is not None:
-            yield self.backbone
-            return
-        network = self.accelerator.unwrap_model(model)
-        is_training, flags = network.training, [(value, value.requires_grad) for value in network.parameters()]
-        network.eval()
-        try:
-            with network.disable_adapter():
-                yield network
-        finally:
-            network.train(is_training)
-            for value, flag in flags:  # PEFT makes the whole adapter trainable when it is switched on again
-                value.requires_grad_(flag)
+    def _drawn_backbone(self) -> Backbone:
+        """One for each step: the same on all devices, and when training resumes."""
+        if len(self.backbones) == 1:
+            return self.backbones[0]
+        generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
+        return self.backbones[int(torch.randint(len(self.backbones), (), generator=generator))]
 
-    def _match_backbone(self, given: str | PreTrainedModel | None):
-        """The backbone's columns that belong to the reward's, in the reward's order."""
-        if self.backbone is None:
-            return self.reward.columns
-        # A model in memory may have been separated from its tokenizer.
-        order = self.reward.order_for(
-            self.backbone, load_processing_class(given, self.reward.config.task) if isinstance(given, str) else None
+    def _placed(self, network: PreTrainedModel) -> PreTrainedModel:
+        return network if getattr(network, "hf_device_map", None) is not None else network.to(self.args.device)
+
+    def _store_backbones(self) -> None:
+        self.backbones = [StoredBackbone(self.reward) for _ in self._sources]
+        self.data_collator = NumberedCollator(self.data_collator)
+        self._places: dict[str, int] = {}
+        self.train_dataset = None if self.train_dataset is None else self._with_states(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._with_states(rows) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = self._with_states(self.eval_dataset)
+
+    def _with_states(self, dataset: Dataset) -> Dataset:
+        """The data set with the place of every row's stored states, which are computed where there are none."""
+        read = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
+        data = dataset_key(read, self.data_collator.collator)
+        if data not in self._places:
+            for source, stored in zip(self._sources, self.backbones, strict=True):
+                stored.add(self._stored_states(source, read, data))
+            self._places[data] = len(self._places)
+        return numbered(dataset, self._places[data])
+
+    def _stored_states(self, source: Backbone, dataset: Dataset, data: str) -> BackboneCache:
+        key = {
+            "task": self.reward.config.task,
+            "backbone": source.identity,
+            "precision": self.accelerator.mixed_precision,
+            "data": data,
+        }
+        folder = cache_folder(self.args.backbone_cache_dir, key)
+        cache = BackboneCache.open(folder, key)
+        if cache is not None:
+            return cache
+        source.load()
+        source.place(self._placed)
+        self._limits.append(source.limit)
+
+        def batch_of(rows: list[int]) -> Batch:
+            return self._batch(self._prepare_inputs(self.data_collator.collator([dataset[row] for row in rows])))
+
+        def supervised(rows: list[int]) -> list[torch.Tensor]:
+            return [batch_of([row]).supervised_labels for row in rows]
+
+        def states(rows: list[int]) -> torch.Tensor:
+            with self.accelerator.autocast():
+                values = source.states(batch_of(rows))
+            return values.to(_AUTOCAST.get(self.accelerator.mixed_precision, values.dtype))
+
+        first = batch_of([0])
+        if self._is_language_model and (problem := source.why_not_projected(first)):
+            raise UnsupportedError(
+                "The states of this backbone cannot be stored.", expected="precompute_backbone=False", found=problem
+            )
+        like, (tensors, facts) = states([0]), source.companions()
+        cache = precompute(
+            folder,
+            key,
+            num_rows=len(dataset),
+            supervised=supervised,
+            states=states,
+            width=like.shape[-1],
+            dtype=like.dtype,
+            tensors=tensors,
+            facts=facts,
+            rows_per_block=self.args.eval_batch_size,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+            barrier=self.accelerator.wait_for_everyone,
+            disable_tqdm=self.args.disable_tqdm,
         )
-        if isinstance(order, slice):
-            return order
-        return sorted(range(len(order)), key=order.__getitem__)  # its inverse
+        source.unload()
+        return cache
 
     def _check_what_is_trained(self):
-        """Something, and nothing of the backbone."""
+        """Something, and nothing of a backbone."""
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         if not trained:
             raise PRTValueError(
@@ -260,8 +422,8 @@ class PRTTrainer(Trainer):
                 found="all parameters frozen",
                 remedy="PeftModel.from_pretrained(..., is_trainable=True)",
             )
-        backbone = pretrained_parameters(self.model if self.backbone is None else self.backbone)
-        frozen = {value.data_ptr() for value in backbone.values()}
+        networks = [source.network for source in self._sources if source.network is not None]
+        frozen = {value.data_ptr() for network in networks for value in pretrained_parameters(network).values()}
         if trained := [name for name, value in trained.items() if value.data_ptr() in frozen]:
             raise PRTValueError(
                 "The reward trains weights that belong to its backbone.",
@@ -276,8 +438,12 @@ class PRTTrainer(Trainer):
         step = self.state.global_step + 1
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _add(self, phase: str, statistics: dict[str, torch.Tensor]):
-        rows = torch.stack([value.reshape(len(value), -1).sum(1) for value in statistics.values()], 1)
+    def _add(self, phase: str, statistics: dict[str, torch.Tensor], batch: Batch):
+        values = torch.stack(list(statistics.values()), -1)
+        if values.ndim == batch.labels.ndim:  # of the supervised positions only
+            values, given = values.new_zeros(*batch.labels.shape, len(statistics)), values
+            values[batch.supervised] = given
+        rows = values.flatten(1, -2).sum(1) if batch.labels.ndim > 1 else values
         if phase == "eval":
             rows = self.accelerator.gather_for_metrics(rows)  # without the rows that only fill up the last batch
         for name, value in zip(statistics, rows.double().sum(0), strict=True):
@@ -299,50 +465,63 @@ class PRTTrainer(Trainer):
         return means
 
 
-def _reward_and_backbone(model, backbone, processing_class, peft_config, args):
-    """The reward, and its backbone where that is another network than the reward's own with the adapter off."""
+def _reward_and_backbones(model, backbone, processing_class, peft_config, args) -> tuple[RewardModel, list[Backbone]]:
+    """The reward, and what it is tuned on."""
+    given = backbone if isinstance(backbone, list | tuple) else [backbone]
     if isinstance(model, RewardModel):
-        if peft_config is not None:
-            raise PRTValueError(
-                "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
-            )
-        reward, frozen = model, None
-        if reward.config.source_backbone is not None and reward.config.kl_coef != args.kl_coef:
-            raise PRTValueError(
-                "The reward was tuned at another scale.",
-                expected=f"kl_coef={reward.config.kl_coef}, as in its {PRT_CONFIG_NAME}",
-                found=f"kl_coef={args.kl_coef}",
-                remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
-            )
-        if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
-            raise PRTValueError(
-                "A RewardModel has started already.",
-                expected=f"reward_init={reward.config.reward_init!r}",
-                found=repr(args.reward_init),
-                remedy="RewardModel.from_base(..., reward_init=...)",
-            )
-        if backbone is None and not reward.config.is_adapter:
-            frozen = _source_of_full_reward(reward)
+        reward = _continued(model, peft_config, args)
+        is_full, name = not reward.config.is_adapter, None
     else:
+        name = model if isinstance(model, str) else None
         if not isinstance(model, PreTrainedModel | PeftModel):
             # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
-            name, model = model, load_pretrained(model, dtype="auto" if peft_config else torch.float32)
+            model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
             processing_class = processing_class or load_processing_class(name, task_of(model))
         is_full = peft_config is None and not isinstance(model, PeftModel)
-        frozen = copy.deepcopy(model) if backbone in (None, model) and is_full else None
+        pretrained = model
+        if is_full and name is None and any(each is None or each is model for each in given):
+            pretrained = copy.deepcopy(model)
         reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
-    if isinstance(backbone, str):
-        frozen = load_pretrained(backbone)
-    elif backbone is not None and backbone is not model:
-        check_bare(backbone)
-        frozen = backbone
-    return reward, frozen
+
+    def source(each: str | PreTrainedModel | None) -> Backbone:
+        if each is not None and each is not model and each != name:
+            return Backbone(reward, each)
+        if not is_full:
+            return OwnBase(reward)
+        if isinstance(model, RewardModel):
+            return _source_of_full_reward(reward) if each is None else Backbone(reward, each.network)
+        return Backbone(reward, pretrained) if name is None else Backbone(reward, name, dtype=torch.float32)
+
+    return reward, [source(each) for each in given]
 
 
-def _source_of_full_reward(reward: RewardModel) -> PreTrainedModel:
+def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
+    """A reward that exists, after checking that it can be tuned as the arguments say."""
+    if peft_config is not None:
+        raise PRTValueError(
+            "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
+        )
+    if reward.config.source_backbone is not None and reward.config.kl_coef != args.kl_coef:
+        raise PRTValueError(
+            "The reward was tuned at another scale.",
+            expected=f"kl_coef={reward.config.kl_coef}, as in its {PRT_CONFIG_NAME}",
+            found=f"kl_coef={args.kl_coef}",
+            remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
+        )
+    if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
+        raise PRTValueError(
+            "A RewardModel has started already.",
+            expected=f"reward_init={reward.config.reward_init!r}",
+            found=repr(args.reward_init),
+            remedy="RewardModel.from_base(..., reward_init=...)",
+        )
+    return reward
+
+
+def _source_of_full_reward(reward: RewardModel) -> Backbone:
     """A full reward has no adapter to switch off: its source backbone is itself while untrained, else loaded again."""
     if weights_fingerprint(reward.network) == reward.config.reward_base.weights:
-        return copy.deepcopy(reward.network)
+        return Backbone(reward, copy.deepcopy(reward.network))
     source = reward.config.source_backbone or reward.config.reward_base
     if source.id is None:
         raise PRTValueError(
@@ -350,4 +529,15 @@ def _source_of_full_reward(reward: RewardModel) -> PreTrainedModel:
             expected="`backbone=` the model that it was tuned against",
             found=str(source),
         )
-    return load_pretrained(source.id, revision=source.revision)
+    return Backbone(reward, source.id, revision=source.revision)
+
+
+def _objective(of_backbone: Projection | torch.Tensor, rewards: Projection | torch.Tensor, batch: Batch):
+    """The loss, the statistics, and the arguments of both."""
+    if isinstance(rewards, Projection):
+        return fused_prt_loss, fused_prt_statistics, (of_backbone, rewards, batch.supervised_labels)
+    rewards = batch.aligned(rewards)
+    if isinstance(of_backbone, Projection):
+        chosen = (of_backbone.cast().logits(), rewards[batch.supervised], batch.supervised_labels)
+        return prt_loss, prt_statistics, chosen
+    return prt_loss, prt_statistics, (batch.aligned(of_backbone).to(rewards.device), rewards, batch.labels)

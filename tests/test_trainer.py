@@ -20,6 +20,7 @@ from prt_hf import (
     VocabularyMismatchError,
     combine,
 )
+from prt_hf.backbones import Batch
 from prt_hf.collator import TokenCollator
 from prt_hf.errors import PRTValueError
 from prt_hf.pretrained import weights_fingerprint
@@ -242,12 +243,20 @@ def test_the_backbone_runs_without_dropout(config, tokenizer):
     """Dropout regularises the reward; the backbone is a fixed distribution."""
     model = tiny.gpt2(1, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     trainer = PRTTrainer(model, config(), None, texts(), processing_class=tokenizer, peft_config=LoraConfig())
-    inputs = {"input_ids": tiny.prompts()}
+    batch = Batch({"input_ids": tiny.prompts(), "use_cache": False}, tiny.prompts()[:, 1:])
     trainer.model.train()
-    first, second = (trainer._forward(trainer.model, dict(inputs)) for _ in range(2))
-    assert trainer.model.training
-    torch.testing.assert_close(first[0], model(tiny.prompts()).logits)
-    assert torch.equal(first[0], second[0]) and not torch.equal(first[1], second[1])
+    expected = model(tiny.prompts()).logits
+    for is_fused in (False, True):
+        first, second = (
+            trainer._forward(trainer.model, batch, trainer.backbones, is_fused=is_fused) for _ in range(2)
+        )
+        assert trainer.model.training
+        (backbone, reward), (again, other) = (
+            [term.logits() if is_fused else term for term in (*of_backbones, rewards)]
+            for of_backbones, rewards in (first, second)
+        )
+        torch.testing.assert_close(backbone, expected[:, :-1].flatten(0, 1) if is_fused else expected)
+        assert torch.equal(backbone, again) and not torch.equal(reward, other)
 
 
 def test_batch_statistics_of_an_adapted_network_stay(config):

@@ -1,0 +1,92 @@
+"""One pass of the layers that a reward and its own base have in common: those below the first adapted one."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from .passes import replaced_forwards, wrapped_layers
+from .pretrained import head_of, unwrap_adapter
+
+_TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
+
+
+class SharedTrunk:
+    """The lowest layers of a reward adapter's network, which compute the same with the adapter on and off.
+
+    Within `recorded()`, a pass leaves what came out of them; within `reused()`, the next pass of the same inputs starts
+    from there, and gradients end there.
+    """
+
+    def __init__(self, layers: list[nn.Module]):
+        self._layers = layers
+        self._output = None
+
+    @classmethod
+    def of(cls, network: PeftModel) -> "SharedTrunk | None":
+        """None where nothing is shared: the lowest layers are adapted or trained, the layers do not follow one another
+        in one list, or dropout makes every pass another."""
+        model = unwrap_adapter(network)
+        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+        stacks = [
+            (name, module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth
+        ]
+        if len(stacks) != 1 or _has_dropout(model):
+            return None
+        (prefix, layers), (head, _) = stacks[0], head_of(model)
+        changed = [name for name, _ in wrapped_layers(model)]
+        changed += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        above = [name for name in changed if name != head and not name.startswith(f"{head}.")]
+        if not all(name.startswith(f"{prefix}.") for name in above):
+            return None
+        first = min((int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in above), default=depth)
+        return cls(list(layers[:first])) if first else None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        def record(module, args, output):
+            self._output = output
+
+        handle = self._layers[-1].register_forward_hook(record)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def reused(self) -> Iterator[None]:
+        """Every layer of the trunk gives what the last one gave before; only the last one's is read."""
+        output, self._output = self._output, None
+        with replaced_forwards([(layer, lambda *args, **kwargs: output) for layer in self._layers]):
+            yield
+
+    @torch.no_grad()
+    def is_enough(
+        self, network: PeftModel, pretrained: AbstractContextManager, inputs: dict[str, torch.Tensor]
+    ) -> bool:
+        """Whether a pass that starts from the trunk's output is the whole one: some models hand more than that on to
+        their upper layers.
+
+        Args:
+            pretrained: switches the adapter off.
+        """
+        is_training = network.training
+        network.eval()
+        try:
+            with pretrained, self.recorded():
+                network(**inputs)
+            expected = network(**inputs).logits.float()
+            with self.reused():
+                found = network(**inputs).logits.float()
+        finally:
+            network.train(is_training)
+        return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+
+
+def _has_dropout(model: nn.Module) -> bool:
+    values = model.config.get_text_config().to_dict()
+    return any("drop" in name and isinstance(value, float) and value for name, value in values.items())
