@@ -28,22 +28,18 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
-from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .errors import BackboneCacheError
+from .fingerprints import as_bytes, file_digest
 
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
 STATES, LABELS, OFFSETS, CHECKSUMS = "states.bin", "labels.bin", "offsets.bin", "checksums.bin"
 DONE, TENSORS, PLAN, META, LOCK = "done.bin", "tensors.safetensors", "plan.json", "meta.json", "lock"
-SAMPLED_ROWS = 16  # that a data set is recognised by, beside its fingerprint
-_BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "problem_type", "transformers_version", "use_cache")
 
 
 class BackboneCache:
@@ -113,7 +109,7 @@ class BackboneCache:
                 remedy="train without stored states if the data set or its collator gives other labels every time",
             )
         states = torch.empty(len(expected), self.width, dtype=self.dtype)
-        data = _as_bytes(states)  # the same memory
+        data = as_bytes(states)  # the same memory
         np.concatenate([self._states[span] for span in spans], out=data)
         bounds = np.cumsum([0, *(span.stop - span.start for span in spans)])
         for row, (start, stop) in zip(rows, pairwise(bounds), strict=True):
@@ -189,7 +185,7 @@ def precompute(
                     expected=f"{world_size} processes that wait for each other at `barrier`",
                     found=f"{len(missing)} blocks of rows missing",
                 )
-            digests = plan["digests"] | {CHECKSUMS: _file_digest(folder / CHECKSUMS)}
+            digests = plan["digests"] | {CHECKSUMS: file_digest(folder / CHECKSUMS)}
             _write_entries(folder / META, plan | {"digests": digests})
         barrier()  # the cache is complete
     return BackboneCache.open(folder, key)
@@ -198,88 +194,6 @@ def precompute(
 def cache_folder(root: str | Path, key: dict) -> Path:
     """Where under `root` the cache of `key` lies."""
     return Path(root) / hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def dataset_key(dataset: Dataset, collator) -> str:
-    """What tells a data set and its collator apart from others, in any process: the fingerprints of both, and that of
-    the batch that they give for a few rows, because a random `map` has the fingerprint of its function only.
-
-    Args:
-        dataset: as the data loader reads it, without the columns that the collator does not take.
-
-    Raises:
-        BackboneCacheError: the data set has no numbered rows or no fingerprint, or gives other rows every time.
-    """
-    if isinstance(dataset, IterableDataset):
-        raise BackboneCacheError(
-            "The states of a streamed data set cannot be stored: it has no rows to number.",
-            expected="a datasets.Dataset",
-            found=type(dataset).__name__,
-            remedy="load it without streaming, or train without stored states",
-        )
-    if not isinstance(dataset, Dataset):
-        raise BackboneCacheError(
-            "The states of this data set cannot be stored: its content cannot be told apart from another's.",
-            expected="a datasets.Dataset, which has a fingerprint",
-            found=type(dataset).__name__,
-            remedy="Dataset.from_list(rows), or train without stored states",
-        )
-    if dataset.format["type"] == "custom":
-        raise BackboneCacheError(
-            "The states of this data set cannot be stored: its rows may be augmented differently in every epoch.",
-            expected="a data set without a transform on the fly",
-            found="`set_transform` or `with_transform`",
-            remedy="dataset.map(transform), or train without stored states",
-        )
-    try:
-        collator_key = Hasher.hash(collator)
-    except Exception as error:  # of any kind: pickling runs code of the collator
-        raise BackboneCacheError(
-            f"The states of this data set cannot be stored: its collator has no fingerprint ({error}).",
-            expected="a data collator that can be pickled",
-            found=type(collator).__name__,
-            remedy="a collator without open files, locks or generators, or train without stored states",
-        ) from error
-    sample = np.linspace(0, len(dataset) - 1, min(len(dataset), SAMPLED_ROWS), dtype=int).tolist()
-    batch, again = (Hasher.hash(dict(collator([dataset[row] for row in sample]))) for _ in range(2))
-    if batch != again:
-        raise BackboneCacheError(
-            "The states of this data set cannot be stored: its collator gives another batch every time.",
-            expected="the same batch for the same rows",
-            found=type(collator).__name__,
-            remedy="a collator without randomness, or train without stored states",
-        )
-    return f"{dataset._fingerprint}-{collator_key}-{batch}"
-
-
-def weights_digest_of_files(folder: str | Path) -> str:
-    """SHA-256 of a local model: `config.json` and all safetensors files, by name and content.
-
-    Raises:
-        BackboneCacheError: there are none.
-    """
-    folder = Path(folder)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise BackboneCacheError(
-            f"{folder} has no weights that a model could be told by.",
-            expected="config.json and *.safetensors",
-            found=", ".join(sorted(path.name for path in folder.glob("*"))[:10]) or "nothing",
-            remedy="convert the weights to safetensors",
-        )
-    digests = {path.name: _file_digest(path) for path in [folder / "config.json", *weights]}
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def weights_digest_of_model(model: PreTrainedModel) -> str:
-    """SHA-256 of a model in memory: all parameters and buffers by name, shape, dtype and value, and the config, which
-    says how they are used."""
-    config = {name: value for name, value in model.config.to_dict().items() if name not in _BOOKKEEPING}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(_as_bytes(tensor.reshape(-1)))
-    return digest.hexdigest()
 
 
 @contextmanager
@@ -368,7 +282,7 @@ def _compute_block(folder: Path, plan: dict, block: int, states) -> None:
             expected=f"{dtype} of shape {shape}: one state for every supervised position",
             found=f"{values.dtype} of shape {tuple(values.shape)}",
         )
-    data = _as_bytes(values)
+    data = as_bytes(values)
     checksums = [zlib.crc32(data[start:stop]) for start, stop in pairwise(bounds - bounds[0])]
     # Written rather than mapped: a full disk is then an OSError, not a SIGBUS. The byte that says that the block is
     # done reaches the disk after the block.
@@ -384,10 +298,6 @@ def _rows(plan: dict, block: int) -> range:
 
 def _missing_blocks(folder: Path) -> np.ndarray:
     return np.flatnonzero(np.fromfile(folder / DONE, np.uint8) == 0)
-
-
-def _as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
 def _write_at(path: Path, offset: int, content) -> None:
@@ -457,16 +367,8 @@ def _check_files(folder: Path, entries: dict) -> None:
         if found != size:
             raise _damaged(folder / name, f"{found} bytes instead of {size}")
     for name, digest in entries["digests"].items():
-        if _file_digest(folder / name) != digest:
+        if file_digest(folder / name) != digest:
             raise _damaged(folder / name, "another content than was written")
-
-
-def _file_digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 def _damaged(path: Path, found: str) -> BackboneCacheError:

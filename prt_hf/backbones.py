@@ -1,5 +1,6 @@
-"""pi_pt in training: another network, the reward's own base with its adapter off, or what either has given before."""
+"""pi_pt in training: another network than the reward's, or the reward's own with its adapter off."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -7,24 +8,30 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from datasets import Dataset
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from .backbone_cache import BackboneCache, weights_digest_of_files, weights_digest_of_model
-from .contract import ModelReference, contract_from_dict, contract_to_dict
-from .errors import BackboneCacheError
+from .config import PRTConfig
+from .contract import PRT_CONFIG_NAME, contract_to_dict
+from .errors import PRTValueError
+from .fingerprints import weights_digest_of_files, weights_digest_of_model
 from .functional import IGNORE_INDEX, Projection
 from .heads import Head, last_hidden_state, projection, why_not_projected
 from .hub import commit_of
 from .passes import bare_base
-from .pretrained import TEXT_GENERATION, check_bare, context_length, contract_of, load_pretrained, reference_to
+from .pretrained import (
+    TEXT_GENERATION,
+    check_bare,
+    context_length,
+    contract_of,
+    load_pretrained,
+    reference_to,
+    task_of,
+    weights_fingerprint,
+)
 from .reward_model import RewardModel, load_processing_class
 from .shared_trunk import SharedTrunk
-
-ROW = "backbone_row"
-_ROW_BITS = 40
 
 
 @dataclass
@@ -78,6 +85,10 @@ class Backbone:
             # A model in memory may have been separated from its tokenizer.
             self._take(network, None)
 
+    @property
+    def task(self) -> str:
+        return self._reward.config.task
+
     def load(self) -> None:
         """
         Raises:
@@ -85,11 +96,11 @@ class Backbone:
         """
         if self.network is None:
             network = load_pretrained(self._id, **self._load_kwargs)
-            self._take(network, load_processing_class(self._id, self._reward.config.task))
+            self._take(network, load_processing_class(self._id, self.task))
 
     def _take(self, network: PreTrainedModel, processing_class) -> None:
         order = self._reward.order_for(network, processing_class)
-        self.columns = order if isinstance(order, slice) else _inverse(order)
+        self.columns = order if isinstance(order, slice) else inverse(order)
         self._processing_class = processing_class or self._reward.processing_class
         self.limit, self.reference = context_length(network), reference_to(network)
         self.network = network.eval()
@@ -124,7 +135,7 @@ class Backbone:
     def states(self, batch: Batch) -> torch.Tensor:
         """`(n, hidden_size)` or `(n, num_labels)`: all that is ever needed of it at the supervised positions."""
         with torch.no_grad(), self._pretrained() as network:
-            if self._reward.config.task == TEXT_GENERATION:
+            if self.task == TEXT_GENERATION:
                 return _hidden(network, batch)
             return network(**batch.inputs).logits[batch.supervised]
 
@@ -135,7 +146,7 @@ class Backbone:
                 "reference": vars(self.reference),
                 "contract": contract_to_dict(contract_of(network, self._processing_class)),
             }
-            if self._reward.config.task != TEXT_GENERATION:
+            if self.task != TEXT_GENERATION:
                 return {}, facts
             head = Head.of(network, self._reward.columns)
         tensors = {"weight": head.weights[0]} | ({} if head.bias is None else {"bias": head.bias})
@@ -197,85 +208,82 @@ class OwnBase(Backbone):
                 value.requires_grad_(flag)
 
 
-class StoredBackbone(Backbone):
-    """What a backbone gave at the supervised positions of data sets: read instead of computed.
+def reward_and_backbones(
+    model: str | PreTrainedModel | PeftModel | RewardModel,
+    backbone: str | PreTrainedModel | None | list,
+    processing_class,
+    peft_config: PeftConfig | None,
+    args: PRTConfig,
+) -> tuple[RewardModel, list[Backbone]]:
+    """The reward, and what it is tuned on: see the arguments of [`PRTTrainer`]."""
+    given = backbone if isinstance(backbone, list | tuple) else [backbone]
+    if isinstance(model, RewardModel):
+        reward = _continued(model, peft_config, args)
+        is_full, name = not reward.config.is_adapter, None
+    else:
+        name = model if isinstance(model, str) else None
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
+            model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
+            processing_class = processing_class or load_processing_class(name, task_of(model))
+        is_full = peft_config is None and not isinstance(model, PeftModel)
+        pretrained = model
+        if is_full and name is None and any(each is None or each is model for each in given):
+            pretrained = copy.deepcopy(model)
+        reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
 
-    Attributes:
-        caches (`list[BackboneCache]`): one for each data set; [`numbered`] tells the batches of which one.
-    """
+    def source(each: str | PreTrainedModel | None) -> Backbone:
+        if each is not None and each is not model and each != name:
+            return Backbone(reward, each)
+        if not is_full:
+            return OwnBase(reward)
+        if isinstance(model, RewardModel):
+            return _source_of_full_reward(reward) if each is None else Backbone(reward, each.network)
+        return Backbone(reward, pretrained) if name is None else Backbone(reward, name, dtype=torch.float32)
 
-    def __init__(self, reward: RewardModel):
-        self._reward, self._head = reward, None
-        self.network = self.limit = None
-        self.caches: list[BackboneCache] = []
-
-    def add(self, cache: BackboneCache) -> None:
-        """
-        Raises:
-            VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
-        """
-        order = self._reward.contract.check(contract_from_dict(cache.facts["contract"]))
-        self.columns = self._reward.columns if order is None else _inverse(order)
-        if not self.caches and self._reward.config.task == TEXT_GENERATION:
-            weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
-            own = Head.of(self._reward.network, self._reward.columns).weights[0]
-            if own.shape == weight.shape and torch.equal(own.cpu(), weight):
-                weight = own  # once in memory, and its product once a step
-            self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
-        self.caches.append(cache)
-
-    @property
-    def reference(self) -> ModelReference:
-        return ModelReference(**self.caches[0].facts["reference"])
-
-    def logits(self, batch: Batch) -> torch.Tensor:
-        states = self._read(batch)
-        logits = states.new_zeros(*batch.labels.shape, states.shape[-1])
-        logits[batch.supervised] = states
-        return logits[..., self.columns]
-
-    def projection(self, batch: Batch) -> Projection:
-        states = self._read(batch)
-        weights = tuple(weight.to(states.device) for weight in self._head.weights)
-        bias = None if self._head.bias is None else self._head.bias.to(states.device)
-        self._head = self._head._replace(weights=weights, bias=bias)
-        return self._head.project([states])
-
-    def why_not_projected(self, batch: Batch) -> None:
-        """It was looked at before its states were stored."""
-
-    def _read(self, batch: Batch) -> torch.Tensor:
-        if batch.rows is None:
-            raise BackboneCacheError(
-                "The batch does not say which rows of the data set it is made of.",
-                expected="a batch of the trainer's own data loaders",
-                found=", ".join(batch.inputs),
-            )
-        place, rows = int(batch.rows[0]) >> _ROW_BITS, batch.rows & ((1 << _ROW_BITS) - 1)
-        return self.caches[place].read(rows, batch.supervised_labels).to(batch.labels.device)
+    return reward, [source(each) for each in given]
 
 
-def numbered(dataset: Dataset, place: int) -> Dataset:
-    """A data set whose rows tell where their states are: `place` in the list of caches, and the row."""
-    return dataset.add_column(ROW, [(place << _ROW_BITS) + row for row in range(len(dataset))])
+def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
+    """A reward that exists, after checking that it can be tuned as the arguments say."""
+    if peft_config is not None:
+        raise PRTValueError(
+            "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
+        )
+    if reward.config.source_backbone is not None and reward.config.kl_coef != args.kl_coef:
+        raise PRTValueError(
+            "The reward was tuned at another scale.",
+            expected=f"kl_coef={reward.config.kl_coef}, as in its {PRT_CONFIG_NAME}",
+            found=f"kl_coef={args.kl_coef}",
+            remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
+        )
+    if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
+        raise PRTValueError(
+            "A RewardModel has started already.",
+            expected=f"reward_init={reward.config.reward_init!r}",
+            found=repr(args.reward_init),
+            remedy="RewardModel.from_base(..., reward_init=...)",
+        )
+    return reward
 
 
-@dataclass
-class NumberedCollator:
-    """Hands the column of [`numbered`] on beside what a collator makes of the others."""
-
-    collator: Callable
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        rows = [dict(row) for row in rows]
-        numbers = [row.pop(ROW, None) for row in rows]
-        batch = self.collator(rows)
-        return batch if None in numbers else {**batch, ROW: torch.as_tensor(numbers)}
+def _source_of_full_reward(reward: RewardModel) -> Backbone:
+    """A full reward has no adapter to switch off: its source backbone is itself while untrained, else loaded again."""
+    if weights_fingerprint(reward.network) == reward.config.reward_base.weights:
+        return Backbone(reward, copy.deepcopy(reward.network))
+    source = reward.config.source_backbone or reward.config.reward_base
+    if source.id is None:
+        raise PRTValueError(
+            "The source backbone of this full reward is not known by an id.",
+            expected="`backbone=` the model that it was tuned against",
+            found=str(source),
+        )
+    return Backbone(reward, source.id, revision=source.revision)
 
 
 def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:
     return batch.aligned(last_hidden_state(network, batch.inputs))[batch.supervised]
 
 
-def _inverse(order: list[int]) -> list[int]:
+def inverse(order: list[int]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)

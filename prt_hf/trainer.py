@@ -1,6 +1,5 @@
 """`PRTTrainer`: the HF Trainer with the objective of Portable Reward Tuning."""
 
-import copy
 import os
 from collections import defaultdict
 from contextlib import ExitStack
@@ -13,12 +12,12 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from .backbone_cache import BackboneCache, cache_folder, dataset_key, precompute
-from .backbones import ROW, Backbone, Batch, NumberedCollator, OwnBase, StoredBackbone, numbered
+from .backbones import Backbone, Batch, OwnBase, reward_and_backbones
 from .collator import MASKS, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
-from .contract import PRT_CONFIG_NAME, unwrap_tokenizer
+from .contract import unwrap_tokenizer
 from .errors import PRTValueError, UnsupportedError
+from .fingerprints import dataset_key
 from .functional import (
     Projection,
     check_supervised,
@@ -29,21 +28,11 @@ from .functional import (
     prt_statistics,
 )
 from .heads import last_hidden_state, projection, why_not_projected
-from .pretrained import (
-    TEXT_GENERATION,
-    check_length,
-    context_length,
-    frozen_norms,
-    load_pretrained,
-    pretrained_parameters,
-    task_of,
-    weights_fingerprint,
-)
-from .reward_model import RewardModel, load_processing_class
+from .pretrained import TEXT_GENERATION, check_length, context_length, frozen_norms, pretrained_parameters
+from .reward_model import RewardModel
+from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
 
 logger = logging.get_logger(__name__)
-
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class PRTTrainer(Trainer):
@@ -103,7 +92,7 @@ class PRTTrainer(Trainer):
             for split, rows in dataset.items() if isinstance(dataset, dict) else [("", dataset)]:
                 check_not_empty(f"{name}[{split!r}]" if split else name, rows)
 
-        self.reward, self._sources = _reward_and_backbones(model, backbone, processing_class, peft_config, args)
+        self.reward, self._sources = reward_and_backbones(model, backbone, processing_class, peft_config, args)
         if processing_class is not None:
             self.reward.processing_class = processing_class
             self.reward.check_processing_class()
@@ -135,8 +124,7 @@ class PRTTrainer(Trainer):
             self._store_backbones()
         else:
             for source in self._sources:
-                source.place(self._placed)
-                self._limits.append(source.limit)
+                self._place(source)
 
     @property
     def backbone(self) -> PreTrainedModel | None:
@@ -338,6 +326,11 @@ class PRTTrainer(Trainer):
         generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
         return self.backbones[int(torch.randint(len(self.backbones), (), generator=generator))]
 
+    def _place(self, source: Backbone) -> None:
+        source.load()
+        source.place(self._placed)
+        self._limits.append(source.limit)
+
     def _placed(self, network: PreTrainedModel) -> PreTrainedModel:
         return network if getattr(network, "hf_device_map", None) is not None else network.to(self.args.device)
 
@@ -354,63 +347,24 @@ class PRTTrainer(Trainer):
     def _with_states(self, dataset: Dataset) -> Dataset:
         """The data set with the place of every row's stored states, which are computed where there are none."""
         read = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
-        data = dataset_key(read, self.data_collator.collator)
+        collator = self.data_collator.collator
+        data = dataset_key(read, collator)
         if data not in self._places:
             for source, stored in zip(self._sources, self.backbones, strict=True):
-                stored.add(self._stored_states(source, read, data))
+                states = stored_states(
+                    source,
+                    lambda rows: self._batch(self._prepare_inputs(collator([read[row] for row in rows]))),
+                    len(read),
+                    data=data,
+                    root=self.args.backbone_cache_dir,
+                    accelerator=self.accelerator,
+                    place=self._place,
+                    rows_per_block=self.args.eval_batch_size,
+                    disable_tqdm=self.args.disable_tqdm,
+                )
+                stored.add(states)
             self._places[data] = len(self._places)
         return numbered(dataset, self._places[data])
-
-    def _stored_states(self, source: Backbone, dataset: Dataset, data: str) -> BackboneCache:
-        key = {
-            "task": self.reward.config.task,
-            "backbone": source.identity,
-            "precision": self.accelerator.mixed_precision,
-            "data": data,
-        }
-        folder = cache_folder(self.args.backbone_cache_dir, key)
-        cache = BackboneCache.open(folder, key)
-        if cache is not None:
-            return cache
-        source.load()
-        source.place(self._placed)
-        self._limits.append(source.limit)
-
-        def batch_of(rows: list[int]) -> Batch:
-            return self._batch(self._prepare_inputs(self.data_collator.collator([dataset[row] for row in rows])))
-
-        def supervised(rows: list[int]) -> list[torch.Tensor]:
-            return [batch_of([row]).supervised_labels for row in rows]
-
-        def states(rows: list[int]) -> torch.Tensor:
-            with self.accelerator.autocast():
-                values = source.states(batch_of(rows))
-            return values.to(_AUTOCAST.get(self.accelerator.mixed_precision, values.dtype))
-
-        first = batch_of([0])
-        if self._is_language_model and (problem := source.why_not_projected(first)):
-            raise UnsupportedError(
-                "The states of this backbone cannot be stored.", expected="precompute_backbone=False", found=problem
-            )
-        like, (tensors, facts) = states([0]), source.companions()
-        cache = precompute(
-            folder,
-            key,
-            num_rows=len(dataset),
-            supervised=supervised,
-            states=states,
-            width=like.shape[-1],
-            dtype=like.dtype,
-            tensors=tensors,
-            facts=facts,
-            rows_per_block=self.args.eval_batch_size,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            barrier=self.accelerator.wait_for_everyone,
-            disable_tqdm=self.args.disable_tqdm,
-        )
-        source.unload()
-        return cache
 
     def _check_what_is_trained(self):
         """Something, and nothing of a backbone."""
@@ -463,73 +417,6 @@ class PRTTrainer(Trainer):
         means = {name: value / sums_of["count"] for name, value in sums_of.items()}
         means.pop("count")
         return means
-
-
-def _reward_and_backbones(model, backbone, processing_class, peft_config, args) -> tuple[RewardModel, list[Backbone]]:
-    """The reward, and what it is tuned on."""
-    given = backbone if isinstance(backbone, list | tuple) else [backbone]
-    if isinstance(model, RewardModel):
-        reward = _continued(model, peft_config, args)
-        is_full, name = not reward.config.is_adapter, None
-    else:
-        name = model if isinstance(model, str) else None
-        if not isinstance(model, PreTrainedModel | PeftModel):
-            # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
-            model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
-            processing_class = processing_class or load_processing_class(name, task_of(model))
-        is_full = peft_config is None and not isinstance(model, PeftModel)
-        pretrained = model
-        if is_full and name is None and any(each is None or each is model for each in given):
-            pretrained = copy.deepcopy(model)
-        reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
-
-    def source(each: str | PreTrainedModel | None) -> Backbone:
-        if each is not None and each is not model and each != name:
-            return Backbone(reward, each)
-        if not is_full:
-            return OwnBase(reward)
-        if isinstance(model, RewardModel):
-            return _source_of_full_reward(reward) if each is None else Backbone(reward, each.network)
-        return Backbone(reward, pretrained) if name is None else Backbone(reward, name, dtype=torch.float32)
-
-    return reward, [source(each) for each in given]
-
-
-def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
-    """A reward that exists, after checking that it can be tuned as the arguments say."""
-    if peft_config is not None:
-        raise PRTValueError(
-            "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
-        )
-    if reward.config.source_backbone is not None and reward.config.kl_coef != args.kl_coef:
-        raise PRTValueError(
-            "The reward was tuned at another scale.",
-            expected=f"kl_coef={reward.config.kl_coef}, as in its {PRT_CONFIG_NAME}",
-            found=f"kl_coef={args.kl_coef}",
-            remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
-        )
-    if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
-        raise PRTValueError(
-            "A RewardModel has started already.",
-            expected=f"reward_init={reward.config.reward_init!r}",
-            found=repr(args.reward_init),
-            remedy="RewardModel.from_base(..., reward_init=...)",
-        )
-    return reward
-
-
-def _source_of_full_reward(reward: RewardModel) -> Backbone:
-    """A full reward has no adapter to switch off: its source backbone is itself while untrained, else loaded again."""
-    if weights_fingerprint(reward.network) == reward.config.reward_base.weights:
-        return Backbone(reward, copy.deepcopy(reward.network))
-    source = reward.config.source_backbone or reward.config.reward_base
-    if source.id is None:
-        raise PRTValueError(
-            "The source backbone of this full reward is not known by an id.",
-            expected="`backbone=` the model that it was tuned against",
-            found=str(source),
-        )
-    return Backbone(reward, source.id, revision=source.revision)
 
 
 def _objective(of_backbone: Projection | torch.Tensor, rewards: Projection | torch.Tensor, batch: Batch):

@@ -21,13 +21,11 @@ from prt_hf import backbone_cache
 from prt_hf.backbone_cache import (
     BackboneCache,
     cache_folder,
-    dataset_key,
     precompute,
-    weights_digest_of_files,
-    weights_digest_of_model,
 )
 from prt_hf.collator import TokenCollator
 from prt_hf.errors import BackboneCacheError
+from prt_hf.fingerprints import dataset_key, weights_digest_of_files, weights_digest_of_model
 
 KEY = {"dataset": "a", "backbone": "b", "shape": (1, 2)}
 ROWS, WIDTH, ROWS_PER_BLOCK = 11, 3, 2
@@ -510,7 +508,7 @@ def rows_of(last=7):
 
 def test_equal_data_have_the_same_key_in_another_process():
     code = (
-        "import test_backbone_cache as t; from prt_hf.backbone_cache import dataset_key; "
+        "import test_backbone_cache as t; from prt_hf.fingerprints import dataset_key; "
         "print(dataset_key(t.Dataset.from_list(t.rows_of()).map(t.shifted), t.TokenCollator(0)))"
     )
     there = in_a_process(code)

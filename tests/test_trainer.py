@@ -247,9 +247,7 @@ def test_the_backbone_runs_without_dropout(config, tokenizer):
     trainer.model.train()
     expected = model(tiny.prompts()).logits
     for is_fused in (False, True):
-        first, second = (
-            trainer._forward(trainer.model, batch, trainer.backbones, is_fused=is_fused) for _ in range(2)
-        )
+        first, second = (trainer._forward(trainer.model, batch, trainer.backbones, is_fused=is_fused) for _ in range(2))
         assert trainer.model.training
         (backbone, reward), (again, other) = (
             [term.logits() if is_fused else term for term in (*of_backbones, rewards)]

@@ -1,0 +1,160 @@
+"""Backbones that are read instead of run: what they gave for data sets, computed once and kept on disk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+
+from .backbone_cache import BackboneCache, cache_folder, precompute
+from .backbones import Backbone, Batch
+from .contract import ModelReference, contract_from_dict
+from .errors import BackboneCacheError, UnsupportedError
+from .functional import Projection
+from .heads import Head
+from .pretrained import TEXT_GENERATION
+from .reward_model import RewardModel
+
+ROW = "backbone_row"  # the column that tells where a row's states are
+_ROW_BITS = 40
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StoredBackbone(Backbone):
+    """What a backbone gave at the supervised positions of data sets: read instead of computed.
+
+    Attributes:
+        caches (`list[BackboneCache]`): one for each data set; [`numbered`] tells the batches of which one.
+    """
+
+    def __init__(self, reward: RewardModel):
+        self._reward, self._head = reward, None
+        self.network = self.limit = None
+        self.caches: list[BackboneCache] = []
+
+    def add(self, cache: BackboneCache) -> None:
+        """
+        Raises:
+            VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
+        """
+        order = self._reward.contract.check(contract_from_dict(cache.facts["contract"]))
+        self.columns = self._reward.columns if order is None else inverse(order)
+        if not self.caches and self._reward.config.task == TEXT_GENERATION:
+            weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
+            own = Head.of(self._reward.network, self._reward.columns).weights[0]
+            if own.shape == weight.shape and torch.equal(own.cpu(), weight):
+                weight = own  # once in memory, and its product once a step
+            self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
+        self.caches.append(cache)
+
+    @property
+    def reference(self) -> ModelReference:
+        return ModelReference(**self.caches[0].facts["reference"])
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        states = self._read(batch)
+        logits = states.new_zeros(*batch.labels.shape, states.shape[-1])
+        logits[batch.supervised] = states
+        return logits[..., self.columns]
+
+    def projection(self, batch: Batch) -> Projection:
+        states = self._read(batch)
+        weights = tuple(weight.to(states.device) for weight in self._head.weights)
+        bias = None if self._head.bias is None else self._head.bias.to(states.device)
+        self._head = self._head._replace(weights=weights, bias=bias)
+        return self._head.project([states])
+
+    def why_not_projected(self, batch: Batch) -> None:
+        """It was looked at before its states were stored."""
+
+    def _read(self, batch: Batch) -> torch.Tensor:
+        if batch.rows is None:
+            raise BackboneCacheError(
+                "The batch does not say which rows of the data set it is made of.",
+                expected="a batch of the trainer's own data loaders",
+                found=", ".join(batch.inputs),
+            )
+        place, rows = int(batch.rows[0]) >> _ROW_BITS, batch.rows & ((1 << _ROW_BITS) - 1)
+        return self.caches[place].read(rows, batch.supervised_labels).to(batch.labels.device)
+
+
+def numbered(dataset: Dataset, place: int) -> Dataset:
+    """A data set whose rows tell where their states are: `place` in the list of caches, and the row."""
+    return dataset.add_column(ROW, [(place << _ROW_BITS) + row for row in range(len(dataset))])
+
+
+@dataclass
+class NumberedCollator:
+    """Hands the column of [`numbered`] on beside what a collator makes of the others."""
+
+    collator: Callable
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        rows = [dict(row) for row in rows]
+        numbers = [row.pop(ROW, None) for row in rows]
+        batch = self.collator(rows)
+        return batch if None in numbers else {**batch, ROW: torch.as_tensor(numbers)}
+
+
+def stored_states(
+    source: Backbone,
+    batch_of: Callable[[list[int]], Batch],
+    num_rows: int,
+    *,
+    data: str,
+    root: str,
+    accelerator: Accelerator,
+    place: Callable[[Backbone], None],
+    rows_per_block: int,
+    disable_tqdm: bool,
+) -> BackboneCache:
+    """What a backbone gives for a data set, computed and kept where that has not been done.
+
+    Args:
+        batch_of: a batch of these rows of the data set.
+        data (`str`): its [`~fingerprints.dataset_key`].
+        root: below it the states lie, in a folder of their own.
+        place: loads the backbone where it is computed.
+
+    Raises:
+        UnsupportedError: a language model's logits are not its last hidden state times its head.
+        BackboneCacheError: what lies there is damaged, or cannot be written.
+    """
+    precision = accelerator.mixed_precision
+    key = {"task": source.task, "backbone": source.identity, "precision": precision, "data": data}
+    folder = cache_folder(root, key)
+    cache = BackboneCache.open(folder, key)
+    if cache is not None:
+        return cache
+    place(source)
+
+    def states(rows: list[int]) -> torch.Tensor:
+        with accelerator.autocast():
+            values = source.states(batch_of(rows))
+        # The product with the head is made in autocast's precision.
+        return values.to(_AUTOCAST.get(precision, values.dtype))
+
+    if source.task == TEXT_GENERATION and (problem := source.why_not_projected(batch_of([0]))):
+        raise UnsupportedError(
+            "The states of this backbone cannot be stored.", expected="precompute_backbone=False", found=problem
+        )
+    like, (tensors, facts) = states([0]), source.companions()
+    cache = precompute(
+        folder,
+        key,
+        num_rows=num_rows,
+        supervised=lambda rows: [batch_of([row]).supervised_labels for row in rows],
+        states=states,
+        width=like.shape[-1],
+        dtype=like.dtype,
+        tensors=tensors,
+        facts=facts,
+        rows_per_block=rows_per_block,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        barrier=accelerator.wait_for_everyone,
+        disable_tqdm=disable_tqdm,
+    )
+    source.unload()
+    return cache
