@@ -8,6 +8,7 @@ from .adapter import default_peft_config
 from .config import PRTConfig
 from .contract import LabelContract, RewardConfig, VocabularyContract
 from .errors import (
+    BackboneCacheError,
     BaseModelMismatchError,
     ContextLengthError,
     LabelMismatchError,
@@ -22,9 +23,11 @@ from .generation import EFTLogitsProcessor, PRTLogitsProcessor, speculative_deco
 from .modeling import PRTForCausalLM, PRTForImageClassification, PRTForSequenceClassification
 from .recipe import PRTModelConfig
 from .reward_model import RewardModel
+from .sft import PRTSFTConfig, PRTSFTTrainer
 from .trainer import PRTTrainer
 
 __all__ = [
+    "BackboneCacheError",
     "BaseModelMismatchError",
     "ContextLengthError",
     "EFTLogitsProcessor",
@@ -38,6 +41,8 @@ __all__ = [
     "PRTForSequenceClassification",
     "PRTLogitsProcessor",
     "PRTModelConfig",
+    "PRTSFTConfig",
+    "PRTSFTTrainer",
     "PRTTrainer",
     "RewardConfig",
     "RewardFileError",

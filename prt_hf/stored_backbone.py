@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 
 from .backbone_cache import BackboneCache, cache_folder, precompute
-from .backbones import Backbone, Batch
+from .backbones import Backbone, Batch, inverse
 from .contract import ModelReference, contract_from_dict
 from .errors import BackboneCacheError, UnsupportedError
 from .functional import Projection
@@ -43,7 +43,7 @@ class StoredBackbone(Backbone):
         if not self.caches and self._reward.config.task == TEXT_GENERATION:
             weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
-            if own.shape == weight.shape and torch.equal(own.cpu(), weight):
+            if not own.requires_grad and own.shape == weight.shape and torch.equal(own.cpu(), weight):
                 weight = own  # once in memory, and its product once a step
             self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
         self.caches.append(cache)

@@ -346,6 +346,8 @@ class PRTTrainer(Trainer):
 
     def _with_states(self, dataset: Dataset) -> Dataset:
         """The data set with the place of every row's stored states, which are computed where there are none."""
+        if ROW in (getattr(dataset, "column_names", None) or ()):
+            return dataset
         read = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
         collator = self.data_collator.collator
         data = dataset_key(read, collator)
