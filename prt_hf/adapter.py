@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .contract import ModelReference
 from .errors import PRTValueError, UnsupportedError
-from .pretrained import TEXT_GENERATION, head_of, share_weights, task_of
+from .pretrained import TEXT_GENERATION, head_of, layer_stack, share_weights, task_of
 
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
 # Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
@@ -21,7 +21,7 @@ _FUSED_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _FUSED_LAYERS = {"conv1d", "out_proj"}
 
 
-def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
+def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None, **lora_kwargs) -> LoraConfig:
     """LoRA on every linear or convolutional layer, the head included.
 
     The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
@@ -30,7 +30,12 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
 
     Args:
         model (`PreTrainedModel`): the reward's base.
+        top_layers (`int`, *optional*): adapt this many of the uppermost layers, and the head. The layers below are then
+            computed once a step for the reward and its own base.
         lora_kwargs: for [`~peft.LoraConfig`]; rank 16 and `lora_alpha` 32 if not given.
+
+    Raises:
+        PRTValueError: `top_layers` of a model whose layers are not so many, or not in one list.
     """
     head, _ = head_of(model)
     targets = [
@@ -38,6 +43,8 @@ def default_peft_config(model: PreTrainedModel, **lora_kwargs) -> LoraConfig:
         for name, module in model.named_modules()
         if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name, module)
     ]
+    if top_layers is not None:
+        targets = [name for name in targets if name == head or name.startswith(_prefixes_of_top(model, top_layers))]
     if task_of(model) == TEXT_GENERATION:
         defaults = {"task_type": "CAUSAL_LM"}
     else:
@@ -143,6 +150,18 @@ def check_one_head(model: PreTrainedModel) -> None:
 def zero_(head: nn.Module) -> None:
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
+
+
+def _prefixes_of_top(model: PreTrainedModel, count: int) -> tuple[str, ...]:
+    stack = layer_stack(model)
+    depth = 0 if stack is None else len(stack[1])
+    if not 0 < count <= depth:
+        raise PRTValueError(
+            "`top_layers` is not usable.",
+            expected=f"1 ... {depth}" if depth else "a model whose layers are in one list",
+            found=str(count),
+        )
+    return tuple(f"{stack[0]}.{index}." for index in range(depth - count, depth))
 
 
 def _shorten(model: nn.Module, targets: list[str]) -> list[str]:

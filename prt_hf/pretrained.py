@@ -145,6 +145,18 @@ def head_of(network: nn.Module) -> tuple[str, nn.Module]:
     return candidates[-1]
 
 
+def layer_stack(network: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """Name and module of the list in which a network's layers follow one another; None where there is not one list."""
+    model = unwrap_adapter(network)
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    return stacks[0] if len(stacks) == 1 else None
+
+
 def context_length(network: nn.Module) -> int | None:
     """Tokens that the network can read; None where there is no limit (state-space models)."""
     model = unwrap_adapter(network)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch import nn
 
 from .passes import replaced_forwards, wrapped_layers
-from .pretrained import head_of, unwrap_adapter
+from .pretrained import head_of, layer_stack, unwrap_adapter
 
 _TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 
@@ -29,21 +29,16 @@ class SharedTrunk:
         """None where nothing is shared: the lowest layers are adapted or trained, the layers do not follow one another
         in one list, or dropout makes every pass another."""
         model = unwrap_adapter(network)
-        depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-        stacks = [
-            (name, module)
-            for name, module in model.named_modules()
-            if isinstance(module, nn.ModuleList) and len(module) == depth
-        ]
-        if len(stacks) != 1 or _has_dropout(model):
+        stack = layer_stack(model)
+        if stack is None or _has_dropout(model):
             return None
-        (prefix, layers), (head, _) = stacks[0], head_of(model)
+        (prefix, layers), (head, _) = stack, head_of(model)
         changed = [name for name, _ in wrapped_layers(model)]
         changed += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         above = [name for name in changed if name != head and not name.startswith(f"{head}.")]
         if not all(name.startswith(f"{prefix}.") for name in above):
             return None
-        first = min((int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in above), default=depth)
+        first = min((int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in above), default=len(layers))
         return cls(list(layers[:first])) if first else None
 
     @contextmanager

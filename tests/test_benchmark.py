@@ -8,7 +8,17 @@ import torch
 from peft import LoraConfig
 
 from prt_hf import RewardModel
-from prt_hf.benchmark import ASSISTED, BARE, EFT, ROWS, SAME_BASE, SEQUENTIAL, SPECULATIVE, DecodeTimings, time_decoding
+from prt_hf.benchmark.decode import (
+    ASSISTED,
+    BARE,
+    EFT,
+    ROWS,
+    SAME_BASE,
+    SEQUENTIAL,
+    SPECULATIVE,
+    DecodeTimings,
+    time_decoding,
+)
 from prt_hf.cli import main
 from prt_hf.demo.timing import TimingSettings, grow, timing_task
 from prt_hf.demo.training import Steps

@@ -1,4 +1,4 @@
-"""`prt-hf bench`: what decoding costs, on this machine."""
+"""`prt-hf bench`: what decoding and tuning cost, on this machine."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import json
 from ..errors import PRTValueError
 from .demo import positive
 
-FIGURES = {
+DECODE_FIGURES = {
     "sequential_of_limit": "PRT / bare, of its limit 1 / (1 + c)",
     "vs_eft_of_limit": "PRT / EFT, of its limit",
     "speculative_vs_sequential": "PRT, speculative / PRT",
@@ -15,41 +15,129 @@ FIGURES = {
 }
 
 
+TRAIN_FIGURES = {
+    "step_other_base": "step, another backbone of the same size / plain",
+    "step_same_base": "step, own base / plain",
+    "step_shared_trunk": "step, own base, top quarter of the layers / plain, the same",
+    "step_cached_second_epoch": "step, own base, states stored / plain",
+    "memory_vs_plain": "peak memory of the step, another backbone / plain",
+}
+
+
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "bench",
-        help="speed, side by side in one run",
-        description="Time bare backbone, PRT, PRT with speculation and EFT side by side.",
+        help="speed and memory, side by side in one run",
+        description="Time and measure PRT and what it is compared with, in turn in one run.",
     )
     kinds = parser.add_subparsers(title="what to time", dest="kind", required=True, metavar="kind")
     decode = kinds.add_parser(
         "decode",
         help="greedy decoding, one text at a time",
-        description="Greedy decoding, one text at a time. Without models of your own, small ones are trained on the "
-        "spot, and the new one is grown to 25 million parameters without changing its function; the whole takes about "
-        "five minutes on two cores.",
+        description="Greedy decoding, one text at a time: bare backbone, PRT, PRT with speculation, EFT. Without models "
+        "of your own, small ones are trained on the spot, and the new one is grown to 25 million parameters without "
+        "changing its function; the whole takes about five minutes on two cores.",
     )
     decode.add_argument(
         "--dtype", nargs="+", choices=("bfloat16", "float32", "float16"), default=["bfloat16", "float32"]
     )
     decode.add_argument("--new-tokens", type=positive(int), default=64, help="default: %(default)s")
-    decode.add_argument("--rounds", type=positive(int), default=5, help="default: %(default)s")
-    decode.add_argument("--device", default="cpu", help="default: %(default)s")
-    decode.add_argument("--seed", type=int, default=0, help="of the models made here; default: %(default)s")
-    decode.add_argument("--json", action="store_true", help="print one object with every raw timing")
     own = decode.add_argument_group("models of your own", "all of them")
     own.add_argument("--reward", help="a reward adapter: folder or Hub id")
     own.add_argument("--backbone", help="the backbone to decode with")
     own.add_argument("--prompt", nargs="+", help="texts to go on with")
+    train = kinds.add_parser(
+        "train",
+        help="a step of tuning, against plain LoRA fine-tuning",
+        description="Step time and peak memory of LoRA rewards, against plain LoRA fine-tuning by TRL's SFTTrainer. "
+        "The models are random Llamas, which take as long as trained ones.",
+    )
+    train.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
+    train.add_argument("--vocab-size", type=positive(int), default=50_000, help="default: %(default)s")
+    train.add_argument("--hidden-size", type=positive(int), default=512, help="default: %(default)s")
+    train.add_argument("--layers", type=positive(int), default=8, help="default: %(default)s")
+    train.add_argument("--batch-size", type=positive(int), default=2, help="default: %(default)s")
+    train.add_argument("--length", type=positive(int), default=256, help="tokens a row; default: %(default)s")
+    train.add_argument(
+        "--growth", action="store_true", help="time twice the length, vocabulary and batch as well, each by itself"
+    )
+    for kind, function in ((decode, _decode), (train, _train)):
+        kind.add_argument("--rounds", type=positive(int), default=5, help="default: %(default)s")
+        kind.add_argument("--device", default="cpu", help="default: %(default)s")
+        kind.add_argument("--seed", type=int, default=0, help="of the models made here; default: %(default)s")
+        kind.add_argument("--json", action="store_true", help="print one object with every raw timing")
+        kind.set_defaults(measure=function)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    args.measure(args)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from dataclasses import asdict, replace
+
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    from ..benchmark.machine import hardware, versions
+    from ..benchmark.train import ROWS, TrainSettings, peak_memory, time_training
+
+    logging.set_verbosity_error()
+    settings = TrainSettings(
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.layers,
+        vocab_size=args.vocab_size,
+        batch_size=args.batch_size,
+        length=args.length,
+        dtype=args.dtype,
+        device=args.device,
+        seed=args.seed,
+    )
+    shapes = {"": settings}
+    if args.growth:
+        shapes |= {
+            f"{name} x 2": replace(settings, **{name: 2 * getattr(settings, name)})
+            for name in ("length", "vocab_size", "batch_size")
+        }
+    found = {
+        name: time_training(
+            shape, rounds=args.rounds, progress=lambda rounds, name=name: tqdm(rounds, f"timing {name}", unit="round")
+        )
+        for name, shape in shapes.items()
+    }
+    timings = found[""]
+    for row in tqdm(ROWS, "measuring memory", unit="row"):
+        timings.memory[row] = peak_memory(row, settings)
+    record = {"hardware": hardware(), "versions": versions(), "settings": asdict(settings)}
+    if args.json:
+        raw = {
+            name: {"rows": each.rows, "memory": each.memory, "figures": each.figures} for name, each in found.items()
+        }
+        print(json.dumps(record | {"timings": raw, "figures": timings.figures}))
+        return
+    lines = [", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items())]
+    lines += [", ".join(f"{name} {value}" for name, value in record["settings"].items())]
+    lines += ["", f"{'':<46}{'s/step':>8}{'/ plain':>9}{'peak MB':>9}{'/ plain':>9}"]
+    lines += [
+        f"{row:<46}{timings.seconds(row):>8.3f}{timings.ratio(row):>9.2f}"
+        f"{timings.memory[row] / 1e6:>9.0f}{timings.memory_ratio(row):>9.2f}"
+        for row in ROWS
+    ]
+    lines += [f"{text:<63}{timings.figures[name]:>9.2f}" for name, text in TRAIN_FIGURES.items()]
+    for name, each in list(found.items())[1:]:
+        lines += ["", f"{name:<46}{'s/step':>8}{'/ plain':>9}"]
+        lines += [f"{row:<46}{each.seconds(row):>8.3f}{each.ratio(row):>9.2f}" for row in ROWS]
+    print("\n".join(lines))
+
+
+def _decode(args: argparse.Namespace) -> None:
     import torch
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
-    from ..benchmark import hardware, time_decoding, versions
+    from ..benchmark.decode import time_decoding
+    from ..benchmark.machine import hardware, versions
 
     logging.set_verbosity_error()  # every row would say the same things again
     backbone, source, reward, tokenizer, prompts = _models(args)
@@ -127,5 +215,5 @@ def _describe(record: dict, found: list) -> str:
             f"{'':<44}{'tokens/s':>10}{'/ bare':>9}",
         ]
         lines += [f"{row:<44}{timing.speed(row):>10.1f}{timing.ratio(row):>9.2f}" for row in timing.rows]
-        lines += [f"{text:<53}{timing.figures[name]:>10.2f}" for name, text in FIGURES.items()]
+        lines += [f"{text:<53}{timing.figures[name]:>10.2f}" for name, text in DECODE_FIGURES.items()]
     return "\n".join(lines)

@@ -4,22 +4,19 @@ Every round times every row on every prompt in turn. A figure is made of the fas
 programs only ever add time.
 """
 
-import os
-import platform
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
-from time import perf_counter
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapter import default_peft_config
-from .errors import PRTValueError
-from .generation import EFTLogitsProcessor
-from .modeling import PRTForCausalLM
-from .reward_model import RewardModel
+from ..adapter import default_peft_config
+from ..errors import PRTValueError
+from ..generation import EFTLogitsProcessor
+from ..modeling import PRTForCausalLM
+from ..reward_model import RewardModel
+from .machine import now
 
 BARE = "bare"
 SEQUENTIAL = "PRT"
@@ -137,9 +134,9 @@ def time_decoding(
         for index, prompt in enumerate(prompts):
             texts = {}
             for name, generate in ways.items():
-                start = _now(backbone)
+                start = now(backbone)
                 texts[name] = generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-                timings.rows[name][index].append(_now(backbone) - start)
+                timings.rows[name][index].append(now(backbone) - start)
             told = texts[SPECULATIVE]
             timings.is_same_text &= torch.equal(texts[SEQUENTIAL], told.sequences)
             drafted, accepted = drafted + told.num_drafted, accepted + told.num_accepted
@@ -153,19 +150,6 @@ def time_decoding(
     return timings
 
 
-def hardware() -> dict[str, str | int]:
-    """What the figures were measured on."""
-    found = {"machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()}
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "prt_hf")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
 def _forward_seconds(networks, prompt: torch.LongTensor, count: int) -> dict[str, float]:
     """Mean over `count` tokens after the prompt. In turn, because a small network that runs by itself finds its weights
     in the processor's cache, and in decoding it does not."""
@@ -174,26 +158,11 @@ def _forward_seconds(networks, prompt: torch.LongTensor, count: int) -> dict[str
     for step in range(count + 1):
         ids = prompt[:, -1:] if step else prompt
         for name, network, cache in zip(NETWORKS, networks, caches, strict=True):
-            start = _now(network)
+            start = now(network)
             network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            seconds[name] += (_now(network) - start) / count if step else 0.0
+            seconds[name] += (now(network) - start) / count if step else 0.0
     return seconds
 
 
 def _fastest(seconds: list[list[float]]) -> float:
     return sum(map(min, seconds))
-
-
-def _now(model) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return perf_counter()
-
-
-def _processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor()

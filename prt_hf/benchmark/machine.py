@@ -1,0 +1,37 @@
+"""The clock, and what was measured on what."""
+
+import os
+import platform
+from importlib.metadata import version
+from time import perf_counter
+
+import torch
+
+
+def hardware() -> dict[str, str | int]:
+    """What the figures were measured on."""
+    found = {"machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    return found
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "prt_hf")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def now(model) -> float:
+    """Seconds, once all that the model was asked for is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return perf_counter()
+
+
+def _processor() -> str:
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor()

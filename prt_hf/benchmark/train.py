@@ -1,0 +1,233 @@
+"""Step time and memory of tuning, against plain LoRA fine-tuning by TRL's `SFTTrainer`, whose loss is fused as well.
+
+A step is forward, backward and optimiser on one batch of the trainer's own. Every round times every row in turn; a
+figure is made of the fastest rounds, because other programs only ever add time.
+"""
+
+import gc
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
+from trl import SFTConfig, SFTTrainer
+
+from ..adapter import default_peft_config
+from ..functional import Projection
+from ..heads import last_hidden_state, projection
+from ..sft import PRTSFTConfig, PRTSFTTrainer
+from .machine import now
+
+PLAIN = "plain LoRA (TRL)"
+PLAIN_CHUNKED = "plain LoRA, with PRT's chunked loss"
+OTHER_BASE = "PRT, another backbone of the same size"
+SAME_BASE = "PRT, the reward's own base"
+CACHED = "PRT, own base, states stored"
+CACHED_OTHER = "PRT, another backbone, states stored"
+PLAIN_TOP = "plain LoRA (TRL), top quarter of the layers"
+SHARED_TRUNK = "PRT, own base, top quarter of the layers"
+NAIVE = "PRT, another backbone, whole logits"
+ROWS = (PLAIN, PLAIN_CHUNKED, OTHER_BASE, SAME_BASE, CACHED, CACHED_OTHER, PLAIN_TOP, SHARED_TRUNK, NAIVE)
+BASELINES = {SHARED_TRUNK: PLAIN_TOP}  # of all others: PLAIN
+
+
+class _ChunkedTrainer(PRTSFTTrainer):
+    """Plain fine-tuning with the fused PRT loss of a backbone that says nothing: what tuning costs beyond the loss."""
+
+    def _forward(self, model, batch, backbones, is_fused):
+        network = self.accelerator.unwrap_model(model)
+        hidden = batch.aligned(last_hidden_state(network, batch.inputs, model))[batch.supervised]
+        with self.accelerator.autocast():
+            logits = projection(network, hidden)
+        nothing = Projection((hidden.new_zeros(len(hidden), 0),), (logits.weights[0].new_zeros(logits.shape[1], 0),))
+        return [nothing], logits
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Shape of the models (random Llamas, which take as long as trained ones) and of the batch."""
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    vocab_size: int = 50_000
+    batch_size: int = 2
+    length: int = 256
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    seed: int = 0
+
+
+@dataclass
+class TrainTimings:
+    """
+    Attributes:
+        rows: seconds of a step, by row and round.
+        memory: bytes that a step takes beyond what lay in memory before it, at its peak, by row.
+    """
+
+    settings: TrainSettings
+    rows: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ROWS})
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def seconds(self, row: str) -> float:
+        return min(self.rows[row])
+
+    def ratio(self, row: str) -> float:
+        return self.seconds(row) / self.seconds(BASELINES.get(row, PLAIN))
+
+    def memory_ratio(self, row: str) -> float:
+        return self.memory[row] / self.memory[BASELINES.get(row, PLAIN)]
+
+    @property
+    def figures(self) -> dict[str, float]:
+        figures = {
+            "step_other_base": self.ratio(OTHER_BASE),
+            "step_same_base": self.ratio(SAME_BASE),
+            "step_shared_trunk": self.ratio(SHARED_TRUNK),
+            "step_cached_second_epoch": self.ratio(CACHED),
+        }
+        if self.memory:
+            figures["memory_vs_plain"] = self.memory_ratio(OTHER_BASE)
+        return figures
+
+
+def time_training(
+    settings: TrainSettings, *, rounds: int = 5, progress: Callable[[Iterable], Iterable] = iter
+) -> TrainTimings:
+    """Step times of every row.
+
+    Args:
+        progress: wraps the rounds.
+    """
+    timings = TrainTimings(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = {name: _step(_trainer(name, settings, Path(folder))) for name in ROWS}
+        for round_ in progress(range(rounds + 1)):
+            for name, step in steps.items():
+                seconds = step()
+                if round_:  # the first one warms up
+                    timings.rows[name].append(seconds)
+    return timings
+
+
+def peak_memory(row: str, settings: TrainSettings) -> int:
+    """Bytes, in a process of its own, so that no other row's memory is used again (Linux, or a GPU)."""
+    # Blocks of any size go back to the system when they are freed, and so count once.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    try:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            return pool.apply(_measured_memory, (row, asdict(settings), torch.get_num_threads()))
+    finally:
+        del os.environ["MALLOC_MMAP_THRESHOLD_"]
+
+
+def _measured_memory(row: str, settings: dict, threads: int) -> int:
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(row, TrainSettings(**settings), Path(folder))
+        step = _step(trainer)
+        step()
+        gc.collect()
+        if settings["device"] == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            step()
+            return torch.cuda.max_memory_allocated() - before
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        step()
+        return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status does not tell {name}")
+
+
+def _step(trainer: Trainer) -> Callable[[], float]:
+    """A function that makes one step and returns its seconds."""
+    batch = next(iter(trainer.get_train_dataloader()))
+    items = (batch["labels"][:, 1:] != -100).sum()
+    trainer.create_optimizer()
+    trainer.model.train()
+
+    def step() -> float:
+        start = now(trainer.model)
+        trainer.training_step(trainer.model, dict(batch), items)
+        trainer.optimizer.step()
+        trainer.model.zero_grad()
+        return now(trainer.model) - start
+
+    return step
+
+
+def _trainer(row: str, settings: TrainSettings, folder: Path) -> Trainer:
+    base = _model(settings, settings.seed)
+    quarter = settings.num_hidden_layers // 4
+    top_layers = quarter if row in (PLAIN_TOP, SHARED_TRUNK) else None
+    lora = default_peft_config(base, top_layers=top_layers)
+    tokenizer = _tokenizer(settings.vocab_size)
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(3, settings.vocab_size, (settings.batch_size, settings.length), generator=generator).tolist()
+    arguments = {
+        "max_length": None,
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_checkpointing": False,
+        "bf16": settings.dtype == "bfloat16",
+        "fp16": settings.dtype == "float16",
+        "use_cpu": settings.device == "cpu",
+        "dataloader_pin_memory": False,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "disable_tqdm": True,
+    }
+    data = {"train_dataset": Dataset.from_dict({"input_ids": ids, "labels": ids}), "processing_class": tokenizer}
+    if row in (PLAIN, PLAIN_TOP):
+        lora.target_modules = {name for name in lora.target_modules if name != "lm_head"}  # TRL refuses it
+        return SFTTrainer(base, SFTConfig(str(folder), **arguments), peft_config=lora, **data)
+    config = PRTSFTConfig(
+        str(folder),
+        fused_loss="never" if row == NAIVE else "always",
+        precompute_backbone=row in (CACHED, CACHED_OTHER),
+        backbone_cache_dir=str(folder / "states"),
+        **arguments,
+    )
+    is_other = row in (OTHER_BASE, CACHED_OTHER, NAIVE)
+    backbone = _model(settings, settings.seed + 1) if is_other else None
+    trainer_class = _ChunkedTrainer if row == PLAIN_CHUNKED else PRTSFTTrainer
+    return trainer_class(base, config, peft_config=lora, backbone=backbone, **data)
+
+
+def _model(settings: TrainSettings, seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        intermediate_size=4 * settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.hidden_size // 64,
+        num_key_value_heads=max(1, settings.hidden_size // 256),
+        max_position_embeddings=settings.length,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).to(getattr(torch, settings.dtype))
+
+
+def _tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """As many words as the head has rows."""
+    words = ["<pad>", "<s>", "</s>", *map(str, range(3, size))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="</s>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
