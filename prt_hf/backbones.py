@@ -13,12 +13,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import PRTConfig
-from .contract import PRT_CONFIG_NAME, contract_to_dict
+from .contract import PRT_CONFIG_NAME, ModelReference, contract_to_dict
 from .errors import PRTValueError
 from .fingerprints import weights_digest_of_files, weights_digest_of_model
 from .functional import IGNORE_INDEX, Projection
 from .heads import Head, last_hidden_state, projection, why_not_projected
-from .hub import commit_of
+from .hub import commit_of, has_file
 from .passes import bare_base
 from .pretrained import (
     TEXT_GENERATION,
@@ -30,7 +30,7 @@ from .pretrained import (
     task_of,
     weights_fingerprint,
 )
-from .reward_model import RewardModel, load_processing_class
+from .reward_model import RewardModel, load_base, load_processing_class
 from .shared_trunk import SharedTrunk
 
 
@@ -67,7 +67,8 @@ class Backbone:
 
     Args:
         reward ([`RewardModel`]): that is tuned on it.
-        network (`PreTrainedModel` or `str`): an id is not loaded before [`load`], so that stored states do without.
+        network (`PreTrainedModel`, `str` or [`~contract.ModelReference`]): an id is not loaded before [`load`], so that
+            stored states do without; what a reference names is checked.
         load_kwargs: for `from_pretrained` of an id.
 
     Attributes:
@@ -76,12 +77,11 @@ class Backbone:
         reference ([`~contract.ModelReference`]): for the reward's configuration.
     """
 
-    def __init__(self, reward: RewardModel, network: PreTrainedModel | str, **load_kwargs):
-        self._reward = reward
-        self._id, self._load_kwargs = (network, load_kwargs) if isinstance(network, str) else (None, {})
-        self.network = None
-        if self._id is None:
+    def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
+        self._reward, self.network, self._named, self._load_kwargs = reward, None, network, load_kwargs
+        if isinstance(network, PreTrainedModel | PeftModel):
             check_bare(network)
+            self._named = None
             # A model in memory may have been separated from its tokenizer.
             self._take(network, None)
 
@@ -94,9 +94,13 @@ class Backbone:
         Raises:
             VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
         """
-        if self.network is None:
-            network = load_pretrained(self._id, **self._load_kwargs)
-            self._take(network, load_processing_class(self._id, self.task))
+        if self.network is not None:
+            return
+        if isinstance(self._named, ModelReference):
+            network, name = load_base(self._named, **self._load_kwargs), self._named.id
+        else:
+            network, name = load_pretrained(self._named, **self._load_kwargs), self._named
+        self._take(network, load_processing_class(name, self.task))
 
     def _take(self, network: PreTrainedModel, processing_class) -> None:
         order = self._reward.order_for(network, processing_class)
@@ -107,7 +111,7 @@ class Backbone:
 
     def unload(self) -> None:
         """Free what can be loaded again."""
-        if self._id is not None:
+        if self._named is not None:
             self.network = None
 
     def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
@@ -116,11 +120,14 @@ class Backbone:
     @cached_property
     def identity(self) -> dict[str, str]:
         """What tells its weights from all others, without loading it."""
-        if self._id is None:
+        if self._named is None:
             return {"weights": weights_digest_of_model(self.network)}
-        if Path(self._id).is_dir():
-            return {"weights": weights_digest_of_files(self._id)}
-        return {"id": self._id, "revision": commit_of(self._id)}
+        name, revision = self._named, None
+        if isinstance(name, ModelReference):
+            name, revision = name.id, name.revision
+        if Path(name).is_dir():
+            return {"weights": weights_digest_of_files(name)}
+        return {"id": name, "revision": commit_of(name, revision)}
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """`(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`, in the reward's order."""
@@ -173,7 +180,7 @@ class OwnBase(Backbone):
     one are computed once for both."""
 
     def __init__(self, reward: RewardModel):
-        self._reward, self._id, self._trunk = reward, None, None
+        self._reward, self._named, self._trunk = reward, None, None
         self._processing_class = reward.processing_class
         self.network: PeftModel = reward.network
         self.columns = reward.columns
@@ -217,31 +224,32 @@ def reward_and_backbones(
 ) -> tuple[RewardModel, list[Backbone]]:
     """The reward, and what it is tuned on: see the arguments of [`PRTTrainer`]."""
     given = backbone if isinstance(backbone, list | tuple) else [backbone]
+    if isinstance(model, str) and has_file(model, PRT_CONFIG_NAME):
+        model = RewardModel.from_pretrained(model)
     if isinstance(model, RewardModel):
         reward = _continued(model, peft_config, args)
-        is_full, name = not reward.config.is_adapter, None
-    else:
-        name = model if isinstance(model, str) else None
-        if not isinstance(model, PreTrainedModel | PeftModel):
-            # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
-            model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
-            processing_class = processing_class or load_processing_class(name, task_of(model))
-        is_full = peft_config is None and not isinstance(model, PeftModel)
-        pretrained = model
-        if is_full and name is None and any(each is None or each is model for each in given):
-            pretrained = copy.deepcopy(model)
-        reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
+        if backbone is None:
+            return reward, _earlier_sources(reward)
+        return reward, [Backbone(reward, each) for each in given]
 
-    def source(each: str | PreTrainedModel | None) -> Backbone:
-        if each is not None and each is not model and each != name:
-            return Backbone(reward, each)
+    name = model if isinstance(model, str) else None
+    if name is not None:
+        # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
+        model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
+        processing_class = processing_class or load_processing_class(name, task_of(model))
+    is_own = [each is None or each is model or (name is not None and each == name) for each in given]
+    is_full = peft_config is None and not isinstance(model, PeftModel)
+    pretrained = copy.deepcopy(model) if is_full and name is None and any(is_own) else name
+    reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
+
+    def own() -> Backbone:
         if not is_full:
             return OwnBase(reward)
-        if isinstance(model, RewardModel):
-            return _source_of_full_reward(reward) if each is None else Backbone(reward, each.network)
-        return Backbone(reward, pretrained) if name is None else Backbone(reward, name, dtype=torch.float32)
+        return Backbone(reward, pretrained, **({} if name is None else {"dtype": torch.float32}))
 
-    return reward, [source(each) for each in given]
+    return reward, [
+        own() if each_is_own else Backbone(reward, each) for each, each_is_own in zip(given, is_own, strict=True)
+    ]
 
 
 def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
@@ -267,18 +275,31 @@ def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
     return reward
 
 
-def _source_of_full_reward(reward: RewardModel) -> Backbone:
-    """A full reward has no adapter to switch off: its source backbone is itself while untrained, else loaded again."""
-    if weights_fingerprint(reward.network) == reward.config.reward_base.weights:
+def _earlier_sources(reward: RewardModel) -> list[Backbone]:
+    """Those that a reward was tuned on before; of one that was not tuned yet, the pretrained model that it starts from.
+
+    Raises:
+        PRTValueError: one of them was made in memory.
+    """
+    config = reward.config
+    references = [config.source_backbone or config.reward_base, *config.more_source_backbones]
+    return [_earlier_source(reward, reference) for reference in references]
+
+
+def _earlier_source(reward: RewardModel, reference: ModelReference) -> Backbone:
+    base = reward.config.reward_base
+    is_base = reference == base or (reference.weights is not None and reference.weights == base.weights)
+    if is_base and reward.config.is_adapter:
+        return OwnBase(reward)
+    if is_base and weights_fingerprint(reward.network) == base.weights:  # a full reward that has not been tuned
         return Backbone(reward, copy.deepcopy(reward.network))
-    source = reward.config.source_backbone or reward.config.reward_base
-    if source.id is None:
+    if reference.id is None:
         raise PRTValueError(
-            "The source backbone of this full reward is not known by an id.",
+            "A source backbone of this reward is not known by an id.",
             expected="`backbone=` the model that it was tuned against",
-            found=str(source),
+            found=str(reference),
         )
-    return Backbone(reward, source.id, revision=source.revision)
+    return Backbone(reward, reference)
 
 
 def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:

@@ -91,8 +91,7 @@ def why_not_linear(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> s
 
 
 def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapped: nn.Module | None = None):
-    """`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, from one pass that makes next to no
-    logits.
+    """`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, from one pass that makes no logits.
 
     Args:
         wrapped (*optional*): what is called instead, where something is wrapped around the network (data parallelism,
@@ -101,8 +100,9 @@ def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapp
     found = []
     decoder = unwrap_adapter(network).base_model
     handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    nowhere = torch.empty(0, dtype=torch.long, device=decoder.device)
     try:
-        (network if wrapped is None else wrapped)(**inputs, logits_to_keep=1)
+        (network if wrapped is None else wrapped)(**inputs, logits_to_keep=nowhere)
     finally:
         handle.remove()
     return found[0]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .errors import PRTValueError, RewardFileError
 
@@ -28,6 +28,17 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
             remedy="if a reward's base has moved, pass `base_model=` where it is now",
         ) from error
     return Path(config).parent.name  # .../snapshots/<commit>/config.json
+
+
+def has_file(path_or_repo: str, name: str) -> bool:
+    """Whether a folder, or a repository that can be reached, holds a file."""
+    if Path(path_or_repo).is_dir():
+        return (Path(path_or_repo) / name).is_file()
+    try:
+        hf_hub_download(path_or_repo, name)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+        return False  # what is wrong with the repository, loading it will tell
+    return True
 
 
 def local_folder(path_or_repo: str | Path, revision: str | None = None, token: str | bool | None = None) -> Path:

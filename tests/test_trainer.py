@@ -535,7 +535,7 @@ def test_arguments_that_have_no_place(config, tokenizer):
 
 def test_a_full_reward_of_unknown_source_needs_its_backbone(config, tokenizer):
     reward = RewardModel.from_base(tiny.llama(1), tokenizer, reward_init="zero")
-    with pytest.raises(PRTValueError, match="`backbone=` the model that it was tuned against"):
+    with pytest.raises(PRTValueError, match="(?s)not known by an id.*`backbone=` the model that it was tuned against"):
         PRTTrainer(reward, config())
     fresh = RewardModel.from_base(tiny.llama(1), tokenizer)
     assert weights_fingerprint(PRTTrainer(fresh, config()).backbone) == weights_fingerprint(tiny.llama(1))

@@ -34,9 +34,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
     decode = kinds.add_parser(
         "decode",
         help="greedy decoding, one text at a time",
-        description="Greedy decoding, one text at a time: bare backbone, PRT, PRT with speculation, EFT. Without models "
-        "of your own, small ones are trained on the spot, and the new one is grown to 25 million parameters without "
-        "changing its function; the whole takes about five minutes on two cores.",
+        description="Greedy decoding, one text at a time: bare backbone, PRT, PRT with speculation, EFT. Without "
+        "models of your own, small ones are trained on the spot, and the new one is grown to 25 million parameters "
+        "without changing its function; the whole takes about five minutes on two cores.",
     )
     decode.add_argument(
         "--dtype", nargs="+", choices=("bfloat16", "float32", "float16"), default=["bfloat16", "float32"]
