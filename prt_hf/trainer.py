@@ -154,24 +154,7 @@ class PRTTrainer(Trainer):
             )
         backbones = [self._drawn_backbone()] if is_training else self.backbones
         of_backbones, rewards = self._forward(model, batch, backbones, is_fused)
-        count = batch.supervised.sum() if num_items_in_batch is None or not is_training else num_items_in_batch
-        losses = []
-        for of_backbone in of_backbones:
-            loss_of, statistics_of, arguments = _objective(of_backbone, rewards, batch)
-            if is_training:
-                losses.append(
-                    loss_of(
-                        *arguments,
-                        kl_coef=self.args.kl_coef,
-                        entropy_coef=self.args.entropy_coef,
-                        num_items_in_batch=count,
-                    )
-                )
-            if not is_training or self._is_step_logged():
-                statistics = statistics_of(*arguments, kl_coef=self.args.kl_coef)
-                self._add("train" if is_training else "eval", statistics, batch)
-                if not is_training:
-                    losses.append(statistics["loss"].sum() / count.clamp(min=1))
+        losses = [self._loss(each, rewards, batch, is_training, num_items_in_batch) for each in of_backbones]
         loss = sum(losses) / len(losses)
         if is_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
@@ -184,11 +167,8 @@ class PRTTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             if inputs.get("labels") is None:
                 (of_backbone,), rewards = self._forward(model, self._batch(inputs), self.backbones[:1], is_fused=False)
-                return (
-                    None,
-                    None if prediction_loss_only else combine(of_backbone, rewards, 1 / self.args.kl_coef),
-                    None,
-                )
+                outputs = None if prediction_loss_only else combine(of_backbone, rewards, 1 / self.args.kl_coef)
+                return None, outputs, None
             # Outputs only where they are wanted: logits of whole sequences are large.
             if prediction_loss_only:
                 return self.compute_loss(model, inputs).detach(), None, None
@@ -284,14 +264,15 @@ class PRTTrainer(Trainer):
 
     def _why_not_fused(self, network, batch: Batch) -> str | None:
         args = self.args
-        devices = {network.device, *(source.network.device for source in self.backbones if source.network is not None)}
+        networks = [network, *(source.network for source in self.backbones if source.network is not None)]
+        devices = {str(value.device) for each in networks for value in each.parameters()}
         for problem, holds in {
             "fused_loss='never'": args.fused_loss == "never",
             "a classifier has few": not self._is_language_model,
             "the networks are compiled": args.torch_compile,
             "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
             "ZeRO-3 keeps the heads in parts": self.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3,
-            f"the models are on several devices: {devices}": len(devices) > 1,
+            f"the models are on several devices: {sorted(devices)}": len(devices) > 1,
         }.items():
             if holds:
                 return problem
@@ -318,6 +299,22 @@ class PRTTrainer(Trainer):
             hidden = last_hidden_state(network, batch.inputs, model)
         with self.accelerator.autocast():
             return of_backbones, projection(network, batch.aligned(hidden)[batch.supervised], self.reward.columns)
+
+    def _loss(self, of_backbone, rewards, batch: Batch, is_training: bool, num_items_in_batch) -> torch.Tensor:
+        """In training the objective, else the likelihood; adds up the figures that are logged."""
+        loss_of, statistics_of, arguments = _objective(of_backbone, rewards, batch)
+        kl_coef = self.args.kl_coef
+        if not is_training or self._is_step_logged():
+            statistics = statistics_of(*arguments, kl_coef=kl_coef)
+            self._add("train" if is_training else "eval", statistics, batch)
+        if not is_training:
+            return statistics["loss"].sum() / batch.supervised.sum().clamp(min=1)
+        return loss_of(
+            *arguments,
+            kl_coef=kl_coef,
+            entropy_coef=self.args.entropy_coef,
+            num_items_in_batch=num_items_in_batch,
+        )
 
     def _drawn_backbone(self) -> Backbone:
         """One for each step: the same on all devices, and when training resumes."""

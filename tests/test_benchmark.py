@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 from prt_hf import RewardModel
+from prt_hf.benchmark import train
 from prt_hf.benchmark.decode import (
     ASSISTED,
     BARE,
@@ -111,3 +112,78 @@ def test_models_made_here_draft_for_each_other():
     assert task.reward.config.is_adapter and task.backbone.generation_config.use_cache
     assert [prompt.shape for prompt in task.prompts] == [(1, 12)] * 2
     assert task.tokenizer.unk_token_id is None or (task.prompts[0] != task.tokenizer.unk_token_id).all()
+
+
+# Tuning
+
+
+SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "vocab_size": 300, "batch_size": 2, "length": 12}
+
+
+def test_training_figures_by_hand():
+    """The fastest round counts; the top quarter is held against its own baseline."""
+    timings = train.TrainTimings(train.TrainSettings())
+    seconds = {
+        train.PLAIN: 2.0,
+        train.PLAIN_CHUNKED: 1.9,
+        train.OTHER_BASE: 3.0,
+        train.SAME_BASE: 2.5,
+        train.CACHED: 2.1,
+        train.CACHED_OTHER: 2.2,
+        train.PLAIN_TOP: 1.0,
+        train.SHARED_TRUNK: 1.2,
+        train.NAIVE: 5.0,
+    }
+    timings.rows = {row: [value + 1, value, value + 3] for row, value in seconds.items()}
+    assert set(seconds) == set(train.ROWS)
+    assert timings.figures == pytest.approx(
+        {"step_other_base": 1.5, "step_same_base": 1.25, "step_shared_trunk": 1.2, "step_cached_second_epoch": 1.05}
+    )
+    timings.memory = dict.fromkeys(train.ROWS, 100) | {train.OTHER_BASE: 102, train.SHARED_TRUNK: 50}
+    assert timings.figures["memory_vs_plain"] == pytest.approx(1.02)
+    assert timings.memory_ratio(train.SHARED_TRUNK) == pytest.approx(0.5)
+
+
+def test_every_row_of_training_makes_steps():
+    timings = train.time_training(train.TrainSettings(**SMALL, dtype="float32"), rounds=2)
+    assert tuple(timings.rows) == train.ROWS
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in timings.rows.values())
+
+
+def test_the_chunked_baseline_is_plain_fine_tuning(tmp_path):
+    """Its loss is the model's own, with no trace of a backbone."""
+    settings = train.TrainSettings(**SMALL, dtype="float32")
+    trainer = train._trainer(train.PLAIN_CHUNKED, settings, tmp_path)
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.model(**batch, use_cache=False).loss.item()
+    trainer.model.train()
+    assert trainer.compute_loss(trainer.model, dict(batch)).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_memory_of_a_step_is_that_of_its_logits():
+    """Two tables of logits and their gradient are what the naive path holds and the fused one does not."""
+    settings = train.TrainSettings(**SMALL | {"vocab_size": 40_000, "length": 64}, dtype="float32")
+    logits = 4 * settings.batch_size * settings.length * settings.vocab_size
+    fused, naive = (train.peak_memory(row, settings) for row in (train.OTHER_BASE, train.NAIVE))
+    assert naive > 3 * logits
+    assert naive - fused > logits
+
+
+def test_bench_train_prints_one_object(capsys, monkeypatch):
+    monkeypatch.setattr(train, "peak_memory", lambda row, settings: 1000)
+    shape = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items() if name != "num_hidden_layers"]
+    arguments = ["bench", "train", "--layers=4", *shape, "--rounds=1", "--dtype=float32"]
+    assert main([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["figures"]) == {
+        "step_other_base",
+        "step_same_base",
+        "step_shared_trunk",
+        "step_cached_second_epoch",
+        "memory_vs_plain",
+    }
+    assert all(isinstance(value, float) for value in found["figures"].values())
+    assert found["versions"]["torch"] and found["hardware"]["threads"] and set(found["memory"]) == set(train.ROWS)
+    assert main([*arguments, "--growth"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"{name} x 2" in out for name in ("length", "vocab_size", "batch_size"))

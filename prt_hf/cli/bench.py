@@ -111,10 +111,8 @@ def _train(args: argparse.Namespace) -> None:
         timings.memory[row] = peak_memory(row, settings)
     record = {"hardware": hardware(), "versions": versions(), "settings": asdict(settings)}
     if args.json:
-        raw = {
-            name: {"rows": each.rows, "memory": each.memory, "figures": each.figures} for name, each in found.items()
-        }
-        print(json.dumps(record | {"timings": raw, "figures": timings.figures}))
+        raw = {name: {"rows": each.rows, "figures": each.figures} for name, each in found.items()}
+        print(json.dumps(record | {"timings": raw, "memory": timings.memory, "figures": timings.figures}))
         return
     lines = [", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items())]
     lines += [", ".join(f"{name} {value}" for name, value in record["settings"].items())]
