@@ -28,7 +28,10 @@ def test_every_block_runs(tmp_path, monkeypatch):
         model.save_pretrained(model_id)
         tiny.tokenizer().save_pretrained(model_id)
     problem = {"question": " ".join(f"w{index}" for index in range(3, 12)), "answer": "w20 w21 w22"}
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([problem] * 4))
+    data_sets = {"openai/gsm8k": problem, "trl-lib/Capybara": {"text": " ".join(problem.values())}}
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *_, **__: datasets.Dataset.from_list([data_sets[name]] * 4)
+    )
     load = AutoModelForCausalLM.from_pretrained
     monkeypatch.setattr(
         AutoModelForCausalLM, "from_pretrained", lambda name, device_map=None, **kwargs: load(name, **kwargs)
@@ -39,12 +42,15 @@ def test_every_block_runs(tmp_path, monkeypatch):
     scope = {"photos": photos.with_format("torch"), "pixel_values": pixel_values}
     seen = []
     for block in BLOCKS:
-        on_cpu = re.sub(r"PRTConfig\(([^)]*?)(, bf16=True)?\)", r"PRTConfig(\1, use_cpu=True, report_to='none')", block)
+        on_cpu = re.sub(
+            r"(PRT(?:SFT)?Config)\(([^)]*?)(, bf16=True)?\)", r"\1(\2, use_cpu=True, report_to='none')", block
+        )
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, whole, images = seen
+    text, generated, whole, images, chat = seen
     assert torch.equal(whole["output"], generated["output"]), "speculative or not, processor or model"
     assert text["trainer"].state.global_step > 0
+    assert chat["trainer"].state.global_step > 0 and chat["trainer"].args.output_dir == "chat-reward"
     assert generated["output"].shape[1] > generated["inputs"]["input_ids"].shape[1]
     source, target = MODELS["google/vit-base-patch16-224"], MODELS["facebook/convnextv2-large-22k-224"]
     assert [source.config.id2label[index] for index in images["order"]] == list(target.config.id2label.values())
