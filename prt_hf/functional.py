@@ -18,11 +18,12 @@ IGNORE_INDEX = -100
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**23, 2**27
 
 
-def check_finite(reward: torch.Tensor) -> torch.Tensor:
+def check_finite(reward: torch.Tensor, start: int = 0) -> torch.Tensor:
     """Return `reward` unchanged, or raise. Not checked while compiling: a graph cannot branch on values.
 
     Args:
         reward (`torch.FloatTensor` of shape `(..., vocab_size)`): r_theta(x, .).
+        start (`int`): positions before the first one, of a chunk.
 
     Raises:
         NonFiniteRewardError: names how many entries are NaN or infinite, and the first of them.
@@ -34,6 +35,7 @@ def check_finite(reward: torch.Tensor) -> torch.Tensor:
         return reward
     bad = (~finite).nonzero()
     *position, token = bad[0].tolist()
+    position = [index + start for index in position[:1]] + position[1:]
     raise NonFiniteRewardError(
         f"The reward holds {len(bad)} values that are NaN or infinite.",
         expected="finite numbers for every token or label",
@@ -313,7 +315,7 @@ class _FusedLoss(torch.autograd.Function):
             gradients.add(part, z)
         if not torch.isfinite(total):
             for part in parts:
-                check_finite(reward.at(part).logits())
+                check_finite(reward.at(part).logits(), part.start)
         ctx.save_for_backward(*gradients.tensors)
         return loss
 

@@ -35,7 +35,8 @@ class SharedTrunk:
         (prefix, layers), (head, _) = stack, head_of(model)
         changed = [name for name, _ in wrapped_layers(model)]
         changed += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        above = [name for name in changed if name != head and not name.startswith(f"{head}.")]
+        # A head that is saved whole lies within what PEFT put in its place.
+        above = [name for name in changed if not f"{name}.".startswith(f"{head}.") and not head.startswith(f"{name}.")]
         if not all(name.startswith(f"{prefix}.") for name in above):
             return None
         first = min((int(name.removeprefix(f"{prefix}.").partition(".")[0]) for name in above), default=len(layers))
@@ -56,7 +57,16 @@ class SharedTrunk:
     def reused(self) -> Iterator[None]:
         """Every layer of the trunk gives what the last one gave before; only the last one's is read."""
         output, self._output = self._output, None
-        with replaced_forwards([(layer, lambda *args, **kwargs: output) for layer in self._layers]):
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+
+        def hand_on(*args, **kwargs):
+            # Embeddings are made to want a gradient for reentrant checkpointing, under which a layer whose input wants
+            # none gets none for its weights either.
+            if any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
+                hidden.requires_grad_()
+            return output
+
+        with replaced_forwards([(layer, hand_on) for layer in self._layers]):
             yield
 
     @torch.no_grad()

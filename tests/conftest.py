@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import socket
 
 import pytest
@@ -39,3 +40,9 @@ def pytest_configure(config):
         config.addinivalue_line("markers", f"{kind}: of transformers, see test_generation_mixin.py")
     for kind in ("flash_attn_4_test", "torch_export_test", "onnx_export_test", "executorch_export_test"):
         config.addinivalue_line("markers", f"{kind}: of transformers, see test_generation_mixin.py")
+
+
+def pytest_collection_finish(session):
+    """Every `train` collects garbage; what was imported is none, and looking through it takes longer than training."""
+    gc.collect()
+    gc.freeze()
