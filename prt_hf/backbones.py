@@ -206,13 +206,18 @@ class OwnBase(Backbone):
         network = self.network
         is_training, flags = network.training, [(value, value.requires_grad) for value in network.parameters()]
         network.eval()
+
+        def restore_flags():
+            for value, flag in flags:
+                value.requires_grad_(flag)
+
         try:
             with network.disable_adapter(), nullcontext() if self._trunk is None else self._trunk.recorded():
+                restore_flags()  # PEFT freezes the adapter, and FSDP2 learns in the first pass what is trained
                 yield network
         finally:
             network.train(is_training)
-            for value, flag in flags:  # PEFT makes the whole adapter trainable when it is switched on again
-                value.requires_grad_(flag)
+            restore_flags()  # PEFT makes the whole adapter trainable when it is switched on again
 
 
 def reward_and_backbones(

@@ -2,7 +2,8 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from peft.tuners.lora import Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .functional import Projection
@@ -74,20 +76,21 @@ def why_not_projected(network: nn.Module, inputs: dict[str, torch.Tensor]) -> st
     model = unwrap_adapter(network)
     if model.base_model is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return f"{type(model).__name__} has no `logits_to_keep`, or no decoder apart from its head"
-    if problem := why_not_linear(model, inputs):
+    if problem := why_not_linear(network, inputs):
         return f"{type(model).__name__} has {problem}"
     return None
 
 
-def why_not_linear(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> str | None:
-    """Why the pieces of the head, times the last hidden state, are not the model's logits, by the first row of a batch;
-    None where they are."""
-    head = model.get_output_embeddings()
+def why_not_linear(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
+    """Why the pieces of the head, times the last hidden state, are not the network's logits, by the first row of a
+    batch; None where they are."""
+    head = unwrap_adapter(network).get_output_embeddings()
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and not (is_plain(head) or head.disable_adapters):
         return f"an adapter of the head that is not plain LoRA: {head}"
-    if (difference := _difference(model, inputs)) > _TOLERANCE:
-        return f"logits that differ by {difference:.0%}"
-    return None
+    difference = _difference(network, inputs)
+    if difference is None:
+        return "a head that lies in parts on the devices after a pass"
+    return f"logits that differ by {difference:.0%}" if difference > _TOLERANCE else None
 
 
 def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapped: nn.Module | None = None):
@@ -97,14 +100,9 @@ def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapp
         wrapped (*optional*): what is called instead, where something is wrapped around the network (data parallelism,
             autocast): it sees an ordinary pass.
     """
-    found = []
-    decoder = unwrap_adapter(network).base_model
-    handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
-    nowhere = torch.empty(0, dtype=torch.long, device=decoder.device)
-    try:
+    nowhere = torch.empty(0, dtype=torch.long, device=unwrap_adapter(network).device)
+    with _caught(network) as found:
         (network if wrapped is None else wrapped)(**inputs, logits_to_keep=nowhere)
-    finally:
-        handle.remove()
     return found[0]
 
 
@@ -144,19 +142,34 @@ def _has_lora(head: nn.Module) -> bool:
     return isinstance(head, Linear) and not head.disable_adapters
 
 
+@contextmanager
+def _caught(network: nn.Module) -> Iterator[list[torch.Tensor]]:
+    """The last hidden states of the passes within."""
+    found = []
+    decoder = unwrap_adapter(network).base_model
+    handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
-def _difference(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
-    """Between a model's logits and those of [`projection`], of the largest of them."""
+def _difference(network: nn.Module, inputs: dict[str, torch.Tensor]) -> float | None:
+    """Between a network's logits and those of [`projection`], of the largest of them. None where FSDP2 divides the head
+    again after a pass; it leaves the last layers whole if accelerate put them together."""
     given = {
         name: value[:1] if isinstance(value, torch.Tensor) and value.ndim > 1 else value
         for name, value in inputs.items()
     }
-    is_training = model.training
-    model.eval()
+    is_training = network.training
+    network.eval()
     try:
-        hidden = model.base_model(**given)[0]
-        expected = model(**given).logits.float()
-        found = projection(model, hidden.flatten(0, 1)).cast().logits().view_as(expected)
+        with _caught(network) as hidden:
+            expected = network(**given).logits.float()
+        if any(isinstance(weight, DTensor) for weight in head_pieces(unwrap_adapter(network))[0]):
+            return None
+        found = projection(network, hidden[0].flatten(0, 1)).cast().logits().view_as(expected)
     finally:
-        model.train(is_training)
+        network.train(is_training)
     return float((found - expected).abs().max() / expected.abs().max())

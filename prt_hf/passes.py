@@ -17,6 +17,7 @@ from peft.tuners.lora import Conv2d, Linear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedError
@@ -200,10 +201,12 @@ def check_not_merged(layer: nn.Module) -> None:
 
 def is_plain(layer: nn.Module) -> bool:
     """Plain LoRA, or a layer that is saved whole, switched on."""
-    if type(layer) is ModulesToSaveWrapper:
+    # FSDP2 makes a class of its own of a layer's: that and FSDPModule come before it.
+    kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
+    if kind is ModulesToSaveWrapper:
         return layer.active_adapters == [ADAPTER] and not layer.disable_adapters
     return (
-        type(layer) in (Linear, Conv2d)
+        kind in (Linear, Conv2d)
         and not isinstance(layer.get_base_layer(), BaseTunerLayer)
         and not layer.lora_variant
         and not layer.merged

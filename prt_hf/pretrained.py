@@ -18,7 +18,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from .contract import Contract, LabelContract, ModelReference, VocabularyContract, unwrap_tokenizer
-from .errors import ContextLengthError, PRTValueError
+from .errors import ContextLengthError, PRTValueError, UnsupportedError
 from .hub import commit_of
 
 TEXT_GENERATION = "text-generation"
@@ -197,8 +197,19 @@ def check_bare(model: PreTrainedModel) -> None:
 
 
 def reference_to(network: nn.Module) -> ModelReference:
-    """Id, commit, class and weights of a network without its adapters."""
+    """Id, commit, class and weights of a network without its adapters.
+
+    Raises:
+        UnsupportedError: DeepSpeed has divided it already.
+    """
     model = unwrap_adapter(network)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UnsupportedError(
+            "The model was loaded in parts, so that its weights tell nothing.",
+            expected="a model that is whole until the trainer divides it",
+            found=f"{model.name_or_path or type(model).__name__} of DeepSpeed ZeRO-3",
+            remedy="load it before `PRTConfig` is made, or use FSDP 2 (`fsdp_cpu_ram_efficient_loading`)",
+        )
     place = model.name_or_path or None
     return ModelReference(
         id=os.path.abspath(place) if place and os.path.isdir(place) else place,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 
 from .backbone_cache import BackboneCache, cache_folder, precompute
@@ -15,6 +16,7 @@ from .functional import Projection
 from .heads import Head
 from .pretrained import TEXT_GENERATION
 from .reward_model import RewardModel
+from .sharding import is_sharding
 
 ROW = "backbone_row"  # the column that tells where a row's states are
 _ROW_BITS = 40
@@ -24,12 +26,16 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class StoredBackbone(Backbone):
     """What a backbone gave at the supervised positions of data sets: read instead of computed.
 
+    Args:
+        shares_head (`bool`): the reward's own head serves for the backbone too where it is the same. Not where it will
+            be divided among devices.
+
     Attributes:
         caches (`list[BackboneCache]`): one for each data set; [`numbered`] tells the batches of which one.
     """
 
-    def __init__(self, reward: RewardModel):
-        self._reward, self._head = reward, None
+    def __init__(self, reward: RewardModel, shares_head: bool):
+        self._reward, self._shares_head, self._head = reward, shares_head, None
         self.network = self.limit = None
         self.caches: list[BackboneCache] = []
 
@@ -43,7 +49,8 @@ class StoredBackbone(Backbone):
         if not self.caches and self._reward.config.task == TEXT_GENERATION:
             weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
-            if not own.requires_grad and own.shape == weight.shape and torch.equal(own.cpu(), weight):
+            is_same = not own.requires_grad and own.shape == weight.shape and torch.equal(own.cpu(), weight)
+            if self._shares_head and is_same:
                 weight = own  # once in memory, and its product once a step
             self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
         self.caches.append(cache)
@@ -118,15 +125,26 @@ def stored_states(
         place: loads the backbone where it is computed.
 
     Raises:
-        UnsupportedError: a language model's logits are not its last hidden state times its head.
+        UnsupportedError: a language model's logits are not its last hidden state times its head; or they have to be
+            computed by networks in parts.
         BackboneCacheError: what lies there is damaged, or cannot be written.
     """
     precision = accelerator.mixed_precision
     key = {"task": source.task, "backbone": source.identity, "precision": precision, "data": data}
+    # FSDP may leave all processes but the first without weights, which tell models in memory apart.
+    (key,) = broadcast_object_list([key])
     folder = cache_folder(root, key)
     cache = BackboneCache.open(folder, key)
     if cache is not None:
         return cache
+    if is_sharding(accelerator):
+        # Every process would compute blocks of its own, and wait for the others in each layer.
+        raise UnsupportedError(
+            "A backbone in parts cannot compute the states that processes share out among themselves.",
+            expected=f"complete states in {folder}",
+            found="none, or unfinished ones",
+            remedy="make the trainer once on whole backbones, which computes them",
+        )
     place(source)
 
     def states(rows: list[int]) -> torch.Tensor:

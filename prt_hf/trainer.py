@@ -30,6 +30,7 @@ from .functional import (
 from .heads import last_hidden_state, projection, why_not_projected
 from .pretrained import TEXT_GENERATION, check_length, context_length, frozen_norms, pretrained_parameters
 from .reward_model import RewardModel
+from .sharding import address, check_fsdp, is_sharding, is_zero3, sharded
 from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
 
 logger = logging.get_logger(__name__)
@@ -112,6 +113,7 @@ class PRTTrainer(Trainer):
             processing_class,
             **trainer_kwargs,
         )
+        check_fsdp(args, self.accelerator)
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted
         if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
             self.model.enable_input_require_grads()
@@ -271,7 +273,7 @@ class PRTTrainer(Trainer):
             "a classifier has few": not self._is_language_model,
             "the networks are compiled": args.torch_compile,
             "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
-            "ZeRO-3 keeps the heads in parts": self.is_deepspeed_enabled and args.deepspeed_plugin.zero_stage == 3,
+            "ZeRO-3 keeps the heads in parts": is_zero3(self.accelerator),
             f"the models are on several devices: {sorted(devices)}": len(devices) > 1,
         }.items():
             if holds:
@@ -329,10 +331,12 @@ class PRTTrainer(Trainer):
         self._limits.append(source.limit)
 
     def _placed(self, network: PreTrainedModel) -> PreTrainedModel:
+        if is_sharding(self.accelerator):
+            return sharded(network, self.accelerator)
         return network if getattr(network, "hf_device_map", None) is not None else network.to(self.args.device)
 
     def _store_backbones(self) -> None:
-        self.backbones = [StoredBackbone(self.reward) for _ in self._sources]
+        self.backbones = [StoredBackbone(self.reward, not is_sharding(self.accelerator)) for _ in self._sources]
         self.data_collator = NumberedCollator(self.data_collator)
         self._places: dict[str, int] = {}
         self.train_dataset = None if self.train_dataset is None else self._with_states(self.train_dataset)
@@ -376,8 +380,8 @@ class PRTTrainer(Trainer):
                 remedy="PeftModel.from_pretrained(..., is_trainable=True)",
             )
         networks = [source.network for source in self._sources if source.network is not None]
-        frozen = {value.data_ptr() for network in networks for value in pretrained_parameters(network).values()}
-        if trained := [name for name, value in trained.items() if value.data_ptr() in frozen]:
+        frozen = {address(value) for network in networks for value in pretrained_parameters(network).values()}
+        if trained := [name for name, value in trained.items() if address(value) in frozen - {None}]:
             raise PRTValueError(
                 "The reward trains weights that belong to its backbone.",
                 expected="an adapter that can be switched off",
