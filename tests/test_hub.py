@@ -10,11 +10,13 @@ from urllib.parse import unquote
 import pytest
 import tiny
 import torch
+from datasets import Dataset
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from peft import LoraConfig
 
-from prt_hf import RewardModel
+from prt_hf import PRTConfig, PRTTrainer, RewardModel
+from prt_hf.backbones import Batch
 
 COMMIT = "c0ffee" * 6 + "beef"
 
@@ -116,3 +118,31 @@ def test_the_hubs_errors_reach_the_user(repositories):
         RewardModel.from_pretrained("me/nothing")
     with pytest.raises(RevisionNotFoundError):
         RewardModel.from_pretrained("me/reward", revision="v9")
+
+
+def test_a_reward_of_the_hub_is_tuned_on(hub, repositories, tmp_path, monkeypatch):
+    """And its states are stored by the commit of their backbone, so that no weights are asked for again."""
+    rows = Dataset.from_list([{"input_ids": list(range(index, index + 9))} for index in range(3, 15)])
+    shared = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "max_steps": 2}
+    args = PRTConfig(str(tmp_path / "out"), learning_rate=1e-2, **shared)
+    trainer = PRTTrainer("me/reward", args, None, rows, rows)
+    logits = tiny.llama(1)(tiny.prompts()).logits
+    torch.testing.assert_close(trainer.reward(input_ids=tiny.prompts()), repositories)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    assert trainer.reward.config.source_backbone.revision == COMMIT
+    assert torch.equal(trainer.backbones[0].logits(Batch({"input_ids": tiny.prompts()}, None)), logits)
+
+    tiny.gpt2(2).save_pretrained(hub.root / "me" / "other")
+    tiny.tokenizer().save_pretrained(hub.root / "me" / "other")
+    args = PRTConfig(
+        str(tmp_path / "out"), precompute_backbone=True, backbone_cache_dir=str(tmp_path / "states"), **shared
+    )
+    first = PRTTrainer("me/reward", args, None, rows, rows, backbone="me/other").evaluate()["eval_loss"]
+    monkeypatch.setattr("prt_hf.backbones.load_pretrained", None)
+    again = PRTTrainer("me/reward", args, None, rows, rows, backbone="me/other")
+    assert again.evaluate()["eval_loss"] == pytest.approx(first, rel=1e-6)
+    again.train()
+    assert again.reward.config.source_backbone.id == "me/other"
+    assert again.reward.config.source_backbone.revision == COMMIT

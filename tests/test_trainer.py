@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from prt_hf import (
+    BaseModelMismatchError,
     ContextLengthError,
     LabelMismatchError,
     NonFiniteRewardError,
@@ -409,6 +410,50 @@ def test_tuning_goes_on_from_a_saved_reward(config, tokenizer, tmp_path):
         assert second.evaluate()["eval_loss"] == pytest.approx(before, rel=1e-5)
         second.train()
         assert second.evaluate()["eval_loss"] < before
+
+
+def test_tuning_goes_on_by_the_name_of_a_reward(config, tokenizer, tmp_path):
+    """On the backbone that it was tuned on, which need not be its own base."""
+    rows, other = texts(), tmp_path / "other"
+    tiny.gpt2(2).save_pretrained(other)
+    for folder, model in (("base", tiny.llama(1)), ("other", tiny.gpt2(2))):
+        model.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    args = config(output_dir=str(tmp_path / "reward"))
+    first = PRTTrainer(str(tmp_path / "base"), args, None, rows, rows, peft_config=LoraConfig(), backbone=str(other))
+    first.train()
+    first.save_model()
+    new = texts(12, seed=7)
+    second = PRTTrainer(str(tmp_path / "reward"), config(), None, new, rows)
+    assert second.evaluate()["eval_loss"] == pytest.approx(first.evaluate()["eval_loss"], rel=1e-5)
+    before = second.evaluate(new)["eval_loss"]
+    second.train()
+    assert second.evaluate(new)["eval_loss"] < before
+    assert second.reward.config.source_backbone == first.reward.config.source_backbone
+    with pytest.raises(PRTValueError, match="no `peft_config` beside a RewardModel"):
+        PRTTrainer(str(tmp_path / "reward"), config(), peft_config=LoraConfig())
+    tiny.gpt2(3).save_pretrained(other)
+    with pytest.raises(BaseModelMismatchError, match="not the one that was used before"):
+        PRTTrainer(str(tmp_path / "reward"), config(), None, new)
+
+
+def test_a_backbone_that_was_only_in_memory_has_to_be_given_again(config, tokenizer, tmp_path):
+    trainer = PRTTrainer(
+        tiny.llama(1),
+        config(),
+        None,
+        texts(),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(),
+        backbone=tiny.gpt2(2),
+    )
+    trainer.train()
+    trainer.save_model()
+    reward = RewardModel.from_pretrained(tmp_path / "out", base_model=tiny.llama(1))
+    with pytest.raises(PRTValueError, match="(?s)not known by an id.*`backbone=` the model that it was tuned against"):
+        PRTTrainer(reward, config())
+    again = PRTTrainer(reward, config(), eval_dataset=texts(), backbone=tiny.gpt2(2))
+    assert again.evaluate()["eval_loss"] == pytest.approx(trainer.evaluate(texts())["eval_loss"], rel=1e-5)
 
 
 # Classifiers
