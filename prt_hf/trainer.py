@@ -42,13 +42,15 @@ class PRTTrainer(Trainer):
     Args:
         model (`str`, `PreTrainedModel`, `PeftModel` or [`RewardModel`]): what the reward starts from; a causal language
             model, sequence classifier or image classifier. With `peft_config`, a model in memory is left as it is and
-            shares its weights with the reward adapter; without, it is tuned in place.
+            shares its weights with the reward adapter; without, it is tuned in place. A [`RewardModel`], or the folder
+            or Hub id of one, is tuned on.
         args ([`PRTConfig`], *optional*): defaults to `PRTConfig("tmp_trainer")`, as the Trainer's.
         data_collator: for language models the default pads `input_ids` and makes `labels` of them where there are none.
         train_dataset, eval_dataset, processing_class: as for the Trainer. Language models need their tokenizer.
-        backbone (`str` or `PreTrainedModel`, *optional*): pi_pt, the source backbone in training, any backbone in
-            evaluation. By default the weights that the reward started from: the same model with the adapter switched
-            off, or a frozen copy under a full reward.
+        backbone (`str`, `PreTrainedModel`, or a list of them, *optional*): pi_pt, the source backbone in training, any
+            backbone in evaluation. By default the weights that the reward started from: the same model with the adapter
+            switched off, or a frozen copy under a full reward; of a reward that was tuned before, what it was tuned on.
+            Of several, every step draws one, and evaluation is the mean over them; None stands for the default.
         peft_config (`PeftConfig`, *optional*): tunes a reward adapter, see [`default_peft_config`]; without, a full
             reward.
         trainer_kwargs: the Trainer's other arguments (`callbacks`, `compute_metrics`, `optimizers`, ...).
@@ -57,6 +59,8 @@ class PRTTrainer(Trainer):
     Raises:
         VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
         PRTValueError: an empty data set, or arguments that exclude each other.
+        BackboneCacheError, UnsupportedError: states of the backbone cannot be stored, or those that are stored are
+            damaged.
 
     Besides `loss`, these are logged (those of [`~prt_hf.functional.prt_statistics`], in training for the step that is
     logged): `accuracy`, `reward_accuracy`, `reward_entropy`, `reward_abs`, `kl`. `eval_loss` is the mean over all
@@ -75,7 +79,7 @@ class PRTTrainer(Trainer):
         eval_dataset=None,
         processing_class=None,
         *,
-        backbone: str | PreTrainedModel | None = None,
+        backbone: str | PreTrainedModel | list[str | PreTrainedModel | None] | None = None,
         peft_config: PeftConfig | None = None,
         **trainer_kwargs,
     ):
