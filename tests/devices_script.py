@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
-from test_trainer import texts
+from tiny import texts
 from torch.distributed.fsdp import FSDPModule
 
 from prt_hf import PRTConfig, PRTTrainer, UnsupportedError

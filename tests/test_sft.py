@@ -136,22 +136,15 @@ def tuner(tmp_path):
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "backbone_cache_dir": str(tmp_path / "states"),
-            "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 2,
             "learning_rate": 3e-3,
             "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
             "bf16": False,
-            "lr_scheduler_type": "constant",
         }
         torch.manual_seed(0)
         return PRTSFTTrainer(
             model,
-            PRTSFTConfig(**defaults | changes),
+            PRTSFTConfig(**tiny.TUNING | defaults | changes),
             train_dataset=data,
             eval_dataset=data if evaluated is None else evaluated,
             processing_class=tiny.tokenizer(chat_template=TEMPLATE),

@@ -146,15 +146,9 @@ def settings(tmp_path, **changes):
         "per_device_eval_batch_size": 6,
         "learning_rate": 1e-2,
         "max_steps": 3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
         "bf16": False,
-        "lr_scheduler_type": "constant",
     }
-    return defaults | changes
+    return tiny.TUNING | defaults | changes
 
 
 def logged(trainer, name="loss"):

@@ -8,6 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tiny import images, texts
 from torch.nn import functional as F
 
 from prt_hf import (
@@ -27,27 +28,6 @@ from prt_hf.errors import PRTValueError
 from prt_hf.pretrained import weights_fingerprint
 
 
-def texts(rows=12, seed=0, supervised=True):
-    """Token rows of uneven length; with labels that leave uneven prompts out."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for index in range(rows):
-        ids = torch.randint(3, tiny.VOCABULARY, (6 + 3 * (index % 5),), generator=generator).tolist()
-        prompt = 1 + index % 4
-        examples.append({"input_ids": ids} | ({"labels": [-100] * prompt + ids[prompt:]} if supervised else {}))
-    return Dataset.from_list(examples)
-
-
-def images(rows=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Dataset.from_dict(
-        {
-            "pixel_values": torch.randn(rows, 1, 8, 8, generator=generator).tolist(),
-            "label": torch.randint(0, 4, (rows,), generator=generator).tolist(),
-        }
-    ).with_format("torch")
-
-
 def sentences(rows=12):
     return Dataset.from_list([{**row, "label": index % 4} for index, row in enumerate(texts(rows, supervised=False))])
 
@@ -57,18 +37,11 @@ def config(tmp_path):
     def make(**changes):
         defaults = {
             "output_dir": str(tmp_path / "out"),
-            "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 5,
             "learning_rate": 1e-2,
             "max_steps": 4,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "lr_scheduler_type": "constant",
         }
-        return PRTConfig(**defaults | changes)
+        return PRTConfig(**tiny.TUNING | defaults | changes)
 
     return make
 

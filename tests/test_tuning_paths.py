@@ -7,10 +7,10 @@ import pytest
 import tiny
 import torch
 import transformers
-from datasets import Dataset
 from packaging import version
 from peft import LoraConfig
 from test_heads import Bent, cohere, gemma2, gptj, granite
+from tiny import images, texts
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from prt_hf import PRTConfig, PRTTrainer, RewardModel, backbones
@@ -22,27 +22,6 @@ from prt_hf.shared_trunk import SharedTrunk
 LORA = LoraConfig(target_modules=["q_proj", "down_proj", "lm_head"])
 
 
-def texts(rows=12, seed=0):
-    """Token rows of uneven length, the first tokens of which are not supervised."""
-    generator = torch.Generator().manual_seed(seed)
-    examples = []
-    for index in range(rows):
-        ids = torch.randint(3, tiny.VOCABULARY, (6 + 3 * (index % 5),), generator=generator).tolist()
-        prompt = 1 + index % 4
-        examples.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
-    return Dataset.from_list(examples)
-
-
-def images(rows=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return Dataset.from_dict(
-        {
-            "pixel_values": torch.randn(rows, 1, 8, 8, generator=generator).tolist(),
-            "label": torch.randint(0, 4, (rows,), generator=generator).tolist(),
-        }
-    ).with_format("torch")
-
-
 @pytest.fixture
 def tuner(tmp_path, tokenizer):
     """Makes trainers: its keywords are the trainer's, the others those of its arguments."""
@@ -52,23 +31,16 @@ def tuner(tmp_path, tokenizer):
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "backbone_cache_dir": str(tmp_path / "states"),
-            "per_device_train_batch_size": 4,
             "per_device_eval_batch_size": 5,
             "learning_rate": 3e-3,
             "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "use_cpu": True,
-            "lr_scheduler_type": "constant",
         }
         torch.manual_seed(0)
         is_text = isinstance(model, str) or hasattr(model, "lm_head")
         train_dataset = (texts() if is_text else images()) if train_dataset is None else train_dataset
         return PRTTrainer(
             model,
-            PRTConfig(**defaults | c),
+            PRTConfig(**tiny.TUNING | defaults | c),
             data_collator,
             train_dataset,
             train_dataset if eval_dataset is None else eval_dataset,

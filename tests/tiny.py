@@ -1,6 +1,7 @@
 """Small models made in memory, and the brute-force references that the package is held against."""
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
@@ -143,6 +144,39 @@ def bert(seed=0, names=COLOURS, **config):
         | config
     )
     return BertForSequenceClassification(BertConfig(**config)).eval()
+
+
+def texts(rows=12, seed=0, supervised=True):
+    """Token rows of uneven length; with labels that leave uneven prompts out."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(rows):
+        ids = torch.randint(3, VOCABULARY, (6 + 3 * (index % 5),), generator=generator).tolist()
+        prompt = 1 + index % 4
+        examples.append({"input_ids": ids} | ({"labels": [-100] * prompt + ids[prompt:]} if supervised else {}))
+    return Dataset.from_list(examples)
+
+
+def images(rows=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Dataset.from_dict(
+        {
+            "pixel_values": torch.randn(rows, 1, 8, 8, generator=generator).tolist(),
+            "label": torch.randint(0, 4, (rows,), generator=generator).tolist(),
+        }
+    ).with_format("torch")
+
+
+# Of trainers: one process, every step logged, nothing written by the way.
+TUNING = {
+    "per_device_train_batch_size": 4,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "lr_scheduler_type": "constant",
+}
 
 
 def prompts(rows=2, length=7, seed=0):
