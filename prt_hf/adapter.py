@@ -26,13 +26,16 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
 
     The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
     with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
-    small head is tuned whole.
+    small head is tuned whole. A reward has farther to go than a fine-tuned model, because it starts as the pretrained
+    logits, which the backbone adds once more: language models get four times the customary scale of LoRA
+    (notebooks/lora_rewards.md).
 
     Args:
         model (`PreTrainedModel`): the reward's base.
         top_layers (`int`, *optional*): adapt this many of the uppermost layers, and the head. The layers below are then
             computed once a step for the reward and its own base.
-        lora_kwargs: for [`~peft.LoraConfig`]; rank 16 and `lora_alpha` 32 if not given.
+        lora_kwargs: for [`~peft.LoraConfig`]; rank 16 and, of that, `lora_alpha` eightfold (classifiers: twofold) if not
+            given.
 
     Raises:
         PRTValueError: `top_layers` of a model whose layers are not so many, or not in one list.
@@ -45,13 +48,14 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
     ]
     if top_layers is not None:
         targets = [name for name in targets if name == head or name.startswith(_prefixes_of_top(model, top_layers))]
+    rank = lora_kwargs.get("r", 16)
     if task_of(model) == TEXT_GENERATION:
-        defaults = {"task_type": "CAUSAL_LM"}
+        defaults = {"task_type": "CAUSAL_LM", "lora_alpha": 8 * rank}
     else:
         # PEFT takes any name that ends so for the head, and no layer twice.
         targets = [name for name in targets if not name.endswith(head)]
-        defaults = {"modules_to_save": [head]}
-    defaults |= {"r": 16, "lora_alpha": 32, "target_modules": _shorten(model, targets)}
+        defaults = {"modules_to_save": [head], "lora_alpha": 2 * rank}
+    defaults |= {"r": rank, "target_modules": _shorten(model, targets)}
     return LoraConfig(**defaults | lora_kwargs)
 
 

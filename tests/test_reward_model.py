@@ -131,6 +131,28 @@ def test_plain_lora_config_gets_the_default_layers(tokenizer):
     assert explicit.peft_config["default"].target_modules == {"q_proj"}
 
 
+def test_layers_and_scale_of_the_default_adapter():
+    base = tiny.llama(1, num_hidden_layers=4)
+    config = default_peft_config(base, r=4)
+    assert (config.r, config.lora_alpha, config.task_type) == (4, 32, "CAUSAL_LM")
+    assert default_peft_config(tiny.vit(1)).lora_alpha == 2 * default_peft_config(tiny.vit(1)).r
+    top = RewardModel.from_base(base, tiny.tokenizer(), default_peft_config(base, top_layers=1))
+    adapted = {name.partition(".lora_A")[0] for name, _ in top.network.named_parameters() if ".lora_A." in name}
+    inside = {name.removeprefix("base_model.model.") for name in adapted}
+    assert inside == {"lm_head"} | {
+        f"model.layers.3.{name}"
+        for name in [f"self_attn.{part}_proj" for part in "qkvo"]
+        + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    }
+    every, all_four = default_peft_config(base), default_peft_config(base, top_layers=4)
+    assert all_four.target_modules == every.target_modules
+    for count in (0, 5):
+        with pytest.raises(PRTValueError, match=f"(?s)`top_layers` is not usable.*1 ... 4.*found: {count}"):
+            default_peft_config(base, top_layers=count)
+    with pytest.raises(PRTValueError, match="(?s)`top_layers` is not usable.*layers are in one list"):
+        default_peft_config(tiny.resnet(1), top_layers=1)
+
+
 def test_the_base_stays_as_it_is(tokenizer):
     base = tiny.llama(1)
     before, grads = base(tiny.prompts()).logits, [p.requires_grad for p in base.parameters()]

@@ -44,9 +44,10 @@ def fit(model: nn.Module, rows, steps: Steps, seed: int, description: str, data_
 def fine_tune(
     model: PreTrainedModel, rows, steps: Steps, seed: int, description: str, data_collator, *, adapter: bool
 ) -> nn.Module:
-    """Trained the usual way, with the same LoRA as a reward's or whole; `model` itself stays as it is."""
+    """Trained the usual way, whole or with LoRA on the layers of a reward's; `model` itself stays as it is."""
     set_seed(seed)
-    network = wrap(model, default_peft_config(model)) if adapter else copy.deepcopy(model)
+    # At LoRA's customary scale: at a reward's, EFT ports worse.
+    network = wrap(model, default_peft_config(model, lora_alpha=32)) if adapter else copy.deepcopy(model)
     return fit(network, rows, steps, seed, description, data_collator)
 
 
