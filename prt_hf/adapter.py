@@ -27,15 +27,15 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
     The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
     with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
     small head is tuned whole. A reward has farther to go than a fine-tuned model, because it starts as the pretrained
-    logits, which the backbone adds once more: language models get four times the customary scale of LoRA
-    (notebooks/lora_rewards.md).
+    logits, which the backbone adds once more: language models get four times the customary scale of LoRA (see
+    notebooks/lora_rewards.md), classifiers, which lose by that, do not.
 
     Args:
         model (`PreTrainedModel`): the reward's base.
         top_layers (`int`, *optional*): adapt this many of the uppermost layers, and the head. The layers below are then
             computed once a step for the reward and its own base.
-        lora_kwargs: for [`~peft.LoraConfig`]; rank 16 and, of that, `lora_alpha` eightfold (classifiers: twofold) if not
-            given.
+        lora_kwargs: for [`~peft.LoraConfig`]. If not given, `r` is 16, and `lora_alpha` eight times that, a
+            classifier's twice.
 
     Raises:
         PRTValueError: `top_layers` of a model whose layers are not so many, or not in one list.

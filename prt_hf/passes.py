@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from .errors import UnsupportedError
-from .pretrained import unwrap_adapter
+from .pretrained import CACHE, unwrap_adapter
 
 _LOCK = threading.RLock()  # layers are changed for the time of a pass: one at a time
 ADAPTER = "default"  # the one adapter of a reward
@@ -50,8 +50,10 @@ class Pass:
 
     @property
     def is_cached(self) -> bool:
-        """Whether the model takes a cache by its usual name."""
-        return "past_key_values" in self.accepted and self.model._supports_default_dynamic_cache()
+        """Whether the model takes the usual cache, and has attention to fill it."""
+        if CACHE not in self.accepted or not self.model._supports_default_dynamic_cache():
+            return False
+        return not all(DynamicCache(config=self.model.config).is_linear)
 
     def __call__(self, **inputs):
         """The network's output; inputs that it does not take are left out."""

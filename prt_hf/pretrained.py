@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedModel,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
 from .contract import Contract, LabelContract, ModelReference, VocabularyContract, unwrap_tokenizer
@@ -36,6 +37,8 @@ _CLASS_NAMES = {
 }
 _OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 _SAMPLES_PER_TENSOR = 64
+# The name of the cache among the inputs and outputs of models, and of `generate`; another before transformers 5.24.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # those that tokenizers and image processors take as well
 
 

@@ -17,6 +17,7 @@ from prt_hf import (
     combine,
 )
 from prt_hf.errors import PRTValueError
+from prt_hf.pretrained import CACHE
 
 MODES = {
     "greedy": {},
@@ -114,7 +115,7 @@ def counting(steps):
         assert settings["backend"] == "eager"
 
         def step(*args, **kwargs):
-            assert kwargs["input_ids"].shape[1] == 1 and isinstance(kwargs["past_key_values"], StaticCache)
+            assert kwargs["input_ids"].shape[1] == 1 and isinstance(kwargs[CACHE], StaticCache)
             steps.append(1)
             return function(*args, **kwargs)
 

@@ -37,6 +37,7 @@ from prt_hf import (
 )
 from prt_hf.errors import PRTValueError
 from prt_hf.passes import MixedPass, bare_base, can_mix
+from prt_hf.pretrained import CACHE
 
 TOKENIZER = tiny.tokenizer()
 STRENGTHS = [0.8, 0.5, -0.3]
@@ -229,19 +230,20 @@ def test_the_cache_is_handed_back(name):
     parts, told = compose(name), tiny.prompts(2, 5, seed=8)
     first = generate(parts.model, tiny.prompts(2), return_dict_in_generate=True)
     rows = torch.cat([first.sequences, told], 1)
-    assert first.past_key_values.get_seq_length() == first.sequences.shape[1] - 1
-    second = generate(parts.model, rows, past_key_values=first.past_key_values)
+    assert first[CACHE].get_seq_length() == first.sequences.shape[1] - 1
+    second = generate(parts.model, rows, **{CACHE: first[CACHE]})
     assert torch.equal(second, brute_force(parts, rows))
 
 
-def test_steps_of_forward(mixed):
-    """A loop of the user's own over `past_key_values`."""
+@pytest.mark.parametrize("name", sorted({CACHE, "past_key_values"}))
+def test_steps_of_forward(mixed, name):
+    """A loop of the user's own over the cache, by either of its names."""
     rows, cache = tiny.prompts(2, 9), None
     expected = reference_log_probs(mixed.networks, mixed.strengths, rows)
     with torch.no_grad():
         for start, end in ((0, 4), (4, 5), (5, 9)):
-            out = mixed.model(rows[:, start:end], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = mixed.model(rows[:, start:end], use_cache=True, **{name: cache})
+            cache = out[name]
             torch.testing.assert_close(out.logits.double(), expected[:, start:end], atol=1e-4, rtol=1e-4)
 
 
@@ -778,20 +780,20 @@ def test_prompts_as_embeddings(mixed):
 
 def test_caches_of_other_models(mixed):
     with pytest.raises(UnsupportedError, match="(?s)not one of this PRT model's.*found: DynamicCache"):
-        generate(mixed.model, tiny.prompts(1), past_key_values=DynamicCache())
+        generate(mixed.model, tiny.prompts(1), **{CACHE: DynamicCache()})
     with pytest.raises(UnsupportedError, match="(?s)not one of this PRT model's.*found: DynamicCache"):
-        mixed.model(tiny.prompts(1), past_key_values=DynamicCache())
+        mixed.model(tiny.prompts(1), **{CACHE: DynamicCache()})
 
 
 def test_caches_of_other_passes(mixed):
     """Made with gradients, so by separate passes; or by a PRT model of other parts."""
     rows = tiny.prompts(1)
-    separate = mixed.model(rows, use_cache=True).past_key_values
+    separate = mixed.model(rows, use_cache=True)[CACHE]
     with torch.no_grad():
-        others = compose("two on one base").model(rows, use_cache=True).past_key_values
+        others = compose("two on one base").model(rows, use_cache=True)[CACHE]
         for cache in (separate, others):
             with pytest.raises(UnsupportedError, match=r"(?s)rows \[3, 1\].*found: PRTCache of \[1, "):
-                mixed.model(rows, past_key_values=cache)
+                mixed.model(rows, **{CACHE: cache})
 
 
 def test_continuous_batching(mixed):

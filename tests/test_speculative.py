@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel, UnsupportedError, speculative_decoding
 from prt_hf.errors import PRTValueError, RewardFileError
 from prt_hf.generation.state import RewardState
+from prt_hf.pretrained import CACHE
 
 LORA = {"target_modules": "all-linear", "init_lora_weights": False}
 
@@ -382,14 +383,14 @@ def test_going_on_from_a_cache(backbone, processor):
     settings["custom_generate"] = speculative_decoding
     first = backbone.generate(prompt, return_dict_in_generate=True, max_new_tokens=6, **settings)
     whole = backbone.generate(prompt, max_new_tokens=12, **settings)
-    cache = first.past_key_values
-    assert torch.equal(backbone.generate(first.sequences, past_key_values=cache, max_new_tokens=6, **settings), whole)
-    with pytest.raises(UnsupportedError, match="those in `past_key_values` included"):
+    cache = first[CACHE]
+    assert torch.equal(backbone.generate(first.sequences, max_new_tokens=6, **{CACHE: cache}, **settings), whole)
+    with pytest.raises(UnsupportedError, match=f"those in `{CACHE}` included"):
         backbone.generate(
             whole[:, -1:],
-            past_key_values=cache,
             attention_mask=torch.ones(1, cache.get_seq_length() + 1),
             max_new_tokens=2,
+            **{CACHE: cache},
             **settings,
         )
 

@@ -15,6 +15,7 @@ from ..adapter import default_peft_config
 from ..errors import PRTValueError
 from ..generation import EFTLogitsProcessor
 from ..modeling import PRTForCausalLM
+from ..pretrained import CACHE
 from ..reward_model import RewardModel
 from .machine import now
 
@@ -159,7 +160,7 @@ def _forward_seconds(networks, prompt: torch.LongTensor, count: int) -> dict[str
         ids = prompt[:, -1:] if step else prompt
         for name, network, cache in zip(NETWORKS, networks, caches, strict=True):
             start = now(network)
-            network(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            network(input_ids=ids, use_cache=True, logits_to_keep=1, **{CACHE: cache})
             seconds[name] += (now(network) - start) / count if step else 0.0
     return seconds
 

@@ -19,7 +19,7 @@ from transformers.generation import (
 )
 
 from ..errors import PRTValueError, UnsupportedError
-from ..pretrained import context_length
+from ..pretrained import CACHE, context_length
 from .logits_processor import PRTLogitsProcessor
 from .state import REMEMBERED
 
@@ -76,7 +76,7 @@ def speculative_decoding(
     first, others = LogitsProcessorList(rewards), logits_processor
     drafters = [processor for processor in [*first, *others] if isinstance(processor, PRTLogitsProcessor)]
     longest = LONGEST if num_draft_tokens is None else num_draft_tokens
-    _check(input_ids, model_kwargs.get("past_key_values"), generation_config, drafters, longest)
+    _check(input_ids, model_kwargs.get(CACHE), generation_config, drafters, longest)
     for processor in others:
         if isinstance(processor, _STATEFUL):
             raise UnsupportedError(
@@ -142,10 +142,10 @@ def speculative_decoding(
         sequences=input_ids,
         scores=records.get("scores"),
         logits=records.get("logits"),
-        past_key_values=verifier.cache,
         num_drafted=drafted,
         num_accepted=accepted,
         num_rounds=rounds,
+        **{CACHE: verifier.cache},
     )
 
 
@@ -154,7 +154,7 @@ class _Verifier:
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict):
         self.model = model
-        self.cache = model_kwargs["past_key_values"]
+        self.cache = model_kwargs[CACHE]
         self.cache.activate_past_recording()
         self._kwargs = model_kwargs
         self._length = self.cache.get_seq_length()
@@ -242,7 +242,7 @@ def _check(input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProc
     if cache.get_seq_length() >= input_ids.shape[1]:
         raise UnsupportedError(
             "The rewards have to read what the backbone's cache holds.",
-            expected="all tokens of the text, those in `past_key_values` included",
+            expected=f"all tokens of the text, those in `{CACHE}` included",
             found=f"{input_ids.shape[1]} tokens, and {cache.get_seq_length()} in the cache",
         )
     if generation_config.output_hidden_states or generation_config.output_attentions:

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import UnsupportedError
 from ..passes import MixedPass, Pass, bare_base
-from ..pretrained import check_length, context_length, unwrap_adapter
+from ..pretrained import CACHE, check_length, context_length, unwrap_adapter
 
 PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
 # Before, a window that records its past had to be cropped after every forward.
@@ -53,10 +53,11 @@ class RewardState:
         self._limit = context_length(model)
         # Models with a cache of their own (RWKV, xLSTM, MiniMax) promise nothing about reordering: recompute.
         is_cached = getattr(model, "_supports_default_dynamic_cache", lambda: True)()
-        names = ("past_key_values", "cache_params") if is_cached else ()
+        # State-space models had another name for it before transformers 5.24.
+        names = (CACHE, "cache_params") if is_cached else ()
         self._cache_name = next((name for name in names if name in accepted), None)
         # A recurrent state cannot be rewound, nor continued by several tokens at once.
-        self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name != "past_key_values"
+        self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name is None
         self._takes_padding = is_cached
         if compile_config is not None and (self._is_recurrent or of != "network"):
             raise UnsupportedError(
@@ -198,13 +199,13 @@ class RewardState:
         if self._compile_config is not None and self._cache is None:
             self._capacity = ROOM * (1 + rows.shape[1] // ROOM)
             self._cache = StaticCache(config=self._config, max_cache_len=self._capacity)
-        elif self._cache_name == "past_key_values" and self._cache is None:
+        elif self._cache_name is not None and self._cache is None:
             self._cache = DynamicCache(config=self._config)
             if RECORDS_PAST and not self._is_recurrent:
                 self._cache.activate_past_recording()
         if self._cache is not None:
             kwargs[self._cache_name] = self._cache
-            if self._cache_name == "cache_params":
+            if kept and all(self._cache.is_linear):
                 kwargs.pop("attention_mask", None)  # padding lies behind the state
         is_training = self.network.training
         if is_training:
@@ -229,10 +230,10 @@ class RewardState:
         inputs = model.prepare_inputs_for_generation(
             rows.clamp(min=0),
             next_sequence_length=rows.shape[1] - kept,
-            past_key_values=self._cache,
             attention_mask=kwargs.get("attention_mask"),
             position_ids=positions,
             use_cache=True,
+            **{CACHE: self._cache},
         )
         is_step = rows.shape[1] == kept + 1 and kept > 0
         run = model.get_compiled_call(self._compile_config) if is_step else model

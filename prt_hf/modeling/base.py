@@ -27,6 +27,7 @@ from ..hub import local_folder
 from ..passes import MixedPass, Pass, bare_base, can_mix
 from ..pretrained import (
     AUTO_CLASSES,
+    CACHE,
     TEXT_GENERATION,
     check_bare,
     context_length,
@@ -373,7 +374,7 @@ class PRTPreTrainedModel(PreTrainedModel):
         passes = self._passes
         blocks = []
         for index, (run, cache) in enumerate(zip(passes, caches or [None] * len(passes), strict=True)):
-            given = inputs if cache is None else inputs | {"past_key_values": cache}
+            given = inputs if cache is None else inputs | {CACHE: cache}
             # The backbone is frozen: no graph for it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and index > 0):
                 output = run(**given | (of_backbone if index == 0 else {}))

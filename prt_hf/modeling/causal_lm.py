@@ -21,7 +21,7 @@ from ..errors import PRTValueError, UnsupportedError
 from ..generation.cache import PRTCache
 from ..generation.logits_processor import PRTLogitsProcessor
 from ..generation.speculative import speculative_decoding
-from ..pretrained import TEXT_GENERATION, check_length
+from ..pretrained import CACHE, TEXT_GENERATION, check_length
 from .base import PRTPreTrainedModel
 from .joint_head import JointBase, JointHead, joint_head
 
@@ -63,7 +63,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: PRTCache | None = None,
+        cache: PRTCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -75,7 +75,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """
         Args:
-            past_key_values ([`~prt_hf.generation.cache.PRTCache`]): of all networks, as returned by an earlier call.
+            cache ([`~prt_hf.generation.cache.PRTCache`]): of all networks, as returned by an earlier call. Also taken
+                as `past_key_values`, its name before transformers 5.24.
             output_hidden_states, output_attentions: of the backbone.
             labels: shifted here, as by every causal language model of transformers; -100 is ignored.
             kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
@@ -90,6 +91,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         """
         # Not in the signature, where the Trainer would take it for a label that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
+        cache = kwargs.pop("past_key_values", cache)
         if input_ids is None or inputs_embeds is not None:
             raise UnsupportedError(
                 "A reward has embeddings of its own, and cannot read the backbone's.",
@@ -98,12 +100,12 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             )
         if use_cache is None:
             use_cache = not self.training and getattr(self.config, "use_cache", False)
-        if past_key_values is not None:
-            self._check_cache(past_key_values)
-        if use_cache and past_key_values is None:
-            past_key_values = self._new_cache()
-            use_cache = past_key_values is not None
-        self._check_length(input_ids, attention_mask, past_key_values)
+        if cache is not None:
+            self._check_cache(cache)
+        if use_cache and cache is None:
+            cache = self._new_cache()
+            use_cache = cache is not None
+        self._check_length(input_ids, attention_mask, cache)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -113,9 +115,9 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         } | kwargs
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         inputs, asked = ({k: v for k, v in given.items() if v is not None} for given in (inputs, asked))
-        if past_key_values is not None:
-            past_key_values.rows = len(input_ids)
-        logits, beside = self._run(inputs, asked, None if past_key_values is None else past_key_values.parts)
+        if cache is not None:
+            cache.rows = len(input_ids)
+        logits, beside = self._run(inputs, asked, None if cache is None else cache.parts)
         log_probs = self._combine([_keep(value, logits_to_keep, input_ids.shape[1]) for value in logits])
         loss = None
         if labels is not None or shift_labels is not None:
@@ -129,19 +131,20 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=log_probs,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
             **beside,
         )
 
     @staticmethod
-    def create_masks_for_generate(config, attention_mask=None, past_key_values=None, **kwargs):
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
         """Every network makes its own mask for its own cache of the mask of tokens, which is as long at every step as a
         static cache, lest every step be compiled anew. Recurrent layers and flash attention read its end, and have it
         as it is."""
-        is_read_from_its_end = any(past_key_values.is_linear) or "flash" in (config._attn_implementation or "")
+        cache = kwargs[CACHE]
+        is_read_from_its_end = any(cache.is_linear) or "flash" in (config._attn_implementation or "")
         if attention_mask is None or is_read_from_its_end:
             return attention_mask
-        missing = past_key_values.get_max_length() - attention_mask.shape[1]
+        missing = cache.get_max_length() - attention_mask.shape[1]
         return nn.functional.pad(attention_mask, (0, max(0, missing)))
 
     def generate(
@@ -247,7 +250,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE)
         if given is not None:
             self._check_cache(given)
             return super()._prepare_cache_for_generation(
@@ -267,15 +270,15 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             run.model._prepare_cache_for_generation(
                 generation_config, made, generation_mode, batch_size * len(run.blocks), max_cache_length
             )
-            parts.append(made["past_key_values"])
-        model_kwargs["past_key_values"] = PRTCache(parts, [len(run.blocks) for run in self._passes])
+            parts.append(made[CACHE])
+        model_kwargs[CACHE] = PRTCache(parts, [len(run.blocks) for run in self._passes])
 
     def _check_cache(self, cache) -> None:
         blocks = [len(run.blocks) for run in self._passes]
         if not isinstance(cache, PRTCache) or cache.blocks != blocks:
             raise UnsupportedError(
                 "The cache is not one of this PRT model's passes.",
-                expected="`past_key_values` as an earlier call of this model returned them, with gradients where there "
+                expected=f"`{CACHE}` as an earlier call of this model returned them, with gradients where there "
                 f"are now: blocks of rows {blocks}",
                 found=f"{type(cache).__name__}{f' of {cache.blocks}' if isinstance(cache, PRTCache) else ''}",
             )
