@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -50,12 +52,18 @@ class Batch:
     rows: torch.LongTensor | None = None
 
     @cached_property
-    def supervised(self) -> torch.BoolTensor:
-        return self.labels != IGNORE_INDEX
+    def supervised(self) -> tuple[torch.LongTensor, ...]:
+        """Indices into `labels` of those that are not ignored."""
+        return (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)
 
     @cached_property
     def supervised_labels(self) -> torch.LongTensor:
+        """`(n,)`"""
         return self.labels[self.supervised]
+
+    def chosen(self, values: torch.Tensor) -> torch.Tensor:
+        """Logits or hidden states of all positions -> of the supervised ones, `(n, ...)`."""
+        return self.aligned(values)[tuple(index.to(values.device) for index in self.supervised)]
 
     def aligned(self, values: torch.Tensor) -> torch.Tensor:
         """Logits or hidden states of all positions -> of those that are judged."""
@@ -109,13 +117,16 @@ class Backbone:
         self.limit, self.reference = context_length(network), reference_to(network)
         self.network = network.eval()
 
+    def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+        self._home = self.network.device
+        self.network = placed(self.network)
+
     def unload(self) -> None:
-        """Free what can be loaded again."""
+        """Free what can be loaded again; a model of the user's goes back where it was."""
         if self._named is not None:
             self.network = None
-
-    def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
-        self.network = placed(self.network)
+        elif self.network.device != self._home:
+            self.network.to(self._home)
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -125,9 +136,10 @@ class Backbone:
         name, revision = self._named, None
         if isinstance(name, ModelReference):
             name, revision = name.id, name.revision
+        dtype = str(self._load_kwargs.get("dtype", "auto"))
         if Path(name).is_dir():
-            return {"weights": weights_digest_of_files(name)}
-        return {"id": name, "revision": commit_of(name, revision)}
+            return {"weights": weights_digest_of_files(name), "dtype": dtype}
+        return {"id": name, "revision": commit_of(name, revision), "dtype": dtype}
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """`(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`, in the reward's order."""
@@ -144,7 +156,7 @@ class Backbone:
         with torch.no_grad(), self._pretrained() as network:
             if self.task == TEXT_GENERATION:
                 return _hidden(network, batch)
-            return network(**batch.inputs).logits[batch.supervised]
+            return batch.chosen(network(**batch.inputs).logits)
 
     def companions(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Tensors and facts that turn its states into logits of the reward's order."""
@@ -187,7 +199,18 @@ class OwnBase(Backbone):
         self.limit, self.reference = context_length(reward.network), reference_to(reward.network)
 
     def place(self, placed):
-        """It is where the reward is."""
+        """It is where the reward is, and stays there."""
+
+    def unload(self):
+        """It is the reward's."""
+
+    @cached_property
+    def _modules(self) -> list[nn.Module]:
+        return list(self.network.modules())
+
+    @cached_property
+    def _adapted(self) -> list[nn.Module]:
+        return [module for module in self._modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -203,21 +226,22 @@ class OwnBase(Backbone):
 
     @contextmanager
     def _pretrained(self):
-        network = self.network
-        is_training, flags = network.training, [(value, value.requires_grad) for value in network.parameters()]
-        network.eval()
-
-        def restore_flags():
-            for value, flag in flags:
-                value.requires_grad_(flag)
-
+        # What `eval()` and PEFT's `disable_adapter()` do, without a walk through all modules, which takes as long as a
+        # small model's step, and without touching `requires_grad`, which FSDP2 reads in the first pass.
+        modes = [module.training for module in self._modules]
+        states = [layer._disable_adapters for layer in self._adapted]
         try:
-            with network.disable_adapter(), nullcontext() if self._trunk is None else self._trunk.recorded():
-                restore_flags()  # PEFT freezes the adapter, and FSDP2 learns in the first pass what is trained
-                yield network
+            for module in self._modules:
+                module.training = False
+            for layer in self._adapted:
+                layer._disable_adapters = True
+            with nullcontext() if self._trunk is None else self._trunk.recorded():
+                yield self.network
         finally:
-            network.train(is_training)
-            restore_flags()  # PEFT makes the whole adapter trainable when it is switched on again
+            for module, mode in zip(self._modules, modes, strict=True):
+                module.training = mode
+            for layer, state in zip(self._adapted, states, strict=True):
+                layer._disable_adapters = state
 
 
 def reward_and_backbones(
@@ -308,7 +332,7 @@ def _earlier_source(reward: RewardModel, reference: ModelReference) -> Backbone:
 
 
 def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:
-    return batch.aligned(last_hidden_state(network, batch.inputs))[batch.supervised]
+    return batch.chosen(last_hidden_state(network, batch.inputs))
 
 
 def inverse(order: list[int]) -> list[int]:

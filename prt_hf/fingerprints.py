@@ -89,7 +89,18 @@ def weights_digest_of_files(folder: str | Path) -> str:
 
 def weights_digest_of_model(model: PreTrainedModel) -> str:
     """SHA-256 of a model in memory: all parameters and buffers by name, shape, dtype and value, and the config, which
-    says how they are used."""
+    says how they are used.
+
+    Raises:
+        BackboneCacheError: some of them are offloaded.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise BackboneCacheError(
+            "The weights of this model cannot be told from others: some are offloaded.",
+            expected="all weights in memory, or the model's id or path",
+            found=type(model).__name__,
+            remedy="pass its id or path, or train without stored states",
+        )
     config = {name: value for name, value in model.config.to_dict().items() if name not in _BOOKKEEPING}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -252,9 +252,10 @@ def fused_prt_loss(
         if shared:  # cast once
             backbone = backbone._replace(weights=(reward.weights[0], *backbone.weights[1:]))
         backbone = backbone.cast()
-    loss = _FusedLoss.apply(
-        backbone, labels, kl_coef, entropy_coef, reward.softcap, reward.bias, *reward.hidden, *reward.weights
-    )
+    with torch.autocast(labels.device.type, enabled=False):  # the operands are cast, all else is float32
+        loss = _FusedLoss.apply(
+            backbone, labels, kl_coef, entropy_coef, reward.softcap, reward.bias, *reward.hidden, *reward.weights
+        )
     return loss / items
 
 

@@ -21,7 +21,7 @@ from .pretrained import unwrap_adapter
 _TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR = "logits_scaling"
-_SOFTCAP = "final_logit_softcapping"
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 class Head(NamedTuple):
@@ -51,7 +51,8 @@ class Head(NamedTuple):
         weights, bias = head_pieces(model)
         if columns.indices(len(weights[0])) != (0, len(weights[0]), 1):
             weights, bias = [weight[columns] for weight in weights], None if bias is None else bias[columns]
-        return cls(tuple(weights), bias, scale, found.get(_SOFTCAP))
+        softcap = next((found[name] for name in _SOFTCAPS if name in found), None)
+        return cls(tuple(weights), bias, scale, softcap)
 
     def project(self, pieces: Sequence[torch.Tensor]) -> Projection:
         """
@@ -87,9 +88,15 @@ def why_not_linear(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str |
     head = unwrap_adapter(network).get_output_embeddings()
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and not (is_plain(head) or head.disable_adapters):
         return f"an adapter of the head that is not plain LoRA: {head}"
-    difference = _difference(network, inputs)
-    if difference is None:
+    hidden, expected, probe = _probed(network, inputs)
+    if hidden is None:
+        return "a decoder that is not called as a whole"
+    parts = Head.of(network)
+    if any(isinstance(weight, DTensor) for weight in parts.weights):  # FSDP2 leaves the last layers whole, if it can
         return "a head that lies in parts on the devices after a pass"
+    parts = parts._replace(bias=probe if parts.bias is None else parts.bias + probe)
+    found = parts.project(hidden).cast().logits().view_as(expected)
+    difference = float((found - expected).abs().max() / expected.abs().max())
     return f"logits that differ by {difference:.0%}" if difference > _TOLERANCE else None
 
 
@@ -109,7 +116,7 @@ def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapp
 def behind_the_head(model: PreTrainedModel) -> dict[str, float]:
     """What the model does to its logits behind the head, by the names in its configuration."""
     config = model.config.get_text_config()
-    values = {name: getattr(config, name, None) for name in (*_SCALES, _DIVISOR, _SOFTCAP)}
+    values = {name: getattr(config, name, None) for name in (*_SCALES, _DIVISOR, *_SOFTCAPS)}
     return {name: value for name, value in values.items() if value not in (None, 1)}
 
 
@@ -155,21 +162,23 @@ def _caught(network: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def _difference(network: nn.Module, inputs: dict[str, torch.Tensor]) -> float | None:
-    """Between a network's logits and those of [`projection`], of the largest of them. None where FSDP2 divides the head
-    again after a pass; it leaves the last layers whole if accelerate put them together."""
+def _probed(network: nn.Module, inputs: dict[str, torch.Tensor]):
+    """Of the first row of a batch: what the head's weights are multiplied by, the logits, and what was added to the
+    output of the head, whose own may be zero, so that what is done behind it shows."""
     given = {
         name: value[:1] if isinstance(value, torch.Tensor) and value.ndim > 1 else value
         for name, value in inputs.items()
     }
-    is_training = network.training
+    model = unwrap_adapter(network)
+    head, is_training = model.get_output_embeddings(), network.training
+    size = len(head_pieces(model)[0][0])
+    probe = torch.linspace(-10, 10, size, device=model.device)
+    handle = head.register_forward_hook(lambda module, args, output: output + probe.to(output))
     network.eval()
     try:
-        with _caught(network) as hidden:
-            expected = network(**given).logits.float()
-        if any(isinstance(weight, DTensor) for weight in head_pieces(unwrap_adapter(network))[0]):
-            return None
-        found = projection(network, hidden[0].flatten(0, 1)).cast().logits().view_as(expected)
+        with _caught(network) as found:
+            logits = network(**given).logits.float()
+        return (hidden_pieces(model, found[0].flatten(0, 1)) if found else None), logits, probe.to(logits.device)
     finally:
+        handle.remove()
         network.train(is_training)
-    return float((found - expected).abs().max() / expected.abs().max())

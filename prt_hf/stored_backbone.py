@@ -49,7 +49,8 @@ class StoredBackbone(Backbone):
         if not self.caches and self._reward.config.task == TEXT_GENERATION:
             weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
-            is_same = not own.requires_grad and own.shape == weight.shape and torch.equal(own.cpu(), weight)
+            is_frozen_alike = not own.requires_grad and (own.shape, own.dtype) == (weight.shape, weight.dtype)
+            is_same = is_frozen_alike and torch.equal(own.cpu(), weight)
             if self._shares_head and is_same:
                 weight = own  # once in memory, and its product once a step
             self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
@@ -106,7 +107,7 @@ class NumberedCollator:
 
 def stored_states(
     source: Backbone,
-    batch_of: Callable[[list[int]], Batch],
+    batch_of: Callable[[list[int], bool], Batch],
     num_rows: int,
     *,
     data: str,
@@ -119,7 +120,7 @@ def stored_states(
     """What a backbone gives for a data set, computed and kept where that has not been done.
 
     Args:
-        batch_of: a batch of these rows of the data set.
+        batch_of: a batch of these rows of the data set, on the device or not.
         data (`str`): its [`~fingerprints.dataset_key`].
         root: below it the states lie, in a folder of their own.
         place: loads the backbone where it is computed.
@@ -149,11 +150,11 @@ def stored_states(
 
     def states(rows: list[int]) -> torch.Tensor:
         with accelerator.autocast():
-            values = source.states(batch_of(rows))
+            values = source.states(batch_of(rows, True))
         # The product with the head is made in autocast's precision.
         return values.to(_AUTOCAST.get(precision, values.dtype))
 
-    if source.task == TEXT_GENERATION and (problem := source.why_not_projected(batch_of([0]))):
+    if source.task == TEXT_GENERATION and (problem := source.why_not_projected(batch_of([0], True))):
         raise UnsupportedError(
             "The states of this backbone cannot be stored.", expected="precompute_backbone=False", found=problem
         )
@@ -162,7 +163,7 @@ def stored_states(
         folder,
         key,
         num_rows=num_rows,
-        supervised=lambda rows: [batch_of([row]).supervised_labels for row in rows],
+        supervised=lambda rows: [batch_of([row], False).supervised_labels for row in rows],
         states=states,
         width=like.shape[-1],
         dtype=like.dtype,

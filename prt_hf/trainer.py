@@ -54,7 +54,7 @@ class PRTTrainer(Trainer):
         peft_config (`PeftConfig`, *optional*): tunes a reward adapter, see [`default_peft_config`]; without, a full
             reward.
         trainer_kwargs: the Trainer's other arguments (`callbacks`, `compute_metrics`, `optimizers`, ...).
-            `compute_metrics` gets the PRT model's log-probabilities.
+            `compute_metrics` gets the PRT model's log-probabilities, of several backbones those with the first.
 
     Raises:
         VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
@@ -124,9 +124,11 @@ class PRTTrainer(Trainer):
         self._frozen_norms = frozen_norms(self.model) if self.reward.config.is_adapter else []
         self._is_fused: bool | None = None  # the first batch decides
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._limits = [context_length(self.model)]
+        self._limits = {context_length(self.model)}
         self.backbones = self._sources
         if args.precompute_backbone:
+            if self.compute_metrics is not None:
+                self._check_outputs_are_known()
             self._store_backbones()
         else:
             for source in self._sources:
@@ -140,27 +142,17 @@ class PRTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The PRT loss (Eq. 7, 12); outputs are `{"logits": log pi_theta}` in the reward's order of columns."""
-        batch = self._batch(inputs)
-        if batch.labels is None:
-            raise PRTValueError(
-                "The batch has no labels.",
-                expected="a column `labels` (or `label`), or a data collator that makes it",
-                found=", ".join(batch.inputs),
-            )
+        batch = self._labelled_batch(inputs)
         is_training = model.training
         if self._is_fused is None:
             self._start(model, batch)
         is_fused = self._is_fused and not return_outputs
-        if return_outputs and self.args.precompute_backbone and self._is_language_model:
-            raise UnsupportedError(
-                "Of a stored backbone, only what it gave at supervised positions is known.",
-                expected="losses and the trainer's own figures",
-                found="a wish for the PRT model's outputs (`predict`, or `compute_metrics`)",
-                remedy="precompute_backbone=False",
-            )
+        if return_outputs:
+            self._check_outputs_are_known()
         backbones = [self._drawn_backbone()] if is_training else self.backbones
         of_backbones, rewards = self._forward(model, batch, backbones, is_fused)
-        losses = [self._loss(each, rewards, batch, is_training, num_items_in_batch) for each in of_backbones]
+        with self.accelerator.autocast():
+            losses = [self._loss(each, rewards, batch, is_training, num_items_in_batch) for each in of_backbones]
         loss = sum(losses) / len(losses)
         if is_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
@@ -210,6 +202,8 @@ class PRTTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
+        if not self.args.prediction_loss_only:
+            self._check_outputs_are_known()
         return super().get_test_dataloader(
             self._with_states(test_dataset) if self.args.precompute_backbone else test_dataset
         )
@@ -252,6 +246,25 @@ class PRTTrainer(Trainer):
             labels = None if labels is None else labels[:, 1:]
         return Batch(inputs, labels, rows)
 
+    def _labelled_batch(self, inputs) -> Batch:
+        batch = self._batch(inputs)
+        if batch.labels is None:
+            raise PRTValueError(
+                "The batch has no labels.",
+                expected="a column `labels` (or `label`), or a data collator that makes it",
+                found=", ".join(batch.inputs),
+            )
+        return batch
+
+    def _check_outputs_are_known(self) -> None:
+        if self.args.precompute_backbone and self._is_language_model:
+            raise UnsupportedError(
+                "Of a stored backbone, only what it gave at supervised positions is known.",
+                expected="losses and the trainer's own figures",
+                found="a wish for the PRT model's outputs (`predict`, or `compute_metrics`)",
+                remedy="precompute_backbone=False",
+            )
+
     def _start(self, model, batch: Batch) -> None:
         """What the first batch decides: whether layers are shared, whether logits are left unmade.
 
@@ -259,8 +272,9 @@ class PRTTrainer(Trainer):
             UnsupportedError: they cannot be, and `fused_loss="always"`.
         """
         with torch.no_grad(), self.accelerator.autocast():
-            for source in self.backbones:
-                source.prepare(batch)
+            if self.args.n_gpu <= 1 and not self.args.neftune_noise_alpha:  # noise on embeddings is the reward's alone
+                for source in self.backbones:
+                    source.prepare(batch)
             problem = self._why_not_fused(self.accelerator.unwrap_model(model), batch)
         self._is_fused = problem is None
         if problem is not None and self.args.fused_loss == "always":
@@ -304,7 +318,7 @@ class PRTTrainer(Trainer):
             network = self.accelerator.unwrap_model(model)
             hidden = last_hidden_state(network, batch.inputs, model)
         with self.accelerator.autocast():
-            return of_backbones, projection(network, batch.aligned(hidden)[batch.supervised], self.reward.columns)
+            return of_backbones, projection(network, batch.chosen(hidden), self.reward.columns)
 
     def _loss(self, of_backbone, rewards, batch: Batch, is_training: bool, num_items_in_batch) -> torch.Tensor:
         """In training the objective, else the likelihood; adds up the figures that are logged."""
@@ -314,7 +328,7 @@ class PRTTrainer(Trainer):
             statistics = statistics_of(*arguments, kl_coef=kl_coef)
             self._add("train" if is_training else "eval", statistics, batch)
         if not is_training:
-            return statistics["loss"].sum() / batch.supervised.sum().clamp(min=1)
+            return statistics["loss"].sum() / max(1, len(batch.supervised_labels))
         return loss_of(
             *arguments,
             kl_coef=kl_coef,
@@ -332,7 +346,7 @@ class PRTTrainer(Trainer):
     def _place(self, source: Backbone) -> None:
         source.load()
         source.place(self._placed)
-        self._limits.append(source.limit)
+        self._limits.add(source.limit)
 
     def _placed(self, network: PreTrainedModel) -> PreTrainedModel:
         if is_sharding(self.accelerator):
@@ -356,11 +370,16 @@ class PRTTrainer(Trainer):
         read = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
         collator = self.data_collator.collator
         data = dataset_key(read, collator)
+
+        def batch_of(rows: list[int], on_device: bool) -> Batch:
+            inputs = collator([read[row] for row in rows])
+            return self._labelled_batch(self._prepare_inputs(inputs) if on_device else inputs)
+
         if data not in self._places:
             for source, stored in zip(self._sources, self.backbones, strict=True):
                 states = stored_states(
                     source,
-                    lambda rows: self._batch(self._prepare_inputs(collator([read[row] for row in rows]))),
+                    batch_of,
                     len(read),
                     data=data,
                     root=self.args.backbone_cache_dir,
@@ -430,8 +449,7 @@ def _objective(of_backbone: Projection | torch.Tensor, rewards: Projection | tor
     """The loss, the statistics, and the arguments of both."""
     if isinstance(rewards, Projection):
         return fused_prt_loss, fused_prt_statistics, (of_backbone, rewards, batch.supervised_labels)
-    rewards = batch.aligned(rewards)
     if isinstance(of_backbone, Projection):
-        chosen = (of_backbone.cast().logits(), rewards[batch.supervised], batch.supervised_labels)
-        return prt_loss, prt_statistics, chosen
-    return prt_loss, prt_statistics, (batch.aligned(of_backbone).to(rewards.device), rewards, batch.labels)
+        return prt_loss, prt_statistics, (of_backbone.cast().logits(), batch.chosen(rewards), batch.supervised_labels)
+    of_backbone, rewards = batch.aligned(of_backbone), batch.aligned(rewards)
+    return prt_loss, prt_statistics, (of_backbone.to(rewards.device), rewards, batch.labels)

@@ -8,14 +8,14 @@ import tiny
 import torch
 import transformers
 from packaging import version
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from test_heads import Bent, cohere, gemma2, gptj, granite
 from tiny import images, texts
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from prt_hf import PRTConfig, PRTTrainer, RewardModel, backbones
+from prt_hf import PRTConfig, PRTTrainer, RewardModel, backbones, functional
 from prt_hf.collator import TokenCollator
-from prt_hf.errors import BackboneCacheError, UnsupportedError
+from prt_hf.errors import BackboneCacheError, PRTValueError, UnsupportedError
 from prt_hf.pretrained import weights_fingerprint
 from prt_hf.shared_trunk import SharedTrunk
 
@@ -194,6 +194,53 @@ CHECKPOINTED = [
 ]
 
 
+def test_a_head_that_is_zero_hides_nothing(tuner):
+    """Of a bent head, nothing shows where its logits are zero."""
+    runs = [
+        tuner(bent(), backbone=tiny.llama(2), peft_config=peft_config, reward_init="zero", fused_loss=fused_loss)
+        for peft_config in (LORA, None)
+        for fused_loss in ("auto", "never")
+    ]
+    first, plain, full, plain_full = map(course, runs)
+    assert first == roughly(plain) and full == roughly(plain_full)
+    assert [run._is_fused for run in runs] == [False] * 4
+    straight = tuner(tiny.llama(1), peft_config=LORA, reward_init="zero")
+    straight.train()
+    assert straight._is_fused
+
+
+def test_a_decoder_that_is_called_in_part_is_trained_with_whole_logits(tuner):
+    config = transformers.OPTConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        dropout=0.0,
+    )
+    torch.manual_seed(1)
+    model = transformers.OPTForCausalLM(config)
+    auto, never = (tuner(copy.deepcopy(model), peft_config=LoraConfig(), fused_loss=way) for way in ("auto", "never"))
+    assert course(auto) == roughly(course(never)) and not auto._is_fused
+
+
+def test_products_with_the_head_are_made_in_autocasts_precision(tuner, monkeypatch):
+    seen = set()
+    add = functional._Gradients.add
+
+    def noting(self, part, of_logits):
+        seen.update(weight.dtype for weight in self._reward.weights)
+        assert of_logits.dtype == torch.float32
+        add(self, part, of_logits)
+
+    monkeypatch.setattr(functional._Gradients, "add", noting)
+    for peft_config in (LORA, None):
+        tuner(tiny.llama(1), peft_config=peft_config, bf16=True, entropy_coef=0.1).train()
+    assert seen == {torch.bfloat16}
+
+
 class Calls(TrainerCallback):
     """How often modules computed something, in each step of training."""
 
@@ -330,6 +377,47 @@ def test_layers_that_differ_are_not_shared(tuner, monkeypatch, kind):
 
 
 # Backbones that are read
+
+
+@pytest.mark.parametrize("changes", [{"reward_init": "zero"}, {"neftune_noise_alpha": 5.0}])
+def test_what_hides_a_difference_is_seen_through(tuner, monkeypatch, changes):
+    """Of a zero reward, logits tell nothing; noise on embeddings is for the reward alone."""
+    model, peft_config = NOT_SHARED["more than one stream"]
+    if "neftune_noise_alpha" in changes:
+        model, peft_config = lambda: tiny.llama(1), LoraConfig(target_modules=["model.layers.1.mlp.down_proj"])
+    trainer = tuner(model(), peft_config=peft_config, **changes)
+    found = course(trainer)
+    assert trainer.backbones[0]._trunk is None
+    monkeypatch.setattr(SharedTrunk, "of", lambda network: None)
+    assert found == course(tuner(model(), peft_config=peft_config, **changes))
+
+
+ADAPTERS = {
+    "LoRA": LoraConfig(target_modules=["q_proj", "lm_head"], init_lora_weights=False),
+    "saved whole": LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], init_lora_weights=False),
+    "DoRA": LoraConfig(target_modules=["q_proj"], use_dora=True, init_lora_weights=False),
+    "IA3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[5, 6], init_lora_weights=False),
+}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_the_own_base_is_the_network_with_its_adapter_off(tokenizer, kind):
+    """As PEFT switches it off; and everything is as it was afterwards."""
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer, copy.deepcopy(ADAPTERS[kind]))
+    with torch.no_grad():
+        for value in reward.network.parameters():
+            if value.requires_grad:
+                value += 0.5
+    network, ids = reward.network.train(), tiny.prompts()
+    network.get_submodule("base_model.model.model.layers.0").eval()  # a mixture of modes
+    adapted = network(ids).logits
+    before = [(value.requires_grad) for value in network.parameters()], [each.training for each in network.modules()]
+    own = backbones.OwnBase(reward)
+    found = own.logits(backbones.Batch({"input_ids": ids}, None))
+    after = [(value.requires_grad) for value in network.parameters()], [each.training for each in network.modules()]
+    assert torch.equal(found, tiny.llama(1)(ids).logits) and before == after
+    assert torch.equal(network(ids).logits, adapted) and not torch.equal(adapted, found)
 
 
 @pytest.fixture(scope="module")
@@ -568,18 +656,28 @@ def test_named_data_sets_are_stored(tuner, tmp_path):
     assert len(folders(tmp_path)) == 2
 
 
-def test_outputs_of_stored_language_models_are_refused(tuner):
+def test_outputs_of_stored_language_models_are_refused(tuner, tmp_path):
     text = (
         "Of a stored backbone, only what it gave at supervised positions is known.\n"
         "  expected: losses and the trainer's own figures\n"
         r"  found: a wish for the PRT model's outputs \(`predict`, or `compute_metrics`\)"
         "\n  remedy: precompute_backbone=False"
     )
+    others = texts(7, seed=1)
     with pytest.raises(UnsupportedError, match=text):
-        tuner(tiny.llama(1), precompute_backbone=True).predict(texts())
-    trainer = tuner(tiny.llama(1), precompute_backbone=True, compute_metrics=lambda prediction: {})
+        tuner(tiny.llama(1), precompute_backbone=True).predict(others)
     with pytest.raises(UnsupportedError, match=text):
-        trainer.evaluate()
+        tuner(tiny.llama(1), precompute_backbone=True, train_dataset=others, compute_metrics=lambda prediction: {})
+    assert len(folders(tmp_path)) == 1, "refused after all states were computed"
+    assert (
+        tuner(tiny.llama(1), precompute_backbone=True, prediction_loss_only=True).predict(others).metrics["test_loss"]
+    )
+
+
+def test_rows_without_labels_have_no_states(tuner):
+    unlabelled = images().remove_columns("label")
+    with pytest.raises(PRTValueError, match="(?s)The batch has no labels.*found: pixel_values"):
+        tuner(tiny.vit(1), precompute_backbone=True).predict(unlabelled)
 
 
 def test_outputs_of_stored_classifiers_are_the_prt_models(tuner):

@@ -134,7 +134,7 @@ def _measured_memory(row: str, settings: dict, threads: int) -> int:
         step = _step(trainer)
         step()
         gc.collect()
-        if settings["device"] == "cuda":
+        if settings["device"].startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             step()
@@ -157,13 +157,13 @@ def _step(trainer: Trainer) -> Callable[[], float]:
     batch = next(iter(trainer.get_train_dataloader()))
     items = (batch["labels"][:, 1:] != -100).sum()
     trainer.create_optimizer()
-    trainer.model.train()
+    model, optimizer = trainer.accelerator.prepare(trainer.model.train(), trainer.optimizer)
 
     def step() -> float:
         start = now(trainer.model)
-        trainer.training_step(trainer.model, dict(batch), items)
-        trainer.optimizer.step()
-        trainer.model.zero_grad()
+        trainer.training_step(model, dict(batch), items)
+        optimizer.step()
+        model.zero_grad()
         return now(trainer.model) - start
 
     return step
@@ -171,7 +171,7 @@ def _step(trainer: Trainer) -> Callable[[], float]:
 
 def _trainer(row: str, settings: TrainSettings, folder: Path) -> Trainer:
     base = _model(settings, settings.seed)
-    quarter = settings.num_hidden_layers // 4
+    quarter = max(1, settings.num_hidden_layers // 4)
     top_layers = quarter if row in (PLAIN_TOP, SHARED_TRUNK) else None
     lora = default_peft_config(base, top_layers=top_layers)
     tokenizer = _tokenizer(settings.vocab_size)
@@ -214,7 +214,7 @@ def _model(settings: TrainSettings, seed: int) -> LlamaForCausalLM:
         hidden_size=settings.hidden_size,
         intermediate_size=4 * settings.hidden_size,
         num_hidden_layers=settings.num_hidden_layers,
-        num_attention_heads=settings.hidden_size // 64,
+        num_attention_heads=max(1, settings.hidden_size // 64),
         num_key_value_heads=max(1, settings.hidden_size // 256),
         max_position_embeddings=settings.length,
         tie_word_embeddings=True,
