@@ -1,0 +1,58 @@
+"""What notebooks/lora_rewards.md says is what was measured."""
+
+import importlib.util
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+
+from prt_hf import default_peft_config
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+@pytest.fixture(scope="module")
+def study():
+    spec = importlib.util.spec_from_file_location("lora_rewards", NOTEBOOKS / "lora_rewards.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads((NOTEBOOKS / "lora_rewards.json").read_text())
+
+
+def test_the_tables_are_those_of_the_figures(study, results):
+    assert study.table(results).strip() in (NOTEBOOKS / "lora_rewards.md").read_text()
+
+
+def test_every_configuration_has_three_seeds(study, results):
+    for name, entry in results["pairs"].items():
+        seeds = {
+            label: sorted(run["seed"] for run in entry["runs"] if run["label"] == label)
+            for label in entry_labels(entry)
+        }
+        assert seeds == {label: [0, 1, 2] for label in study.configurations(name)}
+
+
+def test_the_default_is_the_recommended_one(results):
+    """Of both text pairs: at least as good as EFT at LoRA's customary scale, within a deviation, at both ends."""
+    base = tiny.llama(1)
+    assert default_peft_config(base).lora_alpha == 128 and default_peft_config(tiny.vit(1)).lora_alpha == 32
+    for name in ("prose", "stories"):
+        runs = results["pairs"][name]["runs"]
+        for place in ("source", "target"):
+            prt, eft = (
+                [run["figures"][place] for run in runs if run["label"] == label]
+                for label in ("PRT, LoRA head, alpha 128", "EFT, LoRA head, alpha 32")
+            )
+            assert statistics.mean(prt) <= statistics.mean(eft) + statistics.stdev(prt)
+
+
+def entry_labels(entry):
+    return {run["label"] for run in entry["runs"]}
