@@ -69,9 +69,11 @@ def configurations(pair: str) -> dict[str, tuple[Recipe, str]]:
         return found | {"PRT, alpha 128": (Recipe(alpha=128), "EFT")} | oracle
     found = {
         "EFT, LoRA head, alpha 32": (Recipe("ft"), ""),
+        "EFT, LoRA head, alpha 64": (Recipe("ft", alpha=64), ""),
         "EFT, LoRA head, alpha 128": (Recipe("ft", alpha=128), ""),
         "EFT, full head": (Recipe("ft", head="full"), ""),
         "PRT, LoRA head, alpha 32": (Recipe(), "EFT, LoRA head, alpha 32"),
+        "PRT, LoRA head, alpha 64": (Recipe(alpha=64), "EFT, LoRA head, alpha 64"),
         "PRT, LoRA head, alpha 128": (Recipe(alpha=128), "EFT, LoRA head, alpha 128"),
         "PRT, full head from zero": (Recipe(head="zero"), "EFT, full head"),
     }

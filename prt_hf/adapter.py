@@ -27,14 +27,14 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
     The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
     with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
     small head is tuned whole. A reward has farther to go than a fine-tuned model, because it starts as the pretrained
-    logits, which the backbone adds once more: language models get four times the customary scale of LoRA (see
+    logits, which the backbone adds once more: language models get twice the customary scale of LoRA (see
     notebooks/lora_rewards.md), classifiers, which lose by that, do not.
 
     Args:
         model (`PreTrainedModel`): the reward's base.
         top_layers (`int`, *optional*): adapt this many of the uppermost layers, and the head. The layers below are then
             computed once a step for the reward and its own base.
-        lora_kwargs: for [`~peft.LoraConfig`]. If not given, `r` is 16, and `lora_alpha` eight times that, a
+        lora_kwargs: for [`~peft.LoraConfig`]. If not given, `r` is 16, and `lora_alpha` four times that, a
             classifier's twice.
 
     Raises:
@@ -50,7 +50,7 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
         targets = [name for name in targets if name == head or name.startswith(_prefixes_of_top(model, top_layers))]
     rank = lora_kwargs.get("r", 16)
     if task_of(model) == TEXT_GENERATION:
-        defaults = {"task_type": "CAUSAL_LM", "lora_alpha": 8 * rank}
+        defaults = {"task_type": "CAUSAL_LM", "lora_alpha": 4 * rank}
     else:
         # PEFT takes any name that ends so for the head, and no layer twice.
         targets = [name for name in targets if not name.endswith(head)]

@@ -134,7 +134,7 @@ def test_plain_lora_config_gets_the_default_layers(tokenizer):
 def test_layers_and_scale_of_the_default_adapter():
     base = tiny.llama(1, num_hidden_layers=4)
     config = default_peft_config(base, r=4)
-    assert (config.r, config.lora_alpha, config.task_type) == (4, 32, "CAUSAL_LM")
+    assert (config.r, config.lora_alpha, config.task_type) == (4, 16, "CAUSAL_LM")
     assert default_peft_config(tiny.vit(1)).lora_alpha == 2 * default_peft_config(tiny.vit(1)).r
     top = RewardModel.from_base(base, tiny.tokenizer(), default_peft_config(base, top_layers=1))
     adapted = {name.partition(".lora_A")[0] for name, _ in top.network.named_parameters() if ".lora_A." in name}
