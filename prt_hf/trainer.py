@@ -314,7 +314,8 @@ class PRTTrainer(Trainer):
             for source in backbones:
                 stack.enter_context(source.reused())
             if not is_fused:
-                return of_backbones, model(**batch.inputs).logits[..., self.reward.columns]
+                rewards = model(**batch.inputs).logits[..., self.reward.columns]
+                return [each if is_projected else each.to(rewards.device) for each in of_backbones], rewards
             network = self.accelerator.unwrap_model(model)
             hidden = last_hidden_state(network, batch.inputs, model)
         with self.accelerator.autocast():
@@ -451,5 +452,4 @@ def _objective(of_backbone: Projection | torch.Tensor, rewards: Projection | tor
         return fused_prt_loss, fused_prt_statistics, (of_backbone, rewards, batch.supervised_labels)
     if isinstance(of_backbone, Projection):
         return prt_loss, prt_statistics, (of_backbone.cast().logits(), batch.chosen(rewards), batch.supervised_labels)
-    of_backbone, rewards = batch.aligned(of_backbone), batch.aligned(rewards)
-    return prt_loss, prt_statistics, (of_backbone.to(rewards.device), rewards, batch.labels)
+    return prt_loss, prt_statistics, (batch.aligned(of_backbone), batch.aligned(rewards), batch.labels)
