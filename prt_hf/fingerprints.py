@@ -109,11 +109,13 @@ def weights_digest_of_model(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
+def file_digest(*paths: Path) -> str:
+    """SHA-256 over the content of files, one after another."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 24):
-            digest.update(part)
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
     return digest.hexdigest()
 
 

@@ -18,7 +18,7 @@ from .functional import Projection
 from .passes import ADAPTER, is_plain
 from .pretrained import unwrap_adapter
 
-_TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
+TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR = "logits_scaling"
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -97,7 +97,7 @@ def why_not_linear(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str |
     parts = parts._replace(bias=probe if parts.bias is None else parts.bias + probe)
     found = parts.project(hidden).cast().logits().view_as(expected)
     difference = float((found - expected).abs().max() / expected.abs().max())
-    return f"logits that differ by {difference:.0%}" if difference > _TOLERANCE else None
+    return f"logits that differ by {difference:.0%}" if difference > TOLERANCE else None
 
 
 def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapped: nn.Module | None = None):

@@ -1,6 +1,5 @@
 """The folder of a saved reward: replaced as a whole or not at all, and read only where it is complete and safe."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from .contract import PRT_CONFIG_NAME, RewardConfig
 from .errors import RewardFileError
+from .fingerprints import file_digest
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -108,12 +108,7 @@ def check_files(folder: Path, config: RewardConfig) -> None:
 
 def weights_digest(folder: Path, config: RewardConfig) -> str:
     """SHA-256 over the files of the weights."""
-    digest = hashlib.sha256()
-    for name in _weight_files(folder, config):
-        with open(folder / name, "rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+    return file_digest(*(folder / name for name in _weight_files(folder, config)))
 
 
 def read_weights(path: Path, values: bool = True) -> dict[str, torch.Tensor | None]:

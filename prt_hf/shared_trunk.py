@@ -8,10 +8,9 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from .heads import TOLERANCE
 from .passes import replaced_forwards, wrapped_layers
 from .pretrained import head_of, layer_stack, unwrap_adapter
-
-_TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
 
 
 class SharedTrunk:
@@ -88,7 +87,7 @@ class SharedTrunk:
                     found = network(**inputs).logits.float()
             except (KeyError, TypeError):  # keys and values of lower layers, say
                 return False
-        return bool((found - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+        return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _has_noise(model: nn.Module) -> bool:

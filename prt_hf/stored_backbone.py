@@ -49,9 +49,8 @@ class StoredBackbone(Backbone):
         if not self.caches and self._reward.config.task == TEXT_GENERATION:
             weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
-            is_frozen_alike = not own.requires_grad and (own.shape, own.dtype) == (weight.shape, weight.dtype)
-            is_same = is_frozen_alike and torch.equal(own.cpu(), weight)
-            if self._shares_head and is_same:
+            is_alike = not own.requires_grad and (own.shape, own.dtype) == (weight.shape, weight.dtype)
+            if self._shares_head and is_alike and torch.equal(own.cpu(), weight):
                 weight = own  # once in memory, and its product once a step
             self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
         self.caches.append(cache)

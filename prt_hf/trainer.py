@@ -146,9 +146,9 @@ class PRTTrainer(Trainer):
         is_training = model.training
         if self._is_fused is None:
             self._start(model, batch)
-        is_fused = self._is_fused and not return_outputs
         if return_outputs:
             self._check_outputs_are_known()
+        is_fused = self._is_fused and not return_outputs
         backbones = [self._drawn_backbone()] if is_training else self.backbones
         of_backbones, rewards = self._forward(model, batch, backbones, is_fused)
         with self.accelerator.autocast():

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from ..adapter import default_peft_config
-from ..functional import Projection
+from ..functional import IGNORE_INDEX, Projection
 from ..heads import last_hidden_state, projection
 from ..sft import PRTSFTConfig, PRTSFTTrainer
 from .machine import now
@@ -155,7 +155,7 @@ def _resident(name: str) -> int:
 def _step(trainer: Trainer) -> Callable[[], float]:
     """A function that makes one step and returns its seconds."""
     batch = next(iter(trainer.get_train_dataloader()))
-    items = (batch["labels"][:, 1:] != -100).sum()
+    items = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model.train(), trainer.optimizer)
 
