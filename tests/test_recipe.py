@@ -3,9 +3,9 @@
 import copy
 import json
 import shutil
+import tempfile
 
 import pytest
-import test_hub
 import tiny
 import torch
 from huggingface_hub import constants
@@ -33,7 +33,6 @@ from prt_hf import (
 )
 from prt_hf.errors import PRTValueError
 
-hub = test_hub.hub
 TOKENIZER = tiny.tokenizer()
 
 
@@ -182,7 +181,7 @@ def test_rewards_of_an_earlier_recipe_go(recipe, model):
     fewer = PRTForCausalLM.from_parts(model.backbone, model.rewards[:1])
     fewer.save_pretrained(recipe)
     assert sorted(path.name for path in recipe.iterdir() if path.is_dir()) == ["reward-0", "reward-notes"]
-    assert (recipe / "README.md").read_text() == "mine"
+    assert (recipe / "README.md").read_text().endswith("\n---\nmine")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(recipe)), logits(fewer.eval()))
 
 
@@ -273,24 +272,30 @@ def test_a_state_dict_that_was_gathered(model, tmp_path):
 
 
 @pytest.fixture
-def repositories(hub):
+def repositories(hub, tmp_path):
     """`me/base`, `me/reward` on it, and their PRT model."""
-    tiny.llama(1).save_pretrained(hub.root / "me" / "base")
-    TOKENIZER.save_pretrained(hub.root / "me" / "base")
+    put(hub, "me/base", tiny.llama(1), TOKENIZER)
     torch.manual_seed(0)
-    reward = RewardModel.from_base("me/base", peft_config=LoraConfig(init_lora_weights=False))
-    reward.save_pretrained(hub.root / "me" / "reward")
+    put(hub, "me/reward", RewardModel.from_base("me/base", peft_config=LoraConfig(init_lora_weights=False)))
     return PRTForCausalLM.from_parts("me/base", ["me/reward"], [0.6]).eval()
 
 
-def test_rewards_of_the_hub_are_named(repositories, tmp_path):
+def put(hub, repo_id, *parts):
+    with tempfile.TemporaryDirectory() as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+        return hub.put(repo_id, folder)
+
+
+def test_rewards_of_the_hub_are_named(hub, repositories, tmp_path):
+    commits = {name: hub.repositories[f"me/{name}"].resolve("main") for name in ("base", "reward")}
     repositories.save_pretrained(tmp_path / "recipe")
     assert not list(tmp_path.glob("recipe/reward-*"))
     entries = json.loads((tmp_path / "recipe" / "config.json").read_text())
     (reward,) = entries["reward_references"]
-    assert (reward["id"], reward["revision"], reward["strength"]) == ("me/reward", test_hub.COMMIT, 0.6)
+    assert (reward["id"], reward["revision"], reward["strength"]) == ("me/reward", commits["reward"], 0.6)
     assert entries["backbone_reference"]["id"] == "me/base"
-    assert entries["backbone_reference"]["revision"] == test_hub.COMMIT
+    assert entries["backbone_reference"]["revision"] == commits["base"]
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "recipe")
     assert torch.equal(logits(loaded), logits(repositories))
     loaded.save_pretrained(tmp_path / "again")
@@ -310,25 +315,9 @@ def test_rewards_of_the_hub_that_changed_are_saved_beside(repositories, tmp_path
 def test_recipes_are_pinned(repositories, hub, tmp_path, monkeypatch):
     """A newer commit does not change what they load, here or on a machine that has nothing yet."""
     repositories.save_pretrained(tmp_path / "recipe")
-    expected, newer, then = logits(repositories), "beef" * 10, hub.root
-    now = shutil.copytree(then, tmp_path / "now")
-    tiny.llama(9).save_pretrained(now / "me" / "base")
-    shutil.rmtree(now / "me" / "reward")
-    adapter(tiny.llama(9)).save_pretrained(now / "me" / "reward")
-
-    def do_GET(self, body=True):
-        self.is_new = test_hub.COMMIT not in self.path
-        self.root, self.path = now if self.is_new else then, self.path.replace(newer, "main")
-        test_hub.Hub.do_GET(self, body)
-
-    def answer(self, status, headers, content=b"", body=True):
-        if self.is_new:
-            headers = {name: value.replace(test_hub.COMMIT, newer) for name, value in headers.items()}
-            content = content.replace(test_hub.COMMIT.encode(), newer.encode())
-        test_hub.Hub.answer(self, status, headers, content, body)
-
-    monkeypatch.setattr(hub, "do_GET", do_GET)
-    monkeypatch.setattr(hub, "answer", answer)
+    expected = logits(repositories)
+    put(hub, "me/base", tiny.llama(9))
+    put(hub, "me/reward", adapter(tiny.llama(9)))
     for cache in ("cache", "cache of another machine"):
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / cache))
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "recipe")), expected)
@@ -339,7 +328,7 @@ def test_a_recipe_of_the_hub(repositories, hub, tmp_path):
     """With one reward named, and one beside it."""
     rewards = ["me/reward", RewardModel.from_base(tiny.gpt2(3), TOKENIZER)]
     model = PRTForCausalLM.from_parts("me/base", rewards).eval()
-    model.save_pretrained(hub.root / "me" / "recipe")
+    put(hub, "me/recipe", model)
     loaded = AutoModelForCausalLM.from_pretrained("me/recipe")
     assert torch.equal(logits(loaded), logits(model))
     assert AutoTokenizer.from_pretrained("me/recipe").get_vocab() == TOKENIZER.get_vocab()
