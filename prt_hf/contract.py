@@ -7,8 +7,10 @@ other.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +23,12 @@ logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
 FORMAT_VERSION = "1.1"  # 1.1: more_source_backbones
+TEXT_GENERATION = "text-generation"
+TEXT_CLASSIFICATION = "text-classification"
+IMAGE_CLASSIFICATION = "image-classification"
 SHOWN = 5  # differences that an error shows
+_MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
+_MOST_TOKENS = 2**31
 
 
 def unwrap_tokenizer(processing_class) -> PreTrainedTokenizerBase | None:
@@ -181,6 +188,11 @@ class LabelContract:
 
 Contract = VocabularyContract | LabelContract
 CONTRACTS = {contract.kind: contract for contract in (VocabularyContract, LabelContract)}
+TASKS = {
+    TEXT_GENERATION: VocabularyContract,
+    TEXT_CLASSIFICATION: LabelContract,
+    IMAGE_CLASSIFICATION: LabelContract,
+}
 
 
 def contract_to_dict(contract: Contract) -> dict[str, Any]:
@@ -189,11 +201,41 @@ def contract_to_dict(contract: Contract) -> dict[str, Any]:
 
 
 def contract_from_dict(entries: dict[str, Any]) -> Contract:
-    entries = dict(entries)
-    contract_class = CONTRACTS[entries.pop("kind")]
-    if contract_class is LabelContract:
-        entries["names"] = tuple(map(str, entries["names"]))
-    return contract_class(**entries)
+    """
+    Raises:
+        ValueError, TypeError, KeyError: no contract.
+    """
+    contract_class = CONTRACTS[entries["kind"]]
+    contract = contract_class(**_known(contract_class, entries, besides={"kind"}))
+    if isinstance(contract, LabelContract):
+        _check(contract, names=isinstance(contract.names, list) and contract.names and _are_strings(contract.names))
+        return LabelContract(tuple(contract.names))
+    special = contract.special_tokens
+    _check(
+        contract,
+        size=type(contract.size) is int and 0 < contract.size <= _MOST_TOKENS,
+        fingerprint=isinstance(contract.fingerprint, str),
+        special_tokens=isinstance(special, dict) and _are_strings(special) and _are_strings(special.values()),
+    )
+    return contract
+
+
+def _known(kind: type, entries: dict[str, Any], besides: Set[str] = frozenset()) -> dict[str, Any]:
+    """Without what a newer minor version may have added."""
+    names = {entry.name for entry in fields(kind)} - {"vocabulary"}
+    if unknown := sorted(set(entries) - names - besides):
+        logger.warning(f"{PRT_CONFIG_NAME} has entries that this version does not know and ignores: {unknown}")
+    return {name: value for name, value in entries.items() if name in names}
+
+
+def _check(owner, **is_right: bool) -> None:
+    for name, holds in is_right.items():
+        if not holds:
+            raise ValueError(f"{name} = {str(getattr(owner, name))[:80]}")
+
+
+def _are_strings(values) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 @dataclass(frozen=True)
@@ -243,7 +285,9 @@ class RewardConfig:
         return 1 / self.kl_coef
 
     def to_json_string(self) -> str:
-        return json.dumps(vars(self) | {"contract": contract_to_dict(self.contract)}, indent=2, default=vars) + "\n"
+        """In the present format, whichever it was read from."""
+        written = {"contract": contract_to_dict(self.contract), "format_version": FORMAT_VERSION}
+        return json.dumps(vars(self) | written, indent=2, default=vars) + "\n"
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "RewardConfig":
@@ -261,10 +305,12 @@ class RewardConfig:
                 found=", ".join(names[:10]) or "no such folder, or an empty one",
             )
         try:
+            if path.stat().st_size > _MOST_BYTES:
+                raise ValueError(f"{path.stat().st_size} bytes")
             return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
         except RewardFileError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise RewardFileError(
                 f"{path} cannot be read: {type(error).__name__}: {error}",
                 expected=f"the entries of a {FORMAT_VERSION} reward",
@@ -281,17 +327,32 @@ class RewardConfig:
                 found=version,
                 remedy="pip install --upgrade prt_hf",
             )
-        if unknown := sorted(set(entries) - set(cls.__dataclass_fields__)):
-            logger.warning(f"{PRT_CONFIG_NAME} has entries that this version does not know and ignores: {unknown}")
-        known = {name: value for name, value in entries.items() if name not in unknown}
-        known["contract"] = contract_from_dict(entries["contract"])
+        known = _known(cls, entries)
+        known["contract"] = contract = contract_from_dict(entries["contract"])
         for name in ("reward_base", "source_backbone"):
             if known.get(name) is not None:
-                known[name] = ModelReference(**known[name])
-        known["more_source_backbones"] = tuple(
-            ModelReference(**entry) for entry in entries.get("more_source_backbones", ())
-        )
+                known[name] = _reference(known[name])
+        known["more_source_backbones"] = tuple(map(_reference, entries.get("more_source_backbones", ())))
         config = cls(**known)
-        if not (float(config.kl_coef) > 0 and config.reward_base is not None):
-            raise ValueError(f"kl_coef = {config.kl_coef!r} and reward_base = {config.reward_base!r}")
+        _check(
+            config,
+            task=TASKS.get(config.task) is type(contract),
+            reward_base=config.reward_base is not None,
+            is_adapter=isinstance(config.is_adapter, bool),
+            kl_coef=_is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
+            entropy_coef=_is_number(config.entropy_coef) and config.entropy_coef >= 0,
+            reward_init=isinstance(config.reward_init, str),
+        )
         return config
+
+
+def _reference(entries: dict[str, Any]) -> ModelReference:
+    reference = ModelReference(**_known(ModelReference, entries))
+    _check(reference, **{name: isinstance(value, str | None) for name, value in vars(reference).items()})
+    if not any(vars(reference).values()):
+        raise ValueError(f"{entries} names no model")
+    return reference
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

@@ -1,6 +1,7 @@
 """What fits, what does not, and what the user is told."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -142,7 +143,8 @@ def a_config(**changes):
 @pytest.mark.parametrize("contract", [vocabulary(), LabelContract(("red", "green"))])
 def test_config_round_trip(tmp_path, contract):
     config = a_config()
-    config = type(config)(**{**vars(config), "contract": contract})
+    task = {"labels": "image-classification", "vocabulary": "text-generation"}[contract.kind]
+    config = replace(config, contract=contract, task=task)
     (tmp_path / PRT_CONFIG_NAME).write_text(config.to_json_string())
     assert RewardConfig.from_json_file(tmp_path / PRT_CONFIG_NAME) == config
     assert config.strength == 0.5
@@ -177,6 +179,22 @@ def test_newer_major_versions_are_refused(tmp_path):
         {"contract": [1, 2]},
         {"kl_coef": 0.0},
         {"kl_coef": "heavy"},
+        {"kl_coef": 1e-320},
+        {"kl_coef": float("inf")},
+        {"entropy_coef": -1},
+        {"is_adapter": "no"},
+        {"task": "image-classification"},
+        {"task": ["text-generation"]},
+        {"contract": {"kind": "vocabulary", "size": 10**30, "fingerprint": "f"}},
+        {"contract": {"kind": "vocabulary", "size": 97.5, "fingerprint": "f"}},
+        {"contract": {"kind": "vocabulary", "size": 97, "fingerprint": ["f"]}},
+        {"contract": {"kind": "vocabulary", "size": 97, "fingerprint": "f", "special_tokens": {"eos_token": {}}}},
+        {"contract": {"kind": "labels", "names": "red"}, "task": "image-classification"},
+        {"contract": {"kind": "labels", "names": []}, "task": "image-classification"},
+        {"contract": {"kind": "labels", "names": [1, 2]}, "task": "image-classification"},
+        {"reward_base": {"id": ["me/base"]}},
+        {"source_backbone": "me/base"},
+        {"more_source_backbones": 3},
         {"reward_base": {"name": "me/base"}},
         {"reward_base": None},
         {"format_version": "absent"},
@@ -186,6 +204,17 @@ def test_newer_major_versions_are_refused(tmp_path):
 def test_malformed_configs(tmp_path, changes):
     with pytest.raises(RewardFileError, match=r"prt_config.json cannot be read"):
         RewardConfig.from_json_file(write_changed(tmp_path, **changes))
+
+
+def test_configs_that_are_too_large_or_too_deep(tmp_path):
+    path = tmp_path / PRT_CONFIG_NAME
+    path.write_text('{"contract": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(RewardFileError, match="cannot be read: RecursionError"):
+        RewardConfig.from_json_file(path)
+    with path.open("wb") as file:
+        file.truncate(2**36)  # takes no space, and would take all memory
+    with pytest.raises(RewardFileError, match="cannot be read: ValueError: 68719476736 bytes"):
+        RewardConfig.from_json_file(path)
 
 
 def test_no_config(tmp_path):
