@@ -21,6 +21,7 @@ from .fingerprints import weights_digest_of_files, weights_digest_of_model
 from .functional import IGNORE_INDEX, Projection
 from .heads import Head, last_hidden_state, projection, why_not_projected
 from .hub import commit_of, has_file
+from .loading import load_base, load_processing_class
 from .passes import bare_base
 from .pretrained import (
     TEXT_GENERATION,
@@ -32,7 +33,7 @@ from .pretrained import (
     task_of,
     weights_fingerprint,
 )
-from .reward_model import RewardModel, load_base, load_processing_class
+from .reward_model import RewardModel
 from .shared_trunk import SharedTrunk
 
 

@@ -18,13 +18,19 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
-from .contract import Contract, LabelContract, ModelReference, VocabularyContract, unwrap_tokenizer
+from .contract import (
+    IMAGE_CLASSIFICATION,
+    TEXT_CLASSIFICATION,
+    TEXT_GENERATION,
+    Contract,
+    LabelContract,
+    ModelReference,
+    VocabularyContract,
+    unwrap_tokenizer,
+)
 from .errors import ContextLengthError, PRTValueError, UnsupportedError
 from .hub import commit_of
 
-TEXT_GENERATION = "text-generation"
-TEXT_CLASSIFICATION = "text-classification"
-IMAGE_CLASSIFICATION = "image-classification"
 AUTO_CLASSES = {
     TEXT_GENERATION: AutoModelForCausalLM,
     TEXT_CLASSIFICATION: AutoModelForSequenceClassification,
@@ -56,11 +62,20 @@ def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
     load_kwargs["revision"] = commit or "main"
     config_kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
-    config = AutoConfig.from_pretrained(model_id, **config_kwargs)
-    architecture = (config.architectures or ["unknown"])[0]
-    model = AUTO_CLASSES[_task_of_class(architecture, model_id)].from_pretrained(model_id, **load_kwargs)
+    task = task_of_checkpoint(model_id, **config_kwargs)
+    model = AUTO_CLASSES[task].from_pretrained(model_id, **load_kwargs)
     model.config._commit_hash = commit  # where transformers kept it up to 5.17; never written to files
     return model
+
+
+def task_of_checkpoint(model_id: str, **config_kwargs) -> str:
+    """The task of a model by id, told by its configuration; its weights are not loaded.
+
+    Raises:
+        PRTValueError: the checkpoint has no head that predicts tokens or labels.
+    """
+    config = AutoConfig.from_pretrained(model_id, **config_kwargs)
+    return _task_of_class((config.architectures or ["unknown"])[0], model_id)
 
 
 def task_of(network: nn.Module) -> str:

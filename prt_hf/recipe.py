@@ -8,17 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME
 
-from .contract import PRT_CONFIG_NAME, RewardConfig
+from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
 from .hub import local_folder
+from .loading import load_base
+from .model_card import PRT_CLASSES, render_recipe_card
 from .pretrained import reference_to
+from .publishing import RECIPE, RECIPE_TYPE, files_to_push, publish, shared_files, warn_of_local_base
 from .reward_files import weights_digest
-from .reward_model import RewardModel, load_base
+from .reward_model import RewardModel
 
 RECIPE_VERSION = "1.0"
 _BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
@@ -40,7 +44,7 @@ class PRTModelConfig(PreTrainedConfig):
         RewardFileError: written by a newer major version, or malformed.
     """
 
-    model_type = "prt"
+    model_type = RECIPE_TYPE
     auto_map = {}  # the backbone's would make the Auto classes load its code in the place of this model
 
     recipe_version: str = RECIPE_VERSION
@@ -148,6 +152,42 @@ def reward_folder(folder: Path, entry: dict) -> Path:
             remedy="save or download the recipe again",
         )
     return path
+
+
+def recipe_card(config: PRTModelConfig, name: str) -> str:
+    """The card of a recipe; `name` is where its lines load it from."""
+    rewards = [(entry["id"] or entry["folder"], entry["strength"]) for entry in config.reward_references]
+    task = next(task for task, name in PRT_CLASSES.items() if name in config.architectures)
+    return render_recipe_card(name, task, ModelReference(**config.backbone_reference or {}), rewards)
+
+
+def push_recipe(folder: str | Path, repo_id: str, **where) -> CommitInfo:
+    """Push the recipe that was saved in a folder, without loading its models.
+
+    Args:
+        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`PRTForCausalLM.push_to_hub`].
+
+    Raises:
+        RewardFileError: the folder holds no whole recipe, or the repository something else.
+    """
+    folder = Path(folder)
+    config = PRTModelConfig.from_pretrained(folder)
+    check_complete(config)
+    names = [name for name in shared_files(folder) if not name.endswith(".safetensors")]
+    for entry in config.reward_references:
+        if entry["id"] is None:
+            place = reward_folder(folder, entry)
+            names += [f"{place.name}/{name}" for name in files_to_push(place)]
+    warn_of_local_base(ModelReference(**config.backbone_reference or {}), "backbone=")
+    return publish(
+        RECIPE,
+        {name: folder / name for name in names},
+        recipe_card(config, repo_id),
+        folder,
+        repo_id,
+        replaced=["reward-*/*"],
+        **where,
+    )
 
 
 def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict):

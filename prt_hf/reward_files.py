@@ -17,10 +17,9 @@ from .fingerprints import file_digest
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_NETWORK_FILES = {
-    True: (ADAPTER_CONFIG, ADAPTER_WEIGHTS),
-    False: (MODEL_CONFIG, "generation_config.json", "model*.safetensors*"),
-}
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+_MODEL_FILES = (MODEL_CONFIG, "generation_config.json", "model*.safetensors*")
+NETWORK_FILES = (*_ADAPTER_FILES, *_MODEL_FILES)  # patterns, of adapters and full rewards
 _STAGING, _JOURNAL = ".saving-", "journal.json"  # the former is followed by the process id
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -58,7 +57,7 @@ def replacing_files(folder: str | Path) -> Iterator[Path]:
         stale = [name for name in _network_files(folder) if name not in new]
         for name in [*new, *stale]:
             if (folder / name).exists():
-                _keep(folder / name, old_files / name)
+                link_or_copy(folder / name, old_files / name)
         # From here to the end of the swap, a reader would find files of two rewards.
         (staging / _JOURNAL).write_text(json.dumps(new))
         try:
@@ -92,7 +91,7 @@ def check_files(folder: Path, config: RewardConfig) -> None:
         RewardFileError: names the file.
     """
     required = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if config.is_adapter else (MODEL_CONFIG,)
-    weights = _weight_files(folder, config)
+    weights = weight_files(folder, config)
     for name in dict.fromkeys([*required, *weights]):
         if not (folder / name).is_file():
             pickled = [name for name in _PICKLED if (folder / name).exists()]
@@ -103,23 +102,69 @@ def check_files(folder: Path, config: RewardConfig) -> None:
                 remedy="convert the weights to safetensors" if pickled else "download or save the reward again",
             )
     for name in weights:
-        read_weights(folder / name, values=False)
+        read_shapes(folder / name)
+
+
+def link_or_copy(file: str | Path, copy: str | Path) -> None:
+    """The same file under a second name, which stays when the first is replaced or removed."""
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, copy)
+
+
+def weight_files(folder: Path, config: RewardConfig) -> list[str]:
+    """Names of the files that hold the weights.
+
+    Raises:
+        RewardFileError: the index of a full reward's shards cannot be read, or names files elsewhere.
+    """
+    if config.is_adapter:
+        return [ADAPTER_WEIGHTS]
+    index = folder / MODEL_INDEX
+    if not index.exists():
+        return [MODEL_WEIGHTS]
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        is_right = names and all(name == Path(name).name and name.endswith(".safetensors") for name in names)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        is_right = False
+    if not is_right:
+        raise RewardFileError(
+            f"{index} cannot be used.",
+            expected="a `weight_map` to safetensors files beside it",
+            found=index.read_bytes()[:200].decode(errors="replace"),
+            remedy="download or save the reward again",
+        )
+    return names
 
 
 def weights_digest(folder: Path, config: RewardConfig) -> str:
     """SHA-256 over the files of the weights."""
-    return file_digest(*(folder / name for name in _weight_files(folder, config)))
+    return file_digest(*(folder / name for name in weight_files(folder, config)))
 
 
-def read_weights(path: Path, values: bool = True) -> dict[str, torch.Tensor | None]:
-    """The tensors of a safetensors file, or with `values=False` their names after a check of the file's extent.
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
 
     Raises:
         RewardFileError: truncated, or no safetensors file.
     """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of its tensors, after a check of the file's extent, as of [`read_weights`]."""
+    with _opened(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) if values else None for name in file.keys()}  # noqa: SIM118
+            yield file
     except SafetensorError as error:
         raise RewardFileError(
             f"{path} is damaged: {error}",
@@ -129,27 +174,12 @@ def read_weights(path: Path, values: bool = True) -> dict[str, torch.Tensor | No
         ) from error
 
 
-def _weight_files(folder: Path, config: RewardConfig) -> list[str]:
-    if config.is_adapter:
-        return [ADAPTER_WEIGHTS]
-    if (folder / MODEL_INDEX).exists():
-        return sorted(set(json.loads((folder / MODEL_INDEX).read_text())["weight_map"].values()))
-    return [MODEL_WEIGHTS]
-
-
 def _network_files(folder: Path) -> list[str]:
     """Files of the reward that `folder` holds, none where it holds no reward."""
     if not (folder / PRT_CONFIG_NAME).is_file():
         return []
     is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
-    return [path.name for pattern in _NETWORK_FILES[is_adapter] for path in folder.glob(pattern)]
-
-
-def _keep(file: Path, copy: Path) -> None:
-    try:
-        os.link(file, copy)
-    except OSError:  # a file system without hard links
-        shutil.copy2(file, copy)
+    return [path.name for pattern in (_ADAPTER_FILES if is_adapter else _MODEL_FILES) for path in folder.glob(pattern)]
 
 
 def _restore(folder: Path, staging: Path) -> None:

@@ -1,14 +1,17 @@
 """The reward model r_theta: a network, its processing, and what it needs of a backbone."""
 
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
+from huggingface_hub import CommitInfo
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapter import add_adapter, wrap, zero_head
+from .adapter import add_adapter, zero_head
+from .card_blocks import merge_cards, read_card, write_card
 from .contract import (
     PRT_CONFIG_NAME,
     Contract,
@@ -18,11 +21,11 @@ from .contract import (
     VocabularyContract,
     unwrap_tokenizer,
 )
-from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
+from .errors import PRTValueError, UnsupportedError
 from .hub import local_folder
+from .loading import load_adapter, load_full, load_processing_class
+from .model_card import render_card
 from .pretrained import (
-    AUTO_CLASSES,
-    CONFIG_KWARGS,
     IMAGE_CLASSIFICATION,
     check_bare,
     check_length,
@@ -32,7 +35,12 @@ from .pretrained import (
     reference_to,
     task_of,
 )
-from .reward_files import ADAPTER_WEIGHTS, check_files, read_weights, recover, replacing_files
+from .publishing import push_reward
+from .reward_files import (
+    check_files,
+    recover,
+    replacing_files,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -49,12 +57,20 @@ class RewardModel:
         network (`PeftModel` or `PreTrainedModel`): a reward adapter on its base, or a full reward.
         config ([`RewardConfig`]): contract, base, training coefficients; `prt_config.json`.
         processing_class: tokenizer or image processor, saved beside the weights; may be None for classifiers.
+        card (`str`, *optional*): the model card that it was loaded with, or that a trainer wrote; saved with it.
     """
 
-    def __init__(self, network: PeftModel | PreTrainedModel, config: RewardConfig, processing_class=None):
+    def __init__(
+        self,
+        network: PeftModel | PreTrainedModel,
+        config: RewardConfig,
+        processing_class=None,
+        card: str | None = None,
+    ):
         self.network = network
         self.config = config
         self.processing_class = processing_class
+        self.card = card
 
     @classmethod
     def from_base(
@@ -136,6 +152,7 @@ class RewardModel:
         base_model: str | PreTrainedModel | None = None,
         *,
         token: str | bool | None = None,
+        subfolder: str | None = None,
         **load_kwargs,
     ) -> "RewardModel":
         """Load a reward from a folder or from the Hub, in evaluation mode.
@@ -143,6 +160,8 @@ class RewardModel:
         Args:
             path_or_repo: folder, or repository id.
             revision: branch, tag or commit of the reward.
+            token: of the Hub; by default the one that `hf auth login` stored.
+            subfolder: where the reward lies within: a checkpoint (`"last-checkpoint"`), or one reward of a recipe.
             base_model: the adapter's base if it is in memory already, or where it lies now; by default it is loaded as
                 `prt_config.json` names it, at the revision named there. A model in memory is left as it is and shares
                 its weights. For a full reward of a class that the Auto classes do not know: a model of that class.
@@ -153,15 +172,15 @@ class RewardModel:
             BaseModelMismatchError: the base is not the one that the reward was tuned on.
             VocabularyMismatchError: the tokenizer beside the reward is not the one that it was tuned with.
         """
-        folder = local_folder(path_or_repo, revision=revision, token=token)
+        folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
         recover(folder)
         config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
         check_files(folder, config)
         if config.is_adapter:
-            network, source = _load_adapter(folder, config, base_model, token, load_kwargs)
+            network, source = load_adapter(folder, config, base_model, token, load_kwargs)
         else:
-            network, source = _load_full(folder, config, base_model, load_kwargs), None
-        reward = cls(network.eval(), config)
+            network, source = load_full(folder, config, base_model, load_kwargs), None
+        reward = cls(network.eval(), config, card=read_card(folder))
         reward._take_processing_class(folder, source)
         return reward
 
@@ -201,9 +220,11 @@ class RewardModel:
         return self.network(**inputs).logits[..., self.columns]
 
     def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write plain PEFT files (or those of a full model), the tokenizer or image processor, and `prt_config.json`.
+        """Write plain PEFT files (or those of a full model), the tokenizer or image processor, `prt_config.json`, and a
+        model card, `README.md`.
 
-        An interrupted save leaves the reward that was there before whole. Other files of the folder are kept.
+        An interrupted save leaves the reward that was there before whole. Other files of the folder are kept, and so is
+        what users have written into its card.
 
         Raises:
             RewardFileError: the folder holds a model that is no reward.
@@ -214,12 +235,52 @@ class RewardModel:
             if self.config.is_adapter:
                 # "auto" would ask the Hub whether the vocabulary was resized.
                 self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)
-                (staged / "README.md").unlink(missing_ok=True)  # PEFT's template; a user's card is not ours to replace
             else:
                 self.network.save_pretrained(staged, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(staged)
             (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
+            card = render_card(self.config, Path(folder).absolute().name)
+            for earlier in (self.card, read_card(Path(folder))):
+                card = card if earlier is None else merge_cards(earlier, card)
+            write_card(staged, card)  # in the place of PEFT's template
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Share the reward: the files of [`save_pretrained`], in one commit.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist. What users have written into the card there is kept.
+            private: of a new repository.
+            revision: branch; made if it does not exist.
+            commit_message: by default `"Upload reward"`.
+            token: of the Hub; by default the one that `hf auth login` stored.
+            create_pr: propose the commit instead.
+
+        Raises:
+            RewardFileError: the repository holds something else.
+            PRTValueError: it is public, and `private`.
+            HfHubHTTPError: no right, the branch has moved meanwhile, ...: the Hub's own errors.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_reward(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+            )
 
     def trained_with(self, *source_backbones: ModelReference, kl_coef: float, entropy_coef: float) -> None:
         """Write down the training that `network` is about to get."""
@@ -289,19 +350,6 @@ class RewardModel:
             self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
 
 
-def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
-    """Tokenizer or image processor of a checkpoint, or None where it has none."""
-    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
-    kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
-    try:
-        return auto_class.from_pretrained(path_or_id, **kwargs)
-    except (OSError, ValueError, KeyError):
-        return None
-    except ImportError as error:
-        logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
-        return None
-
-
 def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:
     """Text classifiers match in their labels, and both also read the same token ids."""
     ours, theirs = unwrap_tokenizer(ours), unwrap_tokenizer(theirs)
@@ -323,88 +371,3 @@ def _check_same_pixels(ours, theirs) -> None:
             found=", ".join(f"{name}={theirs[name]}" for name in differing),
             remedy="prepare each model's pixels by itself, and add the two with `prt_hf.combine`",
         )
-
-
-def load_base(reference: ModelReference, token: str | bool | None = None, **load_kwargs) -> PreTrainedModel:
-    """The pretrained model that a file names, at the revision named there.
-
-    Raises:
-        RewardFileError: it was made in memory and has no id.
-        BaseModelMismatchError: what lies there now is another model.
-    """
-    if reference.id is None:
-        raise RewardFileError(
-            "The pretrained model was made in memory and has no id to load it by.",
-            expected="`base_model=` of a reward, or `backbone=` of a PRT model: that model, or its path",
-            found=str(reference),
-        )
-    pinned = {"revision": reference.revision} if reference.revision else {}
-    model = load_pretrained(reference.id, **pinned | {"token": token} | load_kwargs)
-    check_same_model(reference, model)
-    return model
-
-
-def _load_adapter(folder, config, base_model, token, load_kwargs):
-    """The adapter on its checked base, and where the base came from."""
-    base, source = base_model, None
-    if base_model is None:
-        source = config.reward_base.id
-        base = load_base(config.reward_base, token, **load_kwargs)
-    else:
-        if not isinstance(base_model, torch.nn.Module):
-            source = str(base_model)
-            base = load_pretrained(source, token=token, **load_kwargs)
-        check_bare(base)
-        check_same_model(config.reward_base, base)
-    peft_config = PeftConfig.from_pretrained(folder)
-    peft_config.inference_mode = False
-    network = wrap(base, peft_config)
-    weights = read_weights(folder / ADAPTER_WEIGHTS)
-    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    wrong = (expected.keys() ^ weights.keys()) | {
-        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
-    }
-    if wrong:
-        raise BaseModelMismatchError(
-            "The adapter's weights do not fit its base.",
-            expected=f"{len(expected)} tensors for {config.reward_base}",
-            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
-            remedy="load the reward on the base that it was tuned on",
-        )
-    set_peft_model_state_dict(network, weights)
-    return network, source
-
-
-def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
-    """The weights decide where they can be read: the same model may have moved, another may have taken its place.
-
-    Raises:
-        BaseModelMismatchError: it is another model, or another revision.
-    """
-    found = reference_to(model)
-    if found.weights and expected.weights:
-        same = found.weights == expected.weights
-    else:
-        names = [(reference.id, reference.revision, reference.architecture) for reference in (found, expected)]
-        same = found.id is not None and names[0] == names[1]
-    if not same:
-        raise BaseModelMismatchError(
-            "The pretrained model is not the one that was used before.",
-            expected=str(expected),
-            found=str(found),
-            remedy="use that model, at that revision",
-        )
-
-
-def _load_full(folder, config, base_model, load_kwargs):
-    auto_class = AUTO_CLASSES[config.task] if base_model is None else type(base_model)
-    try:
-        return auto_class.from_pretrained(folder, **load_kwargs)
-    except ValueError as error:
-        if base_model is not None:
-            raise
-        raise RewardFileError(
-            f"The full reward is a {config.reward_base.architecture}, which {auto_class.__name__} cannot load.",
-            expected="a registered class, or `base_model=` a model of that class",
-            found=str(error).splitlines()[0],
-        ) from error

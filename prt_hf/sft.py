@@ -42,9 +42,6 @@ class _SFTData(SFTTrainer):
         with replaced_forwards([(base, base.forward)]), _head_shown_bare(model):
             super().__init__(model, *args, **kwargs)
 
-    def create_model_card(self, *args, **kwargs):
-        """None: TRL would write, over whatever card there is, that this is a fine-tuned model."""
-
 
 class PRTSFTTrainer(PRTTrainer, _SFTData):
     """[`PRTTrainer`] for the data sets that [`~trl.SFTTrainer`] takes.

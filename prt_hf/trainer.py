@@ -1,14 +1,12 @@
 """`PRTTrainer`: the HF Trainer with the objective of Portable Reward Tuning."""
 
-import os
 from collections import defaultdict
 from contextlib import ExitStack
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -32,11 +30,12 @@ from .pretrained import TEXT_GENERATION, check_length, context_length, frozen_no
 from .reward_model import RewardModel
 from .sharding import address, check_fsdp, is_sharding, is_zero3, sharded
 from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
+from .trainer_hub import RewardSaver
 
 logger = logging.get_logger(__name__)
 
 
-class PRTTrainer(Trainer):
+class PRTTrainer(RewardSaver):
     """Tunes a reward r_theta with the fine-tuning loss of softmax(log pi_pt + r_theta / kl_coef), pi_pt frozen (Eq. 7).
 
     Args:
@@ -213,13 +212,6 @@ class PRTTrainer(Trainer):
         collator = getattr(self.data_collator, "collator", self.data_collator)
         extra = [ROW, *(MASKS if isinstance(collator, TokenCollator) else ())]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
-
-    def _save(self, output_dir=None, state_dict=None):
-        if not self.args.should_save:
-            return
-        output_dir = output_dir or self.args.output_dir
-        self.reward.save_pretrained(output_dir, state_dict=state_dict)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _default_collator(self, train_dataset, eval_dataset, processing_class):
         """Of a language model."""

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -253,6 +254,7 @@ def test_plain_peft_loads_the_adapter(saved):
     plain = PeftModel.from_pretrained(tiny.llama(1), folder).eval()
     torch.testing.assert_close(plain(tiny.prompts()).logits, expected)
     assert {path.name for path in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "prt_config.json",
@@ -484,10 +486,12 @@ def test_what_a_killed_save_left_behind_goes(saved):
 
 
 def test_cards_and_other_files_are_kept(saved):
-    (saved[0] / "README.md").write_text("my words")
+    (saved[0] / "README.md").write_text("my words")  # over the card that it was saved with
     (saved[0] / "checkpoint-1").mkdir()
     RewardModel.from_pretrained(saved[0]).save_pretrained(saved[0])
-    assert (saved[0] / "README.md").read_text() == "my words" and (saved[0] / "checkpoint-1").is_dir()
+    metadata, words = (saved[0] / "README.md").read_text().removeprefix("---\n").split("\n---\n")
+    assert words == "my words" and yaml.safe_load(metadata)["library_name"] == "prt_hf"
+    assert (saved[0] / "checkpoint-1").is_dir()
 
 
 def test_a_full_reward_replaces_an_adapter_whole(saved, tokenizer):

@@ -12,9 +12,10 @@ from transformers.utils import logging
 from ..contract import VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import check_finite, combine
+from ..loading import load_base
 from ..passes import can_mix
 from ..pretrained import contract_of, unwrap_adapter
-from ..reward_model import RewardModel, load_base
+from ..reward_model import RewardModel
 from .state import RewardState
 
 logger = logging.get_logger(__name__)

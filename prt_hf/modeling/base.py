@@ -3,12 +3,14 @@
 import copy
 import json
 import shutil
+import tempfile
 from dataclasses import asdict
 from math import isfinite
 from numbers import Real
 from pathlib import Path
 
 import torch
+from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -20,10 +22,12 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
+from ..card_blocks import merge_cards, read_card, write_card
 from ..contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
 from ..hub import local_folder
+from ..loading import check_same_model, load_base, load_processing_class
 from ..passes import MixedPass, Pass, bare_base, can_mix
 from ..pretrained import (
     AUTO_CLASSES,
@@ -46,10 +50,12 @@ from ..recipe import (
     digest,
     load_from_recipe,
     load_reward,
+    push_recipe,
+    recipe_card,
     save_beside,
     write_recipe,
 )
-from ..reward_model import RewardModel, check_same_model, load_base, load_processing_class
+from ..reward_model import RewardModel
 
 logger = logging.get_logger(__name__)
 
@@ -284,11 +290,36 @@ class PRTPreTrainedModel(PreTrainedModel):
             self.generation_config.save_pretrained(folder)
         if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
             save_file(self._tuned(state_dict), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        card, there = recipe_card(config, folder.absolute().name), read_card(folder)
+        write_card(folder, card if there is None else merge_cards(there, card))
         write_recipe(config, folder)
         kept = {entry["folder"] for entry in config.reward_references}
         for earlier in folder.glob("reward-*"):
             if earlier.name not in kept and (earlier / PRT_CONFIG_NAME).exists():
                 shutil.rmtree(earlier)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Share the recipe: the files of [`save_pretrained`] in one commit, as [`RewardModel.push_to_hub`] does."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_recipe(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+            )
 
     def _tuned(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What training changes: trainable parameters, and batch statistics of the rewards."""

@@ -1,0 +1,145 @@
+"""What goes to the Hub: a saved reward or recipe and its card, in one commit."""
+
+import json
+from collections.abc import Callable, Container, Iterable, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import CONFIG_NAME, logging
+
+from .card_blocks import CARD_NAME, join_cards, merge_cards, read_card
+from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
+from .errors import RewardFileError
+from .hub import FILE_PATTERNS, commit_files, open_branch
+from .model_card import render_card
+from .reward_files import ADAPTER_CONFIG, NETWORK_FILES, check_files, recover, weight_files
+
+logger = logging.get_logger(__name__)
+
+REWARD, RECIPE = "a reward", "a recipe"
+RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
+_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+
+
+def push_reward(folder: str | Path, repo_id: str, *, checkpoint: tuple[str, Path] | None = None, **where) -> CommitInfo:
+    """Push the reward that was saved in a folder, without loading it.
+
+    Args:
+        checkpoint: a folder of the repository, and all the files that go there in the same commit.
+        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`RewardModel.push_to_hub`].
+
+    Raises:
+        RewardFileError: the folder holds no whole reward, or the repository something else.
+    """
+    folder = Path(folder)
+    names = files_to_push(folder)
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    warn_of_local_base(config.reward_base, "base_model=")
+    place, source = checkpoint or ("", folder / "nothing")
+    beside = {f"{place}/{file.relative_to(source).as_posix()}": file for file in source.rglob("*") if file.is_file()}
+    return publish(
+        REWARD,
+        {name: folder / name for name in names} | beside,
+        render_card(config, repo_id),
+        folder,
+        repo_id,
+        replaced=[*NETWORK_FILES, *([f"{place}/*"] if beside else [])],
+        **where,
+    )
+
+
+def files_to_push(folder: Path) -> list[str]:
+    """Names of the files of a saved reward that others need.
+
+    Raises:
+        RewardFileError: it is not whole.
+    """
+    recover(folder)
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    check_files(folder, config)
+    weights = weight_files(folder, config)
+    return [name for name in shared_files(folder) if name in weights or not name.endswith(".safetensors")]
+
+
+def publish(
+    kind: str,
+    files: Mapping[str, Path],
+    card: str,
+    folder: Path,
+    repo_id: str,
+    *,
+    replaced: Iterable[str],
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    **where,
+) -> CommitInfo:
+    """One commit: the files, the card with what users have written into it there or in `folder`, and without files of
+    an earlier push that match `replaced`.
+
+    Raises:
+        RewardFileError: the repository holds something else.
+    """
+    branch = open_branch(repo_id, create_pr=create_pr, **where)
+    found = what_lies_in(branch.files, branch.read)
+    if found not in (None, kind):
+        raise RewardFileError(
+            f"{branch.repo_id} holds {found}; {kind} would spoil it.",
+            expected=f"a new repository, or one with an earlier {kind}",
+            found=found,
+            remedy="choose another name, or another branch",
+        )
+    if (here := read_card(folder)) is not None:
+        card = merge_cards(here, card)
+    if (there := branch.read(CARD_NAME)) is not None:
+        card = join_cards(there, card)
+    stale = [
+        name for name in branch.files if name not in files and any(_matches(name, pattern) for pattern in replaced)
+    ]
+    return commit_files(
+        branch,
+        {name: path for name, path in files.items() if name != CARD_NAME} | {CARD_NAME: card},
+        commit_message or f"Upload {kind.removeprefix('a ')}",
+        removed=sorted(stale),
+        create_pr=create_pr,
+    )
+
+
+def shared_files(folder: Path) -> list[str]:
+    """Names of a folder's files that others need: no pickles, no code, nothing else that a training run leaves."""
+    names = [file.relative_to(folder).as_posix() for file in (*folder.iterdir(), *folder.glob(_CHAT_TEMPLATES))]
+    return sorted(
+        name
+        for name in names
+        if (folder / name).is_file()
+        and not name.startswith(".")
+        and name != TRAINER_STATE_NAME
+        and any(fnmatch(name, pattern) for pattern in FILE_PATTERNS)
+    )
+
+
+def warn_of_local_base(reference: ModelReference, argument: str) -> None:
+    if reference.id is None or Path(reference.id).is_dir():
+        logger.warning(f"{reference} is not on the Hub: whoever loads what is pushed has to pass `{argument}`.")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As in a shell: `*` stays within a folder."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
+
+
+def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
+    """`REWARD`, `RECIPE`, what else a push would spoil, or None; of a folder or a repository with these files."""
+    if PRT_CONFIG_NAME in names:
+        return REWARD
+    if CONFIG_NAME in names:
+        try:
+            model_type = json.loads(read(CONFIG_NAME)).get("model_type")
+        except (ValueError, AttributeError):
+            model_type = None
+        return RECIPE if model_type == RECIPE_TYPE else f"a model of another kind ({model_type})"
+    if ADAPTER_CONFIG in names:
+        return "an adapter that is no reward"
+    return None

@@ -1,0 +1,152 @@
+"""What a trainer of a reward saves and pushes: always a whole reward, with its card."""
+
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, run_as_future
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
+
+from .card_blocks import merge_cards, read_card, with_metadata, write_card
+from .model_card import TrainingRecord, render_card
+from .publishing import push_reward
+from .reward_files import link_or_copy
+from .reward_model import RewardModel
+
+logger = logging.get_logger(__name__)
+
+
+class RewardSaver(Trainer):
+    """The part of [`PRTTrainer`] that saves and pushes `reward`; the Trainer's own knows networks only."""
+
+    reward: RewardModel
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write the reward's card to `output_dir`; what users have written into it is kept.
+
+        Takes the arguments of the Trainer's and TRL's. `finetuned_from` and `tasks` are not used, because the reward
+        knows its base and its task; nor are `dataset` and `dataset_args`, the names of data sets for people.
+
+        Args:
+            language, license, tags: metadata.
+            model_name: in the lines that load the reward; by default the repository's name, or the folder's.
+            dataset_tags, dataset_name: ids of the data sets on the Hub; by default as they tell themselves.
+        """
+        if not self.is_world_process_zero():
+            return
+        datasets = dataset_name or dataset_tags
+        metadata = {"language": language, "license": license, "tags": tags, "datasets": datasets}
+        self._update_card(model_name)
+        self.reward.card = with_metadata(self.reward.card, **metadata)
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        there = read_card(folder)
+        write_card(folder, self.reward.card if there is None else merge_cards(there, self.reward.card))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the reward and push it to `args.hub_model_id`, in one commit, as [`RewardModel.push_to_hub`] does.
+
+        Args:
+            blocking: wait; otherwise the return value is a `Future`.
+            token, revision, private: by default those of `args`.
+            card_kwargs: for [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card_kwargs)
+        self._finish_current_push()
+        arguments = {
+            "private": self.args.hub_private_repo if private is None else private,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message,
+            "token": token,
+        }
+        if blocking:
+            return push_reward(self.args.output_dir, self.hub_model_id, **arguments)
+        return run_as_future(push_reward, self.args.output_dir, self.hub_model_id, **arguments)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """As `hub_strategy` says. The Trainer's would push a fixed list of files, without the reward's own."""
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_pushing and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        # Under names of their own: the Trainer deletes old checkpoints.
+        staged = Path(tempfile.mkdtemp(prefix=".pushing-", dir=self.args.output_dir))
+        shutil.copytree(checkpoint_folder, staged, copy_function=link_or_copy, dirs_exist_ok=True)
+        place = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }.get(strategy)
+        job = run_as_future(
+            _push_staged,
+            staged,
+            self.hub_model_id,
+            checkpoint=place and (place, staged),
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+        )
+        if is_pushing:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        self._update_card()
+        self.reward.save_pretrained(output_dir, state_dict=state_dict)
+        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _update_card(self, name: str | None = None) -> None:
+        name = name or self.hub_model_id or Path(self.args.output_dir).absolute().name
+        card = render_card(self.reward.config, name, TrainingRecord.from_trainer(self))
+        self.reward.card = card if self.reward.card is None else merge_cards(self.reward.card, card)
+
+
+def _push_staged(folder: Path, repo_id: str, **arguments) -> CommitInfo:
+    """In the background, where nobody asks how it went: the log tells of failures."""
+    try:
+        return push_reward(folder, repo_id, **arguments)
+    except Exception as error:
+        logger.error(f"A push to the Hub has failed: {error}")
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
