@@ -31,6 +31,8 @@ class PRTConfig(TrainingArguments):
         backbone_cache_dir (`str`, *optional*): where that is kept, by default `prt_hf` beside the Hub's cache.
     """
 
+    _argument_group_name = "training"  # in the help of commands
+
     kl_coef: float = field(default=1.0, metadata={"help": "Weight lambda of KL(pi || pi_pt), Eq. 5 of the paper."})
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight alpha of entropy maximisation, Eq. 12."})
     reward_init: str = field(

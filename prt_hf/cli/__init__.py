@@ -5,9 +5,9 @@ import sys
 
 from .._version import __version__
 from ..errors import PRTError
-from . import bench, demo
+from . import bench, demo, push, train
 
-COMMANDS = (demo, bench)
+COMMANDS = (demo, train, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +17,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="command")
     for command in COMMANDS:
         command.add_parser(commands).set_defaults(run=command.run)
-    args = parser.parse_args(argv)
+    args, args.rest = parser.parse_known_args(argv)
+    if args.rest and args.run is not train.run:
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         args.run(args)
     except PRTError as error:

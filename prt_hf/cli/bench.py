@@ -182,8 +182,9 @@ def _models(args):
             )
         from transformers import AutoTokenizer
 
+        from ..loading import load_base
         from ..pretrained import load_pretrained
-        from ..reward_model import RewardModel, load_base
+        from ..reward_model import RewardModel
 
         tokenizer = AutoTokenizer.from_pretrained(args.backbone)
         reward = RewardModel.from_pretrained(args.reward)

@@ -1,12 +1,10 @@
-"""The user's own models and data, of the Hub or in files."""
+"""The user's own models, and rows of the user's data set aside to judge on."""
 
-from pathlib import Path
+from datasets import Dataset, DatasetDict
 
-from datasets import Dataset, DatasetDict, load_dataset
-
+from ..data import first_line, load_data
 from ..errors import PRTValueError
 
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 TEST_SPLITS = ("test", "validation")
 MOST_TEST_ROWS = 200
 
@@ -23,7 +21,7 @@ def load(auto_class: type, place: str, **kwargs):
         raise PRTValueError(
             f"{place} cannot be loaded.",
             expected=f"an id of the Hub, or a folder, that {auto_class.__name__} can load",
-            found=_first_line(error),
+            found=first_line(error),
         ) from error
 
 
@@ -33,38 +31,9 @@ def load_splits(dataset: str, seed: int) -> tuple[Dataset, Dataset]:
     Raises:
         PRTValueError: it cannot be loaded, or has too few rows.
     """
-    path = Path(dataset)
-    try:
-        if path.is_file() and path.suffix in FORMATS:
-            parts = load_dataset(FORMATS[path.suffix], data_files=str(path))
-        else:
-            parts = load_dataset(dataset)
-    except Exception as error:  # the datasets library raises what its many back ends raise
-        raise PRTValueError(
-            f"The dataset {dataset} cannot be loaded.",
-            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
-            found=_first_line(error),
-        ) from error
-    train, test = _split(parts, seed)
+    train, test = _split(load_data(dataset), seed)
     test = test.select(range(min(len(test), MOST_TEST_ROWS)))
     return train, test
-
-
-def require_column(rows: Dataset, name: str, dataset: str) -> None:
-    """Raises:
-    PRTValueError: the column is missing.
-    """
-    if name not in rows.column_names:
-        raise PRTValueError(
-            f"The dataset {dataset} has no column {name!r}.",
-            expected=f"a column {name!r}",
-            found=", ".join(rows.column_names),
-            remedy=f"rename the column that holds it to {name!r}",
-        )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _split(parts: DatasetDict, seed: int) -> tuple[Dataset, Dataset]:

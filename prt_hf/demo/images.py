@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from .. import LabelContract
-from ..errors import PRTValueError
+from ..data import label_ids, pixel_values, require_column
 from .comparison import METHODS, Contenders, hits
-from .data import load, load_splits, require_column
+from .data import load, load_splits
 from .report import Result
 from .training import Steps, fine_tune, fit, tune_reward
 
@@ -190,26 +190,10 @@ def _rows(images: np.ndarray, labels: np.ndarray) -> Rows:
 
 
 def _own_rows(part, image_processor, config) -> Rows:
-    """Labels are matched by name where the dataset has names, else they are the models' ids."""
-    names = getattr(part.features["label"], "names", None)
-    ids = {str(name): int(index) for index, name in config.id2label.items()}
-    values = [names[label] if names else label for label in part["label"]]
-    known = ids if names or isinstance(values[0], str) else {index: index for index in ids.values()}
-    if unknown := sorted({value for value in values if value not in known}):
-        raise PRTValueError(
-            "The dataset has labels that the models do not know.",
-            expected=f"the models' labels: {list(known)[:10]}",
-            found=f"{unknown[:10]}",
-            remedy="name classifiers that were trained for these labels",
-        )
-    colours = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-    pixels = [
-        image_processor(image.convert(colours), return_tensors="pt")["pixel_values"][0]
-        for image in tqdm(part["image"], desc="reading images", unit="image")
-    ]
+    images = tqdm(part["image"], desc="reading images", unit="image")
     return [
-        {"pixel_values": image, "labels": torch.tensor(known[value])}
-        for image, value in zip(pixels, values, strict=True)
+        {"pixel_values": pixel_values(image, image_processor, config), "labels": torch.tensor(label)}
+        for image, label in zip(images, label_ids(part, "label", config.id2label), strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import EFTLogitsProcessor, PRTLogitsProcessor, VocabularyContract
+from ..data import require_column
 from ..errors import PRTValueError
 from . import prose
 from .comparison import (
@@ -30,7 +31,7 @@ from .comparison import (
     Contenders,
     token_losses,
 )
-from .data import load, load_splits, require_column
+from .data import load, load_splits
 from .report import Result, Sample
 from .training import Steps, fine_tune, fit, tune_reward
 

@@ -1,0 +1,54 @@
+"""`prt-hf push`: a saved reward or recipe to the Hub."""
+
+import argparse
+from pathlib import Path
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "push",
+        help="share a saved reward or recipe on the Hub",
+        description="Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub: in one "
+        "commit, without loading any model. The card that lies there is kept where users have written into it. Weights "
+        "go as safetensors; pickles, checkpoints and code stay here.",
+        epilog="""\
+examples:
+  prt-hf push gsm8k-reward me/gsm8k-reward --private
+  prt-hf push gsm8k-reward me/gsm8k-reward --revision v2 --commit_message "tuned on twice the data"
+  prt-hf push gsm8k-reward someone/gsm8k-reward --create_pr
+  prt-hf push gsm8k-7b me/gsm8k-7b           # a recipe: which backbone, which rewards, how strong
+
+Log in first with `hf auth login`, or set HF_TOKEN.""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, help="what `save_pretrained` or `prt-hf train` wrote")
+    parser.add_argument("repo_id", help="user/name; made if it does not exist")
+    parser.add_argument("--private", action="store_true", default=None, help="a new repository that others do not see")
+    parser.add_argument("--revision", help="branch; made if it does not exist; default: main")
+    parser.add_argument("--commit_message", "--commit-message", help="default: Upload reward, or Upload recipe")
+    parser.add_argument("--create_pr", "--create-pr", action="store_true", help="propose it to whoever owns the name")
+    parser.add_argument("--token", help="of the Hub; default: the one that is logged in")
+    parser.add_argument("--json", action="store_true", help="print one object: repo_id, commit, url")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    from ..publishing import RECIPE, push_reward, what_lies_in
+    from ..recipe import push_recipe
+
+    folder = args.folder
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else ()
+    kind = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8"))
+    info = (push_recipe if kind == RECIPE else push_reward)(
+        folder,
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        commit_message=args.commit_message,
+        token=args.token,
+        create_pr=args.create_pr,
+    )
+    url = info.pr_url or info.commit_url
+    print(json.dumps({"repo_id": args.repo_id, "commit": info.oid, "url": url}) if args.json else url)
