@@ -259,7 +259,7 @@ def reward_and_backbones(
     if isinstance(model, RewardModel):
         reward = _continued(model, peft_config, args)
         if backbone is None:
-            return reward, _earlier_sources(reward)
+            return reward, source_backbones(reward)
         return reward, [Backbone(reward, each) for each in given]
 
     name = model if isinstance(model, str) else None
@@ -280,6 +280,17 @@ def reward_and_backbones(
     return reward, [
         own() if each_is_own else Backbone(reward, each) for each, each_is_own in zip(given, is_own, strict=True)
     ]
+
+
+def source_backbones(reward: RewardModel, **load_kwargs) -> list[Backbone]:
+    """Those that a reward was tuned on; of one that was not tuned yet, the pretrained model that it starts from.
+
+    Raises:
+        PRTValueError: one of them was made in memory.
+    """
+    config = reward.config
+    references = [config.source_backbone or config.reward_base, *config.more_source_backbones]
+    return [_earlier_source(reward, reference, load_kwargs) for reference in references]
 
 
 def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
@@ -305,18 +316,7 @@ def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
     return reward
 
 
-def _earlier_sources(reward: RewardModel) -> list[Backbone]:
-    """Those that a reward was tuned on before; of one that was not tuned yet, the pretrained model that it starts from.
-
-    Raises:
-        PRTValueError: one of them was made in memory.
-    """
-    config = reward.config
-    references = [config.source_backbone or config.reward_base, *config.more_source_backbones]
-    return [_earlier_source(reward, reference) for reference in references]
-
-
-def _earlier_source(reward: RewardModel, reference: ModelReference) -> Backbone:
+def _earlier_source(reward: RewardModel, reference: ModelReference, load_kwargs: dict) -> Backbone:
     base = reward.config.reward_base
     is_base = reference == base or (reference.weights is not None and reference.weights == base.weights)
     if is_base and reward.config.is_adapter:
@@ -329,7 +329,7 @@ def _earlier_source(reward: RewardModel, reference: ModelReference) -> Backbone:
             expected="`backbone=` the model that it was tuned against",
             found=str(reference),
         )
-    return Backbone(reward, reference)
+    return Backbone(reward, reference, **load_kwargs)
 
 
 def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:

@@ -51,6 +51,16 @@ def has_file(path_or_repo: str, name: str) -> bool:
     return True
 
 
+def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
+    """One file of a reward; as [`local_folder`], which fetches them all."""
+    if Path(path_or_repo).is_dir():
+        return Path(path_or_repo) / name
+    try:
+        return Path(hf_hub_download(str(path_or_repo), name, token=token))
+    except HFValidationError as error:
+        raise _nothing_at(path_or_repo) from error
+
+
 def local_folder(
     path_or_repo: str | Path,
     revision: str | None = None,
@@ -72,10 +82,17 @@ def local_folder(
                 str(path_or_repo), revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
             )
         except HFValidationError as error:
-            raise RewardFileError(
-                f"There is nothing at {path_or_repo}.", expected="a folder, or an id of the Hub", found="neither"
-            ) from error
+            raise _nothing_at(path_or_repo) from error
     return Path(path_or_repo, subfolder or "")
+
+
+def is_of_hub(error: BaseException) -> bool:
+    """Whether the Hub or the way there failed, or what was raised because of that."""
+    while error is not None:
+        if isinstance(error, HfHubHTTPError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
+            return True
+        error = error.__cause__
+    return False
 
 
 @dataclass(frozen=True)
@@ -155,4 +172,10 @@ def commit_files(
         revision=branch.revision,
         create_pr=create_pr,
         parent_commit=branch.commit,
+    )
+
+
+def _nothing_at(path_or_repo: str | Path) -> RewardFileError:
+    return RewardFileError(
+        f"There is nothing at {path_or_repo}.", expected="a folder, or an id of the Hub", found="neither"
     )

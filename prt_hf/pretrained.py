@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -74,8 +75,44 @@ def task_of_checkpoint(model_id: str, **config_kwargs) -> str:
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels.
     """
-    config = AutoConfig.from_pretrained(model_id, **config_kwargs)
+    config = load_config(model_id, **config_kwargs)
     return _task_of_class((config.architectures or ["unknown"])[0], model_id)
+
+
+def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
+    """
+    Args:
+        config_kwargs: `revision`, `token`, `trust_remote_code`.
+
+    Raises:
+        PRTValueError: an architecture that transformers does not know, or code that it may not run.
+    """
+    try:
+        return AutoConfig.from_pretrained(model_id, **config_kwargs)
+    except ValueError as error:
+        raise PRTValueError(
+            f"The configuration of {model_id} cannot be used.",
+            expected="an architecture that the installed transformers knows",
+            found=str(error).strip().splitlines()[0],
+        ) from error
+
+
+def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
+    """A model without its weights, on the meta device: all that its configuration tells, for a few kilobytes.
+
+    Args:
+        config_kwargs: `revision`, `token`, `trust_remote_code`.
+
+    Raises:
+        PRTValueError: the checkpoint has no head that predicts tokens or labels, or its class is not known.
+    """
+    commit = commit_of(model_id, config_kwargs.get("revision"), config_kwargs.get("token"))
+    config = load_config(model_id, **config_kwargs | {"revision": commit or "main"})
+    auto_class = AUTO_CLASSES[_task_of_class((config.architectures or ["unknown"])[0], model_id)]
+    with torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=config_kwargs.get("trust_remote_code"))
+    model.name_or_path, model.config._commit_hash = model_id, commit
+    return model
 
 
 def task_of(network: nn.Module) -> str:

@@ -336,6 +336,16 @@ class RewardModel:
         self.contract.check(found, owner="reward's own tokenizer")
         return found
 
+    def name_tokens(self) -> None:
+        """Take the token names from the tokenizer, to name differences later: a saved contract has none.
+
+        Raises:
+            VocabularyMismatchError: the tokenizer is not the reward's.
+        """
+        found = self.check_processing_class()
+        if found is not None:
+            self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
+
     def _take_processing_class(self, folder: Path, source: str | Path | None) -> None:
         """Read tokenizer or image processor from the reward's folder, else from its base."""
         for place in (folder, source):
@@ -344,10 +354,7 @@ class RewardModel:
             self.processing_class = load_processing_class(place, self.config.task)
             if self.processing_class is not None:
                 break
-        found = self.check_processing_class()
-        if found is not None:
-            # The saved contract has no token names: take them, to name differences later.
-            self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
+        self.name_tokens()
 
 
 def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:

@@ -12,6 +12,7 @@ from peft import LoraConfig
 
 from prt_hf import PRTConfig, PRTTrainer, RewardModel
 from prt_hf.backbones import Batch
+from prt_hf.cli import main
 
 
 @pytest.fixture
@@ -45,6 +46,28 @@ def test_a_reward_and_its_base_come_from_the_hub(hub, repositories, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     again = RewardModel.from_pretrained("me/reward", revision=hub.repositories["me/reward"].resolve("main"))
     torch.testing.assert_close(again(input_ids=tiny.prompts()), repositories)
+
+
+def test_a_fit_is_told_from_small_files_of_the_hub(hub, repositories, tmp_path, capsys):
+    put_model(hub, "me/new", tiny.llama(2), tmp_path / "new")
+    base_commit = hub.repositories["me/base"].resolve("main")
+    hub.requests.clear()
+    assert main(["check", "me/reward", "me/new"]) == 0
+    assert f"base       me/base at {base_commit[:12]}, LlamaForCausalLM" in capsys.readouterr().out
+    read = [request.path for request in hub.requests if request.method == "GET"]
+    assert read and not [path for path in read if "safetensors" in path]
+    assert main(["check", "me/reward", "me/nothing"]) == 1
+    assert "Repository Not Found" in capsys.readouterr().err
+    hub.put("they/gated", hub.files("me/new"), gated=True)
+    for arguments in (
+        ["check", "me/reward", "they/gated"],
+        ["generate", "they/gated", "--reward", "me/reward", "--prompt", "w5"],
+    ):
+        assert main(arguments) == 1
+        captured = capsys.readouterr()
+        assert captured.out == "" and "gated" in captured.err and "Traceback" not in captured.err
+    assert main(["generate", "me/new", "--reward", "me/reward", "--prompt", "w5 w6", "--max_new_tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.split()) == 4
 
 
 def test_the_hubs_errors_reach_the_user(repositories):

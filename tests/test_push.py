@@ -525,6 +525,22 @@ def test_the_command(hub, base, reward, tmp_path, capsys):
         assert f"prt-hf push: {folder} {said}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        ({"method": "POST", "path_pattern": "/api/repos/create", "status": 403}, "403 Forbidden"),
+        ({"method": "PUT", "path_pattern": "/storage/*", "status": 507}, "Error while uploading"),
+        ({"method": "POST", "path_pattern": "*/commit/*", "drop": True}, "disconnected"),
+    ],
+)
+def test_a_command_that_the_hub_refuses(hub, reward, tmp_path, capsys, fault, said):
+    reward.save_pretrained(tmp_path / "reward")
+    hub.fail(**fault)
+    assert main(["push", str(tmp_path / "reward"), "me/reward"]) == 1
+    error = capsys.readouterr().err
+    assert "prt-hf push: " in error and said in error and "Traceback" not in error
+
+
 def test_a_command_that_trains_and_pushes(hub, base, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(json.dumps({"text": f"w{index} w{index + 1} w{index + 2}"}) for index in range(3, 15)))

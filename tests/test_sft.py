@@ -342,7 +342,7 @@ def test_bf16_follows_float32(tuner):
     assert mixed == pytest.approx(full, rel=0.02) and mixed != full
 
 
-def test_checkpoints_are_rewards_and_leave_cards_alone(tuner, tmp_path):
+def test_checkpoints_are_rewards_and_cards_keep_their_words(tuner, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("my own words")
@@ -354,8 +354,8 @@ def test_checkpoints_are_rewards_and_leave_cards_alone(tuner, tmp_path):
         files = {path.name for path in folder.iterdir()}
         assert {"prt_config.json", "adapter_config.json", "adapter_model.safetensors"} <= files
         assert "config.json" not in files
-    assert (out / "README.md").read_text() == "my own words"
-    assert not (out / "checkpoint-2" / "README.md").exists()
+    assert (out / "README.md").read_text().endswith("\n---\nmy own words")
+    assert "## Training" in (out / "checkpoint-2" / "README.md").read_text()
     reward = RewardModel.from_pretrained(out, base_model=base)
     assert reward.config.kl_coef == 2.0
     expected = trainer.reward.network.eval()(tiny.prompts()).logits

@@ -1,13 +1,15 @@
 """The command `prt-hf`: one module for each sub-command, all of which only call the package and print."""
 
 import argparse
+import os
 import sys
 
 from .._version import __version__
 from ..errors import PRTError
-from . import bench, demo, push, train
+from ..hub import is_of_hub
+from . import bench, check, demo, generate, push, train
 
-COMMANDS = (demo, train, push, bench)
+COMMANDS = (demo, train, generate, check, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,11 +23,17 @@ def main(argv: list[str] | None = None) -> int:
     if args.rest and args.run is not train.run:
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
-        args.run(args)
-    except PRTError as error:
-        print(f"prt-hf {args.command}: {error}", file=sys.stderr)
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader (`| head`) has enough; nothing more is written, not even at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(f"prt-hf {args.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    except Exception as error:
+        if not (isinstance(error, PRTError | OSError) or is_of_hub(error)):
+            raise
+        print(f"prt-hf {args.command}: {error}", file=sys.stderr)
+        return 1

@@ -1,0 +1,67 @@
+"""Options that several commands have: where models come from, and where they go."""
+
+import argparse
+
+from ..errors import PRTValueError
+from .demo import positive
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_option(parser, name: str, **kwargs) -> None:
+    """`--max_new_tokens`, and `--max-new-tokens` as well, as transformers' own parser has it."""
+    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kwargs)
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
+    return values[text.lower()]
+
+
+def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    group = parser.add_argument_group("models")
+    add_option(group, "dtype", choices=DTYPES, help="of all weights; default: each as it is stored")
+    add_option(group, "device", help="cpu, cuda, ..., or auto (device_map='auto'); default: cuda if there is one")
+    add_option(group, "batch_size", type=positive(int), default=batch_size, help="default: %(default)s")
+    add_option(group, "revision", help="of the backbone: branch, tag or commit")
+    add_option(group, "trust_remote_code", action="store_true", help="run code of the models' own repositories")
+    add_option(group, "token", help="for the Hub; default: the one that `hf auth login` saved")
+
+
+def config_kwargs(args: argparse.Namespace) -> dict:
+    """For a backbone's configuration and tokenizer."""
+    return {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code}
+
+
+def load_kwargs(args: argparse.Namespace) -> dict:
+    """For the weights of backbone, rewards and their bases."""
+    import torch
+
+    kwargs = {"token": args.token, "trust_remote_code": args.trust_remote_code}
+    if args.dtype:
+        kwargs["dtype"] = getattr(torch, args.dtype)
+    return kwargs | ({"device_map": "auto"} if args.device == "auto" else {})
+
+
+def device_of(args: argparse.Namespace) -> str | None:
+    """Where to move what was loaded; None where `device_map` has placed it.
+
+    Raises:
+        PRTValueError: the device is none, or not there.
+    """
+    import torch
+
+    if args.device == "auto":
+        return None
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise PRTValueError(
+            f"The device {device} cannot be used.",
+            expected="cpu, cuda, cuda:1, ..., or auto",
+            found=str(error).splitlines()[0],
+        ) from error
+    return device

@@ -1,0 +1,176 @@
+"""`prt-hf check`."""
+
+import argparse
+import json
+
+from ..errors import PRTError
+from .arguments import add_loading_options, add_option, config_kwargs, device_of, load_kwargs
+from .demo import positive
+
+DESCRIPTION = """\
+Hold a reward against a backbone. Without --data, by configurations and tokenizers alone: no weights are fetched. With
+it, both are loaded, and the rows tell how far source and target backbone are from each other (eps and C of Prop. 3.2)
+and what the reward gains on either. Leaves with 1 if the two do not fit."""
+EXAMPLES = """examples:
+  prt-hf check me/gsm8k-reward Qwen/Qwen2.5-7B
+  prt-hf check me/gsm8k-reward Qwen/Qwen2.5-7B --data questions.jsonl --samples 200 --dtype bfloat16
+  prt-hf check cars-reward facebook/convnextv2-large-22k-224 --data cars/ --json"""
+_WAYS = {
+    "by itself": ("source", "target"),
+    "with the reward": ("prt_source", "prt_target"),
+    "reward by itself": ("reward_only", "reward_only"),
+}
+_VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
+LONGEST = 1024  # tokens of a text that are read
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "check",
+        help="whether a reward fits a backbone, and what it is worth there",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("reward", help="Hub id or folder of a reward")
+    parser.add_argument("backbone", help="Hub id or folder of a backbone")
+    parser.add_argument(
+        "--data",
+        help="Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt) of the task; columns: text, prompt and "
+        "completion, messages or input_ids; for classifiers text or image, and label. Its split test, else validation, "
+        f"else the first. Texts are cut off at {LONGEST} tokens, or what the models can read",
+    )
+    add_option(parser, "samples", type=positive(int), default=100, help="rows of the data; default: %(default)s")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    add_loading_options(parser, batch_size=8)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..evaluation import check_fit
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    try:
+        fit = check_fit(args.reward, args.backbone, dtype=dtype, **config_kwargs(args))
+    except (PRTError, OSError) as error:
+        if not args.json or getattr(error, "errno", None) is not None:
+            raise
+        print(json.dumps({"fits": False, "reasons": [str(error)]}))
+        return 1
+    portability = _measure(args, fit) if fit.fits and args.data else None
+    if args.json:
+        measured = {}
+        if portability is not None:
+            worth, reasons = portability.verdict()
+            measured = {"portability": portability.to_dict(), "worth_porting": worth, "verdict": reasons}
+        print(json.dumps(fit.to_dict() | measured))
+    else:
+        print("\n".join(_describe_fit(args, fit) + (_describe(portability) if portability else [])))
+    return int(not fit.fits)
+
+
+def _measure(args, fit):
+    from ..data import load_data
+    from ..evaluation import batches, measure_portability
+    from ..pretrained import load_pretrained
+    from ..reward_model import RewardModel
+
+    device, kwargs = device_of(args), load_kwargs(args)
+    parts = load_data(args.data)
+    split = next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
+    rows = parts[split].shuffle(seed=0)
+    rows = rows.select(range(min(args.samples, len(rows))))
+    reward = RewardModel.from_pretrained(args.reward, **kwargs)
+    target = load_pretrained(args.backbone, **kwargs | config_kwargs(args))
+    if device is not None:
+        reward.to(device)
+        target.to(device)
+    length = min([LONGEST, *filter(None, (fit.backbone_context, fit.reward_context))])
+    return measure_portability(reward, target, batches(rows, reward, args.batch_size, length), **kwargs)
+
+
+def _describe_fit(args, fit) -> list[str]:
+    from ..pretrained import IMAGE_CLASSIFICATION, TEXT_GENERATION
+
+    reward, source = fit.reward, fit.reward.source_backbone
+    kind = "reward adapter" if reward.is_adapter else "full reward"
+    lines = {
+        "reward": f"{args.reward}: {reward.task}, {kind}, kl_coef {reward.kl_coef:g}, strength {reward.strength:g}",
+        "base": f"{_named(reward.reward_base)}, {reward.reward_base.architecture}",
+        "source": "the base" if source in (None, reward.reward_base) else _named(source),
+        "backbone": f"{_named(fit.backbone)}, {fit.backbone.architecture}",
+        reward.contract.kind: _contract(fit),
+        "context": f"reward {fit.reward_context or 'unlimited'}, backbone {fit.backbone_context or 'unlimited'} tokens",
+        "parameters": _parameters(fit),
+        "weights": f"{_size(fit.weight_bytes)}B in memory, {args.dtype or 'each as it is stored'}",
+    }
+    if reward.task == IMAGE_CLASSIFICATION:
+        del lines["context"]
+    if reward.task == TEXT_GENERATION:
+        lines["decoding"] = (
+            "one pass for both, on the same weights"
+            if fit.is_base_shared
+            else f"c = {fit.cost_ratio:.3g}, reward / backbone by parameters; at best 1 / (1 + c) = "
+            f"{fit.speed_limit:.0%} of the bare backbone's speed if not speculative"
+        )
+    described = [f"{name:<11}{text}" for name, text in lines.items()]
+    return [*described, f"fits: {'yes' if fit.fits else 'no'}", *fit.problems]
+
+
+def _parameters(fit) -> str:
+    held = " (the backbone, held once)" if fit.is_base_shared else ""
+    text = f"backbone {_size(fit.backbone_parameters)}, reward's base {_size(fit.base_parameters)}{held}"
+    return text + (f", adapter {_size(fit.adapter_parameters)}" if fit.reward.is_adapter else "")
+
+
+def _contract(fit) -> str:
+    if not fit.fits:
+        return "do not match, see below"
+    contract = fit.reward.contract
+    if contract.kind == "labels":
+        order = "in another order, matched by name" if fit.is_permuted else "in the same order"
+        return f"{len(contract.names)}, {order}"
+    padded = [
+        f"{columns - contract.size} rows pad the {owner}'s head"
+        for owner, columns in (("reward", fit.reward_columns), ("backbone", fit.backbone_columns))
+        if columns > contract.size
+    ]
+    differing = [f"{role} {ours!r} -> {theirs!r}" for role, (ours, theirs) in fit.special_tokens.items()]
+    known = "the same" if fit.is_tokenizer_known else "taken to be the same: the backbone has no tokenizer"
+    return "; ".join([f"{contract.size} tokens, {known}", *padded, *differing])
+
+
+def _describe(found) -> list[str]:
+    from ..pretrained import TEXT_GENERATION
+
+    is_text = found.task == TEXT_GENERATION
+    worth, reasons = found.verdict()
+    lines = [
+        "",
+        f"on {found.rows} rows" + (f", {found.positions} tokens" if is_text else "") + f", strength {found.strength:g}",
+        f"eps = {found.eps:.4g}   KL(source || target), nats, mean; no threshold is known (Prop. 3.2, Table 7)",
+        f"C   = {found.c_mean:.4g}   max e^r / E e^r under the source, mean; largest {found.c_max:.4g}",
+    ]
+    if found.nll is not None:
+        lines += ["", f"{'':<26}{'source':>9}{'target':>9}"]
+        for name, values, scale in (
+            ("nats per token" if is_text else "nats", found.nll, 1),
+            ("accuracy, %", found.accuracy, 100),
+        ):
+            digits = 3 if scale == 1 else 1
+            lines.append(name)
+            for text, ways in _WAYS.items():
+                cells = "".join(f"{scale * values[way]:>9.{digits}f}" for way in ways)
+                lines.append(f"  {text:<24}{cells}")
+    lines += ["", f"worth porting: {_VERDICTS[worth]}"]
+    return lines + [f"  {reason}" for reason in reasons]
+
+
+def _named(reference) -> str:
+    return str(reference.id) + (f" at {reference.revision[:12]}" if reference.revision else "")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.3g} G" if count >= 1e9 else f"{count / 1e6:.3g} M"

@@ -1,0 +1,243 @@
+"""`prt-hf generate`."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from time import perf_counter
+
+from ..errors import PRTValueError
+from .arguments import add_loading_options, add_option, boolean, config_kwargs, device_of, load_kwargs
+from .demo import positive
+
+DESCRIPTION = """\
+Add rewards to the logits of a backbone, and go on with prompts. The backbone needs the rewards' vocabulary; a recipe
+(a saved PRTForCausalLM) has its rewards in it. Only generated text goes to standard output, as it is made; several
+texts are separated by a line '---'."""
+EXAMPLES = """examples:
+  prt-hf generate Qwen/Qwen2.5-7B --reward me/gsm8k-reward --prompt "Natalia sold clips to 48 of her friends"
+  prt-hf generate Qwen/Qwen2.5-7B --reward me/gsm8k-reward me/style-reward --strength 1 0.5 --file prompts.txt
+  cat question.txt | prt-hf generate gsm8k-7b --chat --speculative
+  prt-hf generate gsm8k-7b --file prompts.jsonl --batch_size 16 --json > texts.jsonl"""
+SEPARATOR = "---"
+_NUMBERS = {
+    "max_new_tokens": (positive(int), "default: 128"),
+    "temperature": (positive(float), "of samples"),
+    "top_p": (positive(float), "sample from the likeliest tokens that have this probability together"),
+    "top_k": (positive(int), "sample from so many tokens"),
+    "num_beams": (positive(int), "beam search"),
+    "repetition_penalty": (positive(float), "above 1 against repetition"),
+}
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "generate",
+        help="text of a backbone with rewards",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("backbone", help="Hub id or folder of the backbone, or of a recipe")
+    many = {"nargs": "+", "action": "extend", "default": []}
+    parser.add_argument("--reward", **many, metavar="REWARD", help="Hub ids or folders; none with a recipe")
+    parser.add_argument(
+        "--strength", **many, type=float, metavar="S", help="1 / lambda, one for each reward; default: as tuned"
+    )
+    prompts = parser.add_argument_group("prompts", "one of these; else standard input, which is one prompt as a whole")
+    prompts.add_argument("--prompt", **many, metavar="TEXT", help="one or several")
+    prompts.add_argument(
+        "--file", type=Path, help="one prompt a line; .jsonl: an object a line, with `prompt` or `messages`"
+    )
+    prompts.add_argument(
+        "--chat", action="store_true", help="each prompt is a user's message; `messages` are chats in any case"
+    )
+    generation = parser.add_argument_group("generation", "default: as the backbone's generation_config.json says")
+    for name, (kind, text) in _NUMBERS.items():
+        add_option(generation, name, type=kind, metavar="N", help=text)
+    add_option(
+        generation, "do_sample", type=boolean, nargs="?", const=True, help="sample, or (false) take the likeliest token"
+    )
+    add_option(generation, "seed", type=int, default=0, help="of samples; default: %(default)s")
+    add_option(
+        generation,
+        "speculative",
+        action="store_true",
+        help="draft with the source backbone: the same text, faster where the reward is much smaller than the backbone",
+    )
+    output = parser.add_argument_group("output")
+    add_option(output, "no_stream", action="store_true", help="print texts when they are complete")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="one object a line for each prompt: prompt, text, new_tokens, seconds (of its batch), and with "
+        "--speculative drafted and accepted",
+    )
+    add_loading_options(parser, batch_size=1)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    if args.speculative and args.batch_size > 1:
+        raise PRTValueError(
+            "Speculation is for one prompt at a time.", expected="--batch_size 1", found=args.batch_size
+        )
+
+    from transformers import set_seed
+
+    model = _load(args)
+    rows = [_encode(model, prompt) for prompt in prompts]
+    set_seed(args.seed)
+    for index, record in enumerate(_generated(model, prompts, rows, args)):
+        if args.json:
+            print(json.dumps(record, ensure_ascii=False), flush=True)
+        elif record["text"] is not None:
+            print(record["text"], flush=True)
+        if not args.json and index + 1 < len(prompts):
+            print(SEPARATOR, flush=True)
+
+
+def _generated(model, prompts: list, rows: list[list[int]], args) -> Iterator[dict]:
+    """What --json prints for each prompt; `text` is None where it was streamed."""
+    from transformers import TextStreamer
+
+    tokenizer = model.processing_class
+    asked = {name: value for name in (*_NUMBERS, "do_sample") if (value := getattr(args, name)) is not None}
+    # One text a prompt and no more, whatever the backbone's own configuration says.
+    asked = {"max_new_tokens": 128, "num_return_sequences": 1, "return_dict_in_generate": args.speculative} | asked
+    is_streamed = not (args.json or args.no_stream) and args.batch_size == 1
+    is_streamed = is_streamed and asked.get("num_beams", model.generation_config.num_beams or 1) == 1
+    if args.speculative:
+        asked["speculative"] = True
+    pad, ends = _pad_and_ends(model)
+    for start in range(0, len(rows), args.batch_size):
+        inputs = _padded(rows[start : start + args.batch_size], pad)
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
+        began = perf_counter()
+        output = model.generate(**inputs.to(model.device), **asked, streamer=streamer, pad_token_id=pad)
+        seconds = perf_counter() - began
+        length = inputs["input_ids"].shape[1]
+        drafts = {"drafted": output.num_drafted, "accepted": output.num_accepted} if args.speculative else {}
+        sequences = output.sequences if args.speculative else output
+        for prompt, tokens in zip(prompts[start:], sequences[:, length:].tolist(), strict=False):
+            count = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
+            text = None if is_streamed else tokenizer.decode(tokens[:count], skip_special_tokens=True)
+            yield {"prompt": prompt, "text": text, "new_tokens": count, "seconds": seconds} | drafts
+
+
+def _prompts(args) -> list[str | list[dict]]:
+    """Texts, and chats as lists of messages."""
+    if args.prompt and args.file:
+        raise PRTValueError("Prompts are given twice.", expected="--prompt or --file", found="both")
+    if args.file:
+        prompts = _read(args.file)
+    else:
+        prompts = args.prompt or [sys.stdin.read().removesuffix("\n")]
+        if prompts == [""] and not args.prompt:
+            prompts = []
+    if not prompts:
+        raise PRTValueError(
+            "There is no prompt.", expected="--prompt, --file with a line or more, or text on standard input"
+        )
+    if args.chat:
+        prompts = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
+    return prompts
+
+
+def _read(file: Path) -> list[str | list[dict]]:
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PRTValueError(f"{file} cannot be read.", expected="a text file", found=str(error)) from error
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if file.suffix != ".jsonl":
+        return [line for _, line in numbered]
+    prompts = []
+    for number, line in numbered:
+        try:
+            row = json.loads(line)
+            prompt = row["prompt"] if "prompt" in row else row["messages"]
+        except (ValueError, KeyError, TypeError):
+            prompt = None
+        if not isinstance(prompt, str | list):
+            raise PRTValueError(
+                f"Line {number} of {file} is no prompt.",
+                expected="a JSON object with `prompt` (a text) or `messages` (a list)",
+                found=line[:80],
+            )
+        prompts.append(prompt)
+    return prompts
+
+
+def _load(args):
+    from ..loading import load_processing_class
+    from ..modeling import PRTForCausalLM
+    from ..pretrained import TEXT_GENERATION, load_config, load_pretrained
+    from ..recipe import PRTModelConfig
+
+    device, kwargs, of_backbone = device_of(args), load_kwargs(args), config_kwargs(args)
+    is_recipe = isinstance(load_config(args.backbone, **of_backbone), PRTModelConfig)
+    if is_recipe == bool(args.reward):
+        raise PRTValueError(
+            f"{args.backbone} is a recipe, which has its rewards in it." if is_recipe else "There is no reward.",
+            expected="no --reward" if is_recipe else "--reward, or the recipe of a PRT model",
+            found=", ".join(args.reward) or f"{args.backbone}, which is no recipe",
+        )
+    if is_recipe:
+        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | of_backbone)
+        _check_strengths(args.strength, len(model.strengths))
+        model.strengths = args.strength or model.strengths
+    else:
+        _check_strengths(args.strength, len(args.reward))
+        tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **of_backbone)
+        backbone = load_pretrained(args.backbone, **kwargs | of_backbone)
+        model = PRTForCausalLM.from_parts(backbone, args.reward, args.strength or None, tokenizer, **kwargs)
+    return model if device is None else model.to(device)
+
+
+def _check_strengths(strengths: list[float], rewards: int) -> None:
+    if strengths and len(strengths) != rewards:
+        raise PRTValueError(
+            "Strengths and rewards do not match.",
+            expected=f"no --strength, or {rewards}: one for each reward",
+            found=f"{len(strengths)}: {', '.join(map(str, strengths))}",
+        )
+
+
+def _encode(model, prompt: str | list[dict]) -> list[int]:
+    tokenizer = model.processing_class
+    is_chat = not isinstance(prompt, str)
+    if is_chat:
+        if tokenizer.chat_template is None:
+            raise PRTValueError(
+                "The backbone's tokenizer has no chat template.",
+                expected="a model that was made for chats",
+                found=str(model.name_or_path),
+                remedy="leave --chat out, and give texts as prompts",
+            )
+        prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
+    if not ids:
+        raise PRTValueError("A prompt has no tokens.", expected="a text", found=repr(prompt))
+    return ids
+
+
+def _pad_and_ends(model) -> tuple[int, list[int]]:
+    """A token to fill rows up with, masked wherever it stands, and those that end a text."""
+    config, tokenizer = model.generation_config, model.processing_class
+    ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
+    candidates = (config.pad_token_id, tokenizer.pad_token_id, *ends, 0)
+    return next(token for token in candidates if token is not None), ends
+
+
+def _padded(rows: list[list[int]], pad: int):
+    """Padded on the left, where generation wants it."""
+    import torch
+    from transformers import BatchEncoding
+
+    length = max(map(len, rows))
+    ids = [[pad] * (length - len(row)) + row for row in rows]
+    mask = [[0] * (length - len(row)) + [1] * len(row) for row in rows]
+    return BatchEncoding({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})

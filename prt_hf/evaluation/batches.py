@@ -1,0 +1,110 @@
+"""The user's rows as batches for [`~evaluation.measure_portability`]."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase, default_data_collator
+
+from ..collator import MASKS, TokenCollator
+from ..contract import unwrap_tokenizer
+from ..data import label_ids, pixel_values, require_column, require_texts
+from ..errors import PRTValueError
+from ..pretrained import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_GENERATION, unwrap_adapter
+from ..reward_model import RewardModel
+
+TEXT_COLUMNS = "input_ids, or messages, or prompt and completion, or text"
+
+
+def batches(rows: Dataset, reward: RewardModel, batch_size: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
+    """
+    Args:
+        rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; for
+            classifiers text or image, and label if there are labels, which are matched by name.
+        length (`int`): tokens at which a text is cut off.
+
+    Raises:
+        PRTValueError: the columns are none of these, a text has no tokens to predict, or a label is not the reward's.
+    """
+    prepared, collate = _PREPARED[reward.config.task](rows, reward, length)
+    for start in range(0, len(prepared), batch_size):
+        yield dict(collate(prepared[start : start + batch_size]))
+
+
+def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
+    tokenizer = _tokenizer(reward)
+    columns = set(rows.column_names)
+    if "input_ids" in columns:
+        tokenized = list(rows)
+    elif "messages" in columns:
+        if tokenizer.chat_template is None:
+            raise PRTValueError("The reward's tokenizer has no chat template.", expected="a column `text`")
+        texts = tokenizer.apply_chat_template(list(rows["messages"]), tokenize=False)
+        tokenized = [{"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
+    elif {"prompt", "completion"} <= columns:
+        for column in ("prompt", "completion"):
+            require_texts(rows, column, "given")
+        tokenized = [_completed(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    elif "text" in columns:
+        require_texts(rows, "text", "given")
+        tokenized = [{"input_ids": tokenizer(text)["input_ids"]} for text in rows["text"]]
+    else:
+        raise PRTValueError(
+            "The data has no text.", expected=f"columns: {TEXT_COLUMNS}", found=", ".join(rows.column_names)
+        )
+    kept = ("input_ids", "labels", *MASKS)
+    cut = [{name: row[name][:length] for name in kept if row.get(name) is not None} for row in tokenized]
+    # Padding is masked wherever it stands, so that any token serves.
+    collate = TokenCollator(0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    return [row for row in cut if len(row["input_ids"]) > 1], collate
+
+
+def _completed(tokenizer, prompt: str, completion: str) -> dict:
+    start, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + completion)["input_ids"]
+    # Where they part: an end token behind the prompt, or a token that spans the border, is the completion's.
+    parted = [index for index, (one, other) in enumerate(zip(start, ids, strict=False)) if one != other]
+    border = parted[0] if parted else len(start)
+    return {"input_ids": ids, "completion_mask": [int(index >= border) for index in range(len(ids))]}
+
+
+def _classified_texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
+    require_texts(rows, "text", "given")
+    tokenizer = _tokenizer(reward)
+    encoded = [dict(tokenizer(text, truncation=True, max_length=length)) for text in rows["text"]]
+    return _labelled(encoded, rows, reward), partial(tokenizer.pad, return_tensors="pt")
+
+
+def _classified_images(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
+    if "pixel_values" in rows.column_names:
+        pixels = [torch.as_tensor(values) for values in rows["pixel_values"]]
+    else:
+        require_column(rows, "image", "given")
+        if reward.processing_class is None:
+            raise PRTValueError(
+                "The reward has no image processor.", expected="one beside it or its base, or a column `pixel_values`"
+            )
+        config = unwrap_adapter(reward.network).config
+        pixels = [pixel_values(image, reward.processing_class, config) for image in rows["image"]]
+    return _labelled([{"pixel_values": values} for values in pixels], rows, reward), default_data_collator
+
+
+_PREPARED = {
+    TEXT_GENERATION: _texts,
+    TEXT_CLASSIFICATION: _classified_texts,
+    IMAGE_CLASSIFICATION: _classified_images,
+}
+
+
+def _tokenizer(reward: RewardModel) -> PreTrainedTokenizerBase:
+    tokenizer = unwrap_tokenizer(reward.processing_class)
+    if tokenizer is None:
+        raise PRTValueError("The reward has no tokenizer.", expected="one beside it or its base")
+    return tokenizer
+
+
+def _labelled(prepared: list[dict], rows: Dataset, reward: RewardModel) -> list[dict]:
+    if "label" not in rows.column_names:
+        return prepared
+    labels = label_ids(rows, "label", dict(enumerate(reward.contract.names)))
+    return [row | {"labels": label} for row, label in zip(prepared, labels, strict=True)]

@@ -1,0 +1,238 @@
+"""`prt-hf generate` prints what PRTForCausalLM.generate makes."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel
+from prt_hf.cli import main
+
+PROMPTS = ["w5 w6 w7 w8 w9", "w10 w11", "w12 w13 w14"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """`backbone`, `reward`, `other` (a second reward) and `recipe`, on other weights each."""
+    folder = tmp_path_factory.mktemp("models")
+    for name, seed in (("backbone", 1), ("source", 2)):
+        tiny.llama(seed, eos_token_id=2).save_pretrained(folder / name)
+        tiny.tokenizer().save_pretrained(folder / name)
+    for name, seed in (("reward", 3), ("other", 4)):
+        torch.manual_seed(seed)
+        config = LoraConfig(init_lora_weights=False, target_modules="all-linear")
+        RewardModel.from_base(str(folder / "source"), peft_config=config).save_pretrained(folder / name)
+    PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"]).save_pretrained(folder / "recipe")
+    return folder
+
+
+@pytest.fixture
+def command(folder, capfd):
+    """Run `generate` with 9 new tokens; its exit status, output and errors."""
+
+    def run(*arguments):
+        status = main(["generate", *map(str, arguments), "--max_new_tokens", "9"])
+        captured = capfd.readouterr()
+        return status, captured.out, captured.err
+
+    return run
+
+
+def expected(model, prompt, **kwargs):
+    """One prompt by itself."""
+    inputs = tiny.tokenizer()(prompt, return_tensors="pt")
+    torch.manual_seed(0)
+    output = model.generate(**inputs, **{"max_new_tokens": 9, "pad_token_id": 0} | kwargs)
+    return tiny.tokenizer().decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def joined(texts):
+    return "\n---\n".join(texts) + "\n"
+
+
+@pytest.fixture(scope="module")
+def composite(folder):
+    return PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"])
+
+
+def test_text_is_that_of_a_processor_streamed_or_not(folder, command):
+    backbone = AutoModelForCausalLM.from_pretrained(folder / "backbone")
+    processor = PRTLogitsProcessor(RewardModel.from_pretrained(folder / "reward"), tiny.tokenizer())
+    texts = [expected(backbone, prompt, logits_processor=[processor]) for prompt in PROMPTS]
+    assert len(set(texts)) == 3 and texts[0] != expected(backbone, PROMPTS[0])
+    arguments = (folder / "backbone", "--reward", folder / "reward", "--prompt", *PROMPTS)
+    for more in ([], ["--no_stream"], ["--no-stream"], ["--batch_size", 2], ["--batch-size", 3], ["--speculative"]):
+        assert command(*arguments, *more)[:2] == (0, joined(texts)), more
+
+
+def test_rewards_have_strengths(folder, command):
+    rewards = [folder / "reward", folder / "other"]
+    model = PRTForCausalLM.from_parts(str(folder / "backbone"), rewards, strengths=[0.5, -1.0])
+    texts = joined(expected(model, prompt) for prompt in PROMPTS)
+    apart = ("--reward", rewards[0], "--reward", rewards[1], "--strength", 0.5, "--strength", -1)
+    together = ("--reward", *rewards, "--strength", 0.5, -1)
+    for given in (apart, together):
+        assert command(folder / "backbone", *given, "--prompt", *PROMPTS)[1] == texts
+
+
+def test_a_recipe_has_its_rewards(folder, command, composite):
+    text = expected(composite, PROMPTS[0]) + "\n"
+    assert command(folder / "recipe", "--prompt", PROMPTS[0])[1] == text
+    weaker = PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"], strengths=[0.25])
+    assert (
+        command(folder / "recipe", "--prompt", PROMPTS[0], "--strength", 0.25)[1] == expected(weaker, PROMPTS[0]) + "\n"
+    )
+
+
+def test_options_are_those_of_generate(folder, command, composite):
+    sampled = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.2}
+    options = [str(part) for name, value in sampled.items() for part in (f"--{name}", value)]
+    text = expected(composite, PROMPTS[0], **sampled)
+    assert text != expected(composite, PROMPTS[0])
+    assert command(folder / "recipe", "--prompt", PROMPTS[0], *options)[1] == text + "\n"
+    options = [option.replace("_", "-") for option in options]
+    assert command(folder / "recipe", "--prompt", PROMPTS[0], *options, "--seed", 1)[1] != text + "\n"
+    beams = expected(composite, PROMPTS[0], num_beams=3)
+    assert command(folder / "recipe", "--prompt", PROMPTS[0], "--num_beams", 3)[1] == beams + "\n"
+    with pytest.raises(SystemExit, match="2"):
+        command(folder / "recipe", "--do_sample", "perhaps")
+
+
+def test_prompts_come_from_files_and_from_standard_input(folder, command, composite, tmp_path, monkeypatch):
+    texts = [expected(composite, prompt) for prompt in PROMPTS]
+    (tmp_path / "prompts.txt").write_text("\n".join([PROMPTS[0], "", *PROMPTS[1:]]) + "\n")
+    assert command(folder / "recipe", "--file", tmp_path / "prompts.txt")[1] == joined(texts)
+    lines = [json.dumps({"prompt": prompt, "answer": 4}) for prompt in PROMPTS]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    assert command(folder / "recipe", "--file", tmp_path / "prompts.jsonl")[1] == joined(texts)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\nw7 w8 w9\n"))
+    assert command(folder / "recipe")[1] == texts[0] + "\n", "as a whole"
+
+
+def test_chats_go_through_the_template(folder, command, composite, tmp_path):
+    status, out, err = command(folder / "recipe", "--chat", "--prompt", "w5")
+    assert (status, out) == (1, "") and "has no chat template" in err
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] == 'user' and 'w3' or 'w4' }} {{ m['content'] }} {% endfor %}w9"
+    )
+    model = PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"], tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "chatty")
+    text = expected(composite, "w3 w5 w9")
+    assert command(tmp_path / "chatty", "--chat", "--prompt", "w5")[1] == text + "\n"
+    turns = [
+        {"role": "user", "content": "w5"},
+        {"role": "assistant", "content": "w6"},
+        {"role": "user", "content": "w7"},
+    ]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
+    text = expected(composite, "w3 w5 w4 w6 w3 w7 w9")
+    assert command(tmp_path / "chatty", "--file", tmp_path / "chats.jsonl")[1] == text + "\n"
+
+
+def test_json_has_one_object_for_each_prompt(folder, command, composite):
+    for more in ([], ["--batch_size", "3"], ["--speculative"]):
+        _, out, _ = command(folder / "recipe", "--prompt", *PROMPTS, "--json", *more)
+        records = [json.loads(line) for line in out.splitlines()]
+        assert [record["prompt"] for record in records] == PROMPTS
+        for record in records:
+            assert record["text"] == expected(composite, record["prompt"])
+            inputs = tiny.tokenizer()(record["prompt"], return_tensors="pt")
+            length = inputs["input_ids"].shape[1]
+            assert record["new_tokens"] == composite.generate(**inputs, max_new_tokens=9).shape[1] - length
+            assert record["seconds"] > 0
+            assert ("accepted" in record) == ("drafted" in record) == ("--speculative" in more)
+            assert record.get("accepted", 0) <= record.get("drafted", 0)
+
+
+def test_texts_end_where_the_model_ends_them(folder, command):
+    """The token that the first text makes second is made an end."""
+    model = PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"])
+    inputs = tiny.tokenizer()(PROMPTS[0], return_tensors="pt")
+    tokens = model.generate(**inputs, max_new_tokens=9)[0, inputs["input_ids"].shape[1] :].tolist()
+    end = tokens.index(tokens[1])
+    model.generation_config.eos_token_id = [2, tokens[1]]
+    model.save_pretrained(folder / "ending")
+    _, out, _ = command(folder / "ending", "--prompt", *PROMPTS, "--json", "--batch_size", 3)
+    record = json.loads(out.splitlines()[0])
+    assert (record["new_tokens"], record["text"]) == (end + 1, tiny.tokenizer().decode(tokens[: end + 1]))
+
+
+MISTAKES = {
+    "no reward": (("backbone", "--prompt", "w5"), "There is no reward.\n  expected: --reward, or the recipe"),
+    "a recipe and a reward": (("recipe", "--reward", "reward", "--prompt", "w5"), "is a recipe, which has its rewards"),
+    "too few strengths": (
+        ("backbone", "--reward", "reward", "other", "--strength", "1", "--prompt", "w5"),
+        "expected: no --strength, or 2: one for each reward\n  found: 1: 1.0",
+    ),
+    "too many for a recipe": (("recipe", "--strength", "1", "2", "--prompt", "w5"), "or 1: one for each reward"),
+    "no prompt": (("recipe", "--file", "empty.txt"), "There is no prompt."),
+    "two sources": (("recipe", "--prompt", "w5", "--file", "empty.txt"), "Prompts are given twice."),
+    "no such file": (("recipe", "--file", "nothing.txt"), "nothing.txt cannot be read."),
+    "no JSON": (("recipe", "--file", "broken.jsonl"), "Line 2 of broken.jsonl is no prompt."),
+    "speculation in batches": (
+        ("recipe", "--speculative", "--batch_size", "2", "--prompt", "w5"),
+        "Speculation is for one prompt at a time.\n  expected: --batch_size 1\n  found: 2",
+    ),
+    "no such device": (("recipe", "--device", "nowhere", "--prompt", "w5"), "The device nowhere cannot be used."),
+    "no such backbone": (("no/such", "--reward", "reward", "--prompt", "w5"), "connect"),
+    "no such reward": (("backbone", "--reward", "no/such", "--prompt", "w5"), "snapshot"),
+    "no reward there": (("backbone", "--reward", "backbone", "--prompt", "w5"), "backbone holds no reward."),
+    "an unknown architecture": (("alien", "--reward", "reward", "--prompt", "w5"), "The configuration of alien cannot"),
+    "too long": (("recipe", "--prompt", " ".join(["w5"] * 300)), "longer than the reward's context"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_told_in_a_message(mistake, folder, command, monkeypatch):
+    monkeypatch.chdir(folder)
+    Path("empty.txt").write_text("\n")
+    Path("broken.jsonl").write_text('{"prompt": "w5"}\n{"text": "w6"}\n')
+    Path("alien").mkdir(exist_ok=True)
+    Path("alien/config.json").write_text('{"model_type": "alien", "architectures": ["AlienForCausalLM"]}')
+    arguments, message = MISTAKES[mistake]
+    status, out, err = command(*arguments)
+    assert (status, out) == (1, "")
+    assert message in err and "Traceback" not in err
+    assert err.count("prt-hf generate: ") == 1
+
+
+def test_mistakes_of_the_system_are_told_and_ours_keep_their_traceback(folder, monkeypatch, capsys):
+    monkeypatch.setattr("prt_hf.cli.generate.run", lambda args: os.remove("no such file"))
+    assert main(["generate", str(folder / "recipe")]) == 1
+    assert capsys.readouterr().err == "prt-hf generate: [Errno 2] No such file or directory: 'no such file'\n"
+    monkeypatch.setattr("prt_hf.cli.generate.run", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", str(folder / "recipe")])
+
+
+def test_an_interruption_has_its_status(folder, monkeypatch, capsys):
+    class Interrupted:
+        def read(self):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    assert main(["generate", str(folder / "recipe")]) == 130
+    assert capsys.readouterr().err == "prt-hf generate: interrupted\n"
+
+
+def test_the_installed_command_ends_quietly_when_its_reader_does(folder, composite):
+    """Nobody reads: the pipe's other end is closed before the first text."""
+    script = Path(sys.executable).with_name("prt-hf")
+    reader, writer = os.pipe()
+    os.close(reader)
+    arguments = [script, "generate", folder / "recipe", "--prompt", PROMPTS[0], "--max_new_tokens", "9"]
+    closed = subprocess.run(arguments, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert closed.returncode == 1
+    assert "Traceback" not in closed.stderr and "Broken" not in closed.stderr
+    read = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    assert read.stdout == expected(composite, PROMPTS[0]) + "\n"
