@@ -22,7 +22,7 @@ MODELS = {
 }
 
 
-def test_every_block_runs(tmp_path, monkeypatch):
+def test_every_block_runs(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     for model_id, model in MODELS.items():
         model.save_pretrained(model_id)
@@ -47,7 +47,12 @@ def test_every_block_runs(tmp_path, monkeypatch):
         )
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, whole, images, chat = seen
+    text, generated, whole, shared, images, chat = seen
+    assert hub.repositories["me/gsm8k-reward"].private
+    with torch.no_grad():
+        ids = shared["inputs"]["input_ids"]
+        assert torch.equal(shared["reward"](input_ids=ids), generated["reward"](input_ids=ids))
+        assert torch.equal(shared["model"](ids).logits, whole["model"](ids).logits)
     assert torch.equal(whole["output"], generated["output"]), "speculative or not, processor or model"
     assert text["trainer"].state.global_step > 0
     assert chat["trainer"].state.global_step > 0 and chat["trainer"].args.output_dir == "chat-reward"
