@@ -1,6 +1,7 @@
 """What goes to the Hub: a saved reward or recipe and its card, in one commit."""
 
 import json
+import tempfile
 from collections.abc import Callable, Container, Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,12 +24,55 @@ RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
 _CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
+class Shareable:
+    """What has `save_pretrained`, and goes to the Hub as that writes it."""
+
+    _push_folder: Callable[..., CommitInfo]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Share what [`save_pretrained`] writes, in one commit.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist. What users have written into the card there is kept.
+            private: of a new repository.
+            revision: branch; made if it does not exist.
+            commit_message: by default `"Upload reward"` or `"Upload recipe"`.
+            token: of the Hub; by default the one that `hf auth login` stored.
+            create_pr: propose the commit instead.
+
+        Raises:
+            RewardFileError: the repository holds something else.
+            PRTValueError: it is public, and `private`.
+            HfHubHTTPError: no right, the branch has moved meanwhile, ...: the Hub's own errors.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return self._push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+            )
+
+
 def push_reward(folder: str | Path, repo_id: str, *, checkpoint: tuple[str, Path] | None = None, **where) -> CommitInfo:
     """Push the reward that was saved in a folder, without loading it.
 
     Args:
         checkpoint: a folder of the repository, and all the files that go there in the same commit.
-        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`RewardModel.push_to_hub`].
+        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
 
     Raises:
         RewardFileError: the folder holds no whole reward, or the repository something else.

@@ -165,7 +165,7 @@ def push_recipe(folder: str | Path, repo_id: str, **where) -> CommitInfo:
     """Push the recipe that was saved in a folder, without loading its models.
 
     Args:
-        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`PRTForCausalLM.push_to_hub`].
+        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
 
     Raises:
         RewardFileError: the folder holds no whole recipe, or the repository something else.

@@ -1,11 +1,9 @@
 """The reward model r_theta: a network, its processing, and what it needs of a backbone."""
 
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -35,7 +33,7 @@ from .pretrained import (
     reference_to,
     task_of,
 )
-from .publishing import push_reward
+from .publishing import Shareable, push_reward
 from .reward_files import (
     check_files,
     recover,
@@ -48,7 +46,7 @@ REWARD_INITS = ("pretrained", "zero")
 _PIXELS = ("size", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
-class RewardModel:
+class RewardModel(Shareable):
     """r_theta(x, y): one number per vocabulary token or class label.
 
     Not a `torch.nn.Module` itself: `network` is, and is what a Trainer tunes.
@@ -59,6 +57,8 @@ class RewardModel:
         processing_class: tokenizer or image processor, saved beside the weights; may be None for classifiers.
         card (`str`, *optional*): the model card that it was loaded with, or that a trainer wrote; saved with it.
     """
+
+    _push_folder = staticmethod(push_reward)
 
     def __init__(
         self,
@@ -244,43 +244,6 @@ class RewardModel:
             for earlier in (self.card, read_card(Path(folder))):
                 card = card if earlier is None else merge_cards(earlier, card)
             write_card(staged, card)  # in the place of PEFT's template
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-    ) -> CommitInfo:
-        """Share the reward: the files of [`save_pretrained`], in one commit.
-
-        Args:
-            repo_id: `"user/name"`; made if it does not exist. What users have written into the card there is kept.
-            private: of a new repository.
-            revision: branch; made if it does not exist.
-            commit_message: by default `"Upload reward"`.
-            token: of the Hub; by default the one that `hf auth login` stored.
-            create_pr: propose the commit instead.
-
-        Raises:
-            RewardFileError: the repository holds something else.
-            PRTValueError: it is public, and `private`.
-            HfHubHTTPError: no right, the branch has moved meanwhile, ...: the Hub's own errors.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_reward(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                token=token,
-                create_pr=create_pr,
-            )
 
     def trained_with(self, *source_backbones: ModelReference, kl_coef: float, entropy_coef: float) -> None:
         """Write down the training that `network` is about to get."""

@@ -3,14 +3,12 @@
 import copy
 import json
 import shutil
-import tempfile
 from dataclasses import asdict
 from math import isfinite
 from numbers import Real
 from pathlib import Path
 
 import torch
-from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -43,6 +41,7 @@ from ..pretrained import (
     tie_parameters,
     unwrap_adapter,
 )
+from ..publishing import Shareable
 from ..recipe import (
     PRTModelConfig,
     check_complete,
@@ -63,7 +62,7 @@ logger = logging.get_logger(__name__)
 _AUTO_KWARGS = ("_from_auto", "adapter_kwargs", "_commit_hash", "state_dict", "code_revision")
 
 
-class PRTPreTrainedModel(PreTrainedModel):
+class PRTPreTrainedModel(Shareable, PreTrainedModel):
     """pi(y | x) proportional to pi_pt(y | x) exp(sum_i strength_i r_i(x, y)), Eq. 10 of the paper.
 
     Made by [`from_parts`]; saved as a recipe, which names its parts, and loaded from one by `from_pretrained` or the
@@ -78,6 +77,7 @@ class PRTPreTrainedModel(PreTrainedModel):
 
     config_class = PRTModelConfig
     task: str
+    _push_folder = staticmethod(push_recipe)
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
@@ -297,29 +297,6 @@ class PRTPreTrainedModel(PreTrainedModel):
         for earlier in folder.glob("reward-*"):
             if earlier.name not in kept and (earlier / PRT_CONFIG_NAME).exists():
                 shutil.rmtree(earlier)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool | None = None,
-        revision: str | None = None,
-        commit_message: str | None = None,
-        token: str | bool | None = None,
-        create_pr: bool = False,
-    ) -> CommitInfo:
-        """Share the recipe: the files of [`save_pretrained`] in one commit, as [`RewardModel.push_to_hub`] does."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            return push_recipe(
-                folder,
-                repo_id,
-                private=private,
-                revision=revision,
-                commit_message=commit_message,
-                token=token,
-                create_pr=create_pr,
-            )
 
     def _tuned(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What training changes: trainable parameters, and batch statistics of the rewards."""
