@@ -48,12 +48,13 @@ class RewardSaver(Trainer):
         Args:
             language, license, tags: metadata.
             model_name: in the lines that load the reward; by default the repository's name, or the folder's.
-            dataset_tags, dataset_name: ids of the data sets on the Hub; by default as they tell themselves.
+            dataset_tags, dataset_name: ids of data sets on the Hub, by default as these tell; files are left out.
         """
         if not self.is_world_process_zero():
             return
-        datasets = dataset_name or dataset_tags
-        metadata = {"language": language, "license": license, "tags": tags, "datasets": datasets}
+        named = dataset_name or dataset_tags or []
+        datasets = [name for name in ([named] if isinstance(named, str) else named) if not Path(name).exists()]
+        metadata = {"language": language, "license": license, "tags": tags, "datasets": datasets or None}
         self._update_card(model_name)
         self.reward.card = with_metadata(self.reward.card, **metadata)
         folder = Path(self.args.output_dir)
