@@ -75,12 +75,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
         peft_config.target_modules = default.target_modules
         peft_config.modules_to_save = peft_config.modules_to_save or default.modules_to_save
         peft_config.task_type = peft_config.task_type or default.task_type
-    if getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS:
-        raise PRTValueError(
-            "The adapter's initialisation would change the base's weights.",
-            expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
-            found=repr(peft_config.init_lora_weights),
-        )
+    check_initialisation(peft_config)
     peft_config.base_model_name_or_path = base.id
     peft_config.revision = base.revision
     head, _ = head_of(model)
@@ -97,6 +92,18 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
         check_one_head(model)
         zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
     return network
+
+
+def check_initialisation(peft_config: PeftConfig) -> None:
+    """Raises:
+    PRTValueError: the base without the adapter would not be the source backbone.
+    """
+    if getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS:
+        raise PRTValueError(
+            "The adapter's initialisation would change the base's weights.",
+            expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
+            found=repr(peft_config.init_lora_weights),
+        )
 
 
 def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

@@ -109,7 +109,8 @@ class Backbone:
             network, name = load_base(self._named, **self._load_kwargs), self._named.id
         else:
             network, name = load_pretrained(self._named, **self._load_kwargs), self._named
-        self._take(network, load_processing_class(name, self.task))
+        kwargs = self._load_kwargs | {"revision": reference_to(network).revision}
+        self._take(network, load_processing_class(name, self.task, **kwargs))
 
     def _take(self, network: PreTrainedModel, processing_class) -> None:
         order = self._reward.order_for(network, processing_class)

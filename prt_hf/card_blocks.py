@@ -1,6 +1,7 @@
 """Cards that are rendered again and again, and edited in between: which parts are still ours to replace."""
 
 import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from .errors import RewardFileError
 logger = logging.get_logger(__name__)
 
 CARD_NAME = "README.md"
+RENDERED = ("library_name", "pipeline_tag", "base_model", "base_model_relation", "model-index")
 TRAINING, RESULTS = "training", "results"  # blocks
 
 _BLOCK = re.compile(
@@ -22,6 +24,7 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 KINDS = {"adapter": "reward-adapter", "full": "full-reward", "recipe": "prt-recipe"}  # tags; a card has one
+_IDENTITY = re.compile(r"<!-- config [0-9a-f]{8} -->")
 _UNITED = ("tags", "datasets")
 _NO_METADATA = re.compile(r"\s*---[ \t]*\n---[ \t]*(\n|$)")
 
@@ -35,14 +38,20 @@ def block(name: str, text: str) -> str:
     return f"<!-- prt_hf:{name} {_digest(text)} -->\n{text}{text and chr(10)}<!-- /prt_hf:{name} -->"
 
 
+def identity(config: dict[str, Any]) -> str:
+    """A comment by which cards of the same configuration know one another."""
+    told = {name: value for name, value in config.items() if value and name != "format_version"}
+    return f"<!-- config {_digest(json.dumps(told, sort_keys=True))} -->"
+
+
 def merge_cards(old: str, new: str) -> str:
     """The card `old`, with what `new` knows better; `old` may be a user's own, `new` was rendered.
 
     A block whose text is as it was rendered is replaced, unless the new one is empty. An edited block is kept, with a
     warning; a deleted one stays deleted; all text outside is kept. Of the metadata, `tags` and `datasets` are united,
-    results with the same task, data and metric replaced, the other entries of `new` set, and all else is left as it is
-    written. A card without text becomes `new`, with the metadata of both. Where `new` tells of another training than
-    `old`, the results of `old` go: they were other weights'.
+    results with the same task, data and metric replaced, what is known of the reward set, and all else is left as it is
+    written. A card without text becomes `new`, with the metadata of both. Where `new` is of another reward or training
+    than `old`, what `old` tells of training, results and base goes.
 
     Raises:
         RewardFileError: the metadata of `old` cannot be read.
@@ -51,12 +60,21 @@ def merge_cards(old: str, new: str) -> str:
     old_yaml, old_body = _parts(old)
     new_yaml, new_body = _parts(new)
     entries = _read(old_yaml)
-    is_trained_anew = _is_trained_anew(old_body, new_body)
-    if is_trained_anew:
-        entries.pop("model-index", None)
+    is_another = _is_another(old_body, new_body)
+    if is_another:
+        entries = {name: value for name, value in entries.items() if name not in RENDERED}
     entries = _merged_entries(entries, _read(new_yaml))
-    body = _merged_body(old_body, new_body, is_trained_anew) if old_body.strip() else new_body
+    body = _merged_body(old_body, new_body, is_another) if old_body.strip() else new_body
     return f"---\n{_with_entries(old_yaml, entries)}\n---\n{body}".replace("\n", newline)
+
+
+def merged_or_kept(old: str, new: str) -> str:
+    """[`merge_cards`], but a card that cannot be read stays as it is: no weights are lost for its sake."""
+    try:
+        return merge_cards(old, new)
+    except RewardFileError as error:
+        logger.warning(f"The card is kept as it is. {error}")
+        return old
 
 
 def join_cards(there: str, ours: str) -> str:
@@ -80,13 +98,14 @@ def is_edited(card: str) -> bool:
 
 
 def with_metadata(card: str, **entries: Any) -> str:
-    """A card with other metadata; None changes nothing, lists of tags and data sets are united with those there."""
-    given = {name: value for name, value in entries.items() if value is not None}
+    """A card with other metadata; tags and data sets are united with those there."""
+    given = dict(entries)
     for name in _UNITED:
         if isinstance(given.get(name), str):
             given[name] = [given[name]]
     metadata, body = _parts(card)
-    merged = _merged_entries(_read(metadata), given)
+    before = _read(metadata)
+    merged = before | given | {name: _merged_entries(before, given)[name] for name in _UNITED if name in given}
     return f"---\n{_with_entries(metadata, merged)}\n---\n{body}"
 
 
@@ -137,16 +156,18 @@ def _unreadable(found: str) -> RewardFileError:
     )
 
 
-def _is_trained_anew(old: str, new: str) -> bool:
+def _is_another(old: str, new: str) -> bool:
+    """Other configurations, or other trainings, where both cards tell."""
     before, now = ({found["name"]: found["text"] for found in _BLOCK.finditer(body)} for body in (old, new))
-    return bool(before.get(TRAINING) and now.get(TRAINING) and before[TRAINING] != now[TRAINING])
+    pairs = [(body.get(TRAINING), _IDENTITY.findall(body.get("about", ""))) for body in (before, now)]
+    return any(was and now and was != now for was, now in zip(*pairs, strict=True))
 
 
-def _merged_body(old: str, new: str, is_trained_anew: bool) -> str:
+def _merged_body(old: str, new: str, is_another: bool) -> str:
     rendered = {found["name"]: found for found in _BLOCK.finditer(new)}
 
     def chosen(found: re.Match) -> str:
-        is_outdated = is_trained_anew and found["name"] == RESULTS
+        is_outdated = is_another and found["name"] in (TRAINING, RESULTS)
         if found["name"] not in rendered or not (rendered[found["name"]]["text"] or is_outdated):
             return found[0]
         if _digest(_normalised(found["text"])) != found["digest"]:
@@ -167,7 +188,8 @@ def _digest(text: str) -> str:
 
 
 def _merged_entries(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    entries = old | new
+    """What users have set there stays; what is rendered is set anew."""
+    entries = new | old | {name: value for name, value in new.items() if name in RENDERED}
     for name in _UNITED:
         if name in new:
             values = old.get(name) or []

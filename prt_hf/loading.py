@@ -7,7 +7,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, s
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter import wrap
+from .adapter import check_initialisation, wrap
 from .contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import BaseModelMismatchError, RewardFileError
 from .pretrained import AUTO_CLASSES, CONFIG_KWARGS, check_bare, load_pretrained, reference_to
@@ -56,7 +56,19 @@ def load_adapter(
 def load_full(
     folder: Path, config: RewardConfig, base_model: PreTrainedModel | None, load_kwargs: dict
 ) -> PreTrainedModel:
-    """A full reward, of the class of `base_model` where that is given."""
+    """A full reward, of the class of `base_model` where that is given.
+
+    Raises:
+        RewardFileError: its class is not known, or transformers would put an adapter on it.
+    """
+    if (folder / ADAPTER_CONFIG).exists():
+        raise RewardFileError(
+            f"{folder} holds a full reward and an adapter.",
+            expected="a full reward by itself",
+            found=ADAPTER_CONFIG,
+            remedy="download or save the reward again",
+        )
+    load_kwargs = {"trust_remote_code": False} | load_kwargs
     auto_class = AUTO_CLASSES[config.task] if base_model is None else type(base_model)
     try:
         return auto_class.from_pretrained(folder, **load_kwargs)
@@ -83,8 +95,10 @@ def load_base(reference: ModelReference, token: str | bool | None = None, **load
             expected="`base_model=` of a reward, or `backbone=` of a PRT model: that model, or its path",
             found=str(reference),
         )
+    # A revision among the arguments is of another model: a PRT model's backbone.
+    kwargs = {name: value for name, value in load_kwargs.items() if name != "revision"}
     pinned = {"revision": reference.revision} if reference.revision else {}
-    model = load_pretrained(reference.id, **pinned | {"token": token} | load_kwargs)
+    model = load_pretrained(reference.id, **{"token": token} | kwargs | pinned)
     check_same_model(reference, model)
     return model
 
@@ -113,7 +127,9 @@ def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
 def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
     """Tokenizer or image processor of a checkpoint, or None where it has none."""
     auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
-    kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
+    kwargs = {"trust_remote_code": False} | {
+        name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None
+    }
     try:
         return auto_class.from_pretrained(path_or_id, **kwargs)
     except (OSError, ValueError, KeyError):
@@ -145,7 +161,12 @@ def _read_peft_config(folder: Path, config: RewardConfig) -> PeftConfig:
             found=str(named),
             remedy="download or save the reward again",
         )
+    check_initialisation(peft_config)
     if isinstance(peft_config, LoraConfig):
+        if peft_config.megatron_config is not None:  # PEFT would import the module that it names
+            raise RewardFileError(
+                f"{path} is for Megatron.", expected="no `megatron_config`", found=str(peft_config.megatron_config)[:80]
+            )
         ranks = [peft_config.r, *(peft_config.rank_pattern or {}).values()]
         largest = max((max(shape) for shape in read_shapes(folder / ADAPTER_WEIGHTS).values() if shape), default=0)
         if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):

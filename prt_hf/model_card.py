@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from .card_blocks import KINDS, block, merge_cards
+from .card_blocks import KINDS, block, identity, merge_cards
 from .contract import LabelContract, ModelReference, RewardConfig
 from .pretrained import AUTO_CLASSES, IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_GENERATION
 from .training_record import TrainingRecord
@@ -112,6 +112,7 @@ def render_card(
         data,
         name=_shown(name),
         config=config,
+        identity=identity(json.loads(config.to_json_string())),
         is_text=is_text,
         sources=sources,
         source_ids=source_ids,

@@ -61,7 +61,7 @@ def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
         PRTValueError: the checkpoint has no head that predicts tokens or labels.
     """
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
-    load_kwargs["revision"] = commit or "main"
+    load_kwargs = {"trust_remote_code": False} | load_kwargs | {"revision": commit or "main"}
     config_kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
     task = task_of_checkpoint(model_id, **config_kwargs)
     model = AUTO_CLASSES[task].from_pretrained(model_id, **load_kwargs)

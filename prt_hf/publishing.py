@@ -2,8 +2,9 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
@@ -21,6 +22,7 @@ logger = logging.get_logger(__name__)
 
 REWARD, RECIPE = "a reward", "a recipe"
 RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
@@ -86,7 +88,7 @@ def push_reward(folder: str | Path, repo_id: str, *, checkpoint: tuple[str, Path
     return publish(
         REWARD,
         {name: folder / name for name in names} | beside,
-        render_card(config, repo_id),
+        partial(render_card, config),
         folder,
         repo_id,
         replaced=[*NETWORK_FILES, *([f"{place}/*"] if beside else [])],
@@ -110,7 +112,7 @@ def files_to_push(folder: Path) -> list[str]:
 def publish(
     kind: str,
     files: Mapping[str, Path],
-    card: str,
+    render: Callable[[str], str],
     folder: Path,
     repo_id: str,
     *,
@@ -122,6 +124,9 @@ def publish(
     """One commit: the files, the card with what users have written into it there or in `folder`, and without files of
     an earlier push that match `replaced`.
 
+    Args:
+        render: makes the card for the repository's full name.
+
     Raises:
         RewardFileError: the repository holds something else.
     """
@@ -130,16 +135,19 @@ def publish(
     if found not in (None, kind):
         raise RewardFileError(
             f"{branch.repo_id} holds {found}; {kind} would spoil it.",
-            expected=f"a new repository, or one with an earlier {kind}",
+            expected=f"a new repository, or one where {kind} lies",
             found=found,
             remedy="choose another name, or another branch",
         )
+    card = render(branch.repo_id)
     if (here := read_card(folder)) is not None:
         card = merge_cards(here, card)
     if (there := branch.read(CARD_NAME)) is not None:
         card = join_cards(there, card)
     stale = [
-        name for name in branch.files if name not in files and any(_matches(name, pattern) for pattern in replaced)
+        name
+        for name in branch.files
+        if found == kind and name not in files and any(_matches(name, pattern) for pattern in replaced)
     ]
     return commit_files(
         branch,
@@ -174,7 +182,7 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
 
 
-def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
+def what_lies_in(names: Collection[str], read: Callable[[str], str]) -> str | None:
     """`REWARD`, `RECIPE`, what else a push would spoil, or None; of a folder or a repository with these files."""
     if PRT_CONFIG_NAME in names:
         return REWARD
@@ -186,4 +194,6 @@ def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | Non
         return RECIPE if model_type == RECIPE_TYPE else f"a model of another kind ({model_type})"
     if ADAPTER_CONFIG in names:
         return "an adapter that is no reward"
+    if weights := sorted(name for name in names if name.endswith(_WEIGHTS)):
+        return f"weights of another kind ({weights[0]})"
     return None

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import partial
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -182,7 +183,7 @@ def push_recipe(folder: str | Path, repo_id: str, **where) -> CommitInfo:
     return publish(
         RECIPE,
         {name: folder / name for name in names},
-        recipe_card(config, repo_id),
+        partial(recipe_card, config),
         folder,
         repo_id,
         replaced=["reward-*/*"],

@@ -1,5 +1,6 @@
 """The reward model r_theta: a network, its processing, and what it needs of a backbone."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +9,8 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapter import add_adapter, zero_head
-from .card_blocks import merge_cards, read_card, write_card
+from .adapter import add_adapter, check_initialisation, zero_head
+from .card_blocks import merged_or_kept, read_card, write_card
 from .contract import (
     PRT_CONFIG_NAME,
     Contract,
@@ -35,6 +36,7 @@ from .pretrained import (
 )
 from .publishing import Shareable, push_reward
 from .reward_files import (
+    ADAPTER_CONFIG,
     check_files,
     recover,
     replacing_files,
@@ -121,6 +123,7 @@ class RewardModel(Shareable):
                     found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
                     remedy="pass its base model to get another adapter",
                 )
+            check_initialisation(model.peft_config.get("default"))
             if list(model.peft_config) != ["default"] or model.peft_config["default"].is_prompt_learning:
                 raise PRTValueError(
                     "The PeftModel cannot be saved as a reward.",
@@ -181,7 +184,7 @@ class RewardModel(Shareable):
         else:
             network, source = load_full(folder, config, base_model, load_kwargs), None
         reward = cls(network.eval(), config, card=read_card(folder))
-        reward._take_processing_class(folder, source)
+        reward._take_processing_class(folder, source, {"token": token} | load_kwargs)
         return reward
 
     @property
@@ -235,6 +238,7 @@ class RewardModel(Shareable):
             if self.config.is_adapter:
                 # "auto" would ask the Hub whether the vocabulary was resized.
                 self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)
+                _sort_lists(staged / ADAPTER_CONFIG)
             else:
                 self.network.save_pretrained(staged, state_dict=state_dict)
             if self.processing_class is not None:
@@ -242,7 +246,7 @@ class RewardModel(Shareable):
             (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
             card = render_card(self.config, Path(folder).absolute().name)
             for earlier in (self.card, read_card(Path(folder))):
-                card = card if earlier is None else merge_cards(earlier, card)
+                card = card if earlier is None else merged_or_kept(earlier, card)
             write_card(staged, card)  # in the place of PEFT's template
 
     def trained_with(self, *source_backbones: ModelReference, kl_coef: float, entropy_coef: float) -> None:
@@ -273,7 +277,8 @@ class RewardModel(Shareable):
         """
         task = self.config.task
         if processing_class is None and backbone.name_or_path:
-            processing_class = load_processing_class(backbone.name_or_path, task)
+            revision = reference_to(backbone).revision
+            processing_class = load_processing_class(backbone.name_or_path, task, revision=revision)
         if processing_class is None and task != IMAGE_CLASSIFICATION:
             logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
             processing_class = self.processing_class
@@ -309,15 +314,24 @@ class RewardModel(Shareable):
         if found is not None:
             self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
 
-    def _take_processing_class(self, folder: Path, source: str | Path | None) -> None:
+    def _take_processing_class(self, folder: Path, source: str | Path | None, load_kwargs: dict) -> None:
         """Read tokenizer or image processor from the reward's folder, else from its base."""
-        for place in (folder, source):
-            if place is None:
-                continue
-            self.processing_class = load_processing_class(place, self.config.task)
-            if self.processing_class is not None:
-                break
+        task, base = self.config.task, self.config.reward_base
+        kwargs = load_kwargs | {"revision": None}
+        self.processing_class = load_processing_class(folder, task, **kwargs)
+        if self.processing_class is None and source is not None:
+            kwargs["revision"] = base.revision if source == base.id else None
+            self.processing_class = load_processing_class(source, task, **kwargs)
         self.name_tokens()
+
+
+def _sort_lists(path: Path) -> None:
+    """PEFT writes sets in the order that they have in the process: the same adapter would make other files."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in entries.items():
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            entries[name] = sorted(value)
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:

@@ -1,5 +1,6 @@
 """What a trainer of a reward saves and pushes: always a whole reward, with its card."""
 
+import copy
 import os
 import shutil
 import tempfile
@@ -13,9 +14,9 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from .card_blocks import merge_cards, read_card, with_metadata, write_card
+from .card_blocks import merged_or_kept, read_card, with_metadata, write_card
 from .model_card import TrainingRecord, render_card
-from .publishing import push_reward
+from .publishing import files_to_push, push_reward
 from .reward_files import link_or_copy
 from .reward_model import RewardModel
 
@@ -54,13 +55,14 @@ class RewardSaver(Trainer):
             return
         named = dataset_name or dataset_tags or []
         datasets = [name for name in ([named] if isinstance(named, str) else named) if not Path(name).exists()]
-        metadata = {"language": language, "license": license, "tags": tags, "datasets": datasets or None}
+        given = {"language": language, "license": license, "tags": tags, "datasets": datasets}
         self._update_card(model_name)
-        self.reward.card = with_metadata(self.reward.card, **metadata)
+        if metadata := {name: value for name, value in given.items() if value}:
+            self.reward.card = with_metadata(self.reward.card, **metadata)
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         there = read_card(folder)
-        write_card(folder, self.reward.card if there is None else merge_cards(there, self.reward.card))
+        write_card(folder, self.reward.card if there is None else merged_or_kept(there, self.reward.card))
 
     def push_to_hub(
         self,
@@ -95,7 +97,8 @@ class RewardSaver(Trainer):
         }
         if blocking:
             return push_reward(self.args.output_dir, self.hub_model_id, **arguments)
-        return run_as_future(push_reward, self.args.output_dir, self.hub_model_id, **arguments)
+        staged = self._staged(self.args.output_dir, files_to_push(Path(self.args.output_dir)))
+        return run_as_future(_push_staged, staged, self.hub_model_id, **arguments)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """As `hub_strategy` says. The Trainer's would push a fixed list of files, without the reward's own."""
@@ -106,9 +109,8 @@ class RewardSaver(Trainer):
         if is_pushing and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        # Under names of their own: the Trainer deletes old checkpoints.
-        staged = Path(tempfile.mkdtemp(prefix=".pushing-", dir=self.args.output_dir))
-        shutil.copytree(checkpoint_folder, staged, copy_function=link_or_copy, dirs_exist_ok=True)
+        files = (file for file in Path(checkpoint_folder).rglob("*") if file.is_file())
+        staged = self._staged(checkpoint_folder, [file.relative_to(checkpoint_folder).as_posix() for file in files])
         place = {
             HubStrategy.CHECKPOINT: "last-checkpoint",
             HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
@@ -128,18 +130,28 @@ class RewardSaver(Trainer):
         else:
             self.push_in_progress = PushInProgress([job])
 
+    def _staged(self, folder: str | Path, names: list[str]) -> Path:
+        """Files as they are now, whatever is saved or deleted while they are pushed."""
+        staged = Path(tempfile.mkdtemp(prefix=".pushing-", dir=self.args.output_dir))
+        for name in names:
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(Path(folder, name), staged / name)
+        return staged
+
     def _save(self, output_dir=None, state_dict=None):
         if not self.args.should_save:
             return
         output_dir = output_dir or self.args.output_dir
         self._update_card()
         self.reward.save_pretrained(output_dir, state_dict=state_dict)
-        torch.save(self.args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+        args = copy.copy(self.args)
+        args.hub_token = None  # checkpoints may go to the Hub, where others read them
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
 
     def _update_card(self, name: str | None = None) -> None:
         name = name or self.hub_model_id or Path(self.args.output_dir).absolute().name
         card = render_card(self.reward.config, name, TrainingRecord.from_trainer(self))
-        self.reward.card = card if self.reward.card is None else merge_cards(self.reward.card, card)
+        self.reward.card = card if self.reward.card is None else merged_or_kept(self.reward.card, card)
 
 
 def _push_staged(folder: Path, repo_id: str, **arguments) -> CommitInfo:

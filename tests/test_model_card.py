@@ -476,6 +476,17 @@ def test_results_of_other_weights_go():
     assert part(edited, "results").startswith("## Measured by me")
 
 
+def test_what_is_told_of_another_reward_goes():
+    """Saved over it: not tuned yet, and on a base that is not on the Hub."""
+    untrained = replace(TEXT, reward_base=ModelReference("/models/base"), source_backbone=None)
+    merged = merge_cards(
+        CARD.replace("---\n", "---\nlicense: mit\n", 1) + "\nMine.\n", render_card(untrained, "me/reward")
+    )
+    assert part(merged, "training") == part(merged, "results") == "" and merged.endswith("\nMine.\n")
+    assert not {"base_model", "base_model_relation", "model-index"} & metadata(merged).keys()
+    assert metadata(merged)["license"] == "mit" and "It was not tuned yet." in merged
+
+
 def test_two_places_where_a_card_may_be_edited(caplog):
     """On the Hub (left), and here."""
     later = render_card(TEXT, "me/later", RECORD)

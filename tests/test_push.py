@@ -1,9 +1,11 @@
 """Rewards, checkpoints and recipes to a Hub on loopback and back, through the real client."""
 
+import io
 import json
 import resource
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import tiny
@@ -16,7 +18,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -28,6 +30,7 @@ from prt_hf import (
     PRTTrainer,
     RewardFileError,
     RewardModel,
+    VocabularyMismatchError,
 )
 from prt_hf.cli import main
 from prt_hf.errors import PRTValueError
@@ -220,6 +223,7 @@ def test_what_is_to_be_private_is_not_pushed_where_all_can_read(hub, reward):
         ({"config.json": b"{", "model.safetensors": b"x"}, r"a model of another kind \(None\)"),
         ({"adapter_config.json": b"{}"}, "an adapter that is no reward"),
         ({"config.json": b'{"model_type": "prt"}'}, "a recipe"),
+        ({"model.safetensors": b"x", "open_clip_config.json": b"{}"}, r"weights of another kind \(model.safetensors\)"),
     ],
 )
 def test_a_name_that_is_taken(hub, reward, files, found):
@@ -234,6 +238,37 @@ def test_a_recipe_does_not_replace_a_reward(hub, base, reward):
     with pytest.raises(RewardFileError, match="me/reward holds a reward; a recipe would spoil it"):
         PRTForCausalLM.from_parts(base, rewards=["me/reward"]).push_to_hub("me/reward")
     assert set(hub.files("me/reward")) == FILES
+
+
+def test_a_name_without_namespace(hub, reward):
+    reward.push_to_hub("reward")
+    assert 'RewardModel.from_pretrained("me/reward")' in hub.files("me/reward")["README.md"].decode()
+
+
+def test_metadata_that_was_changed_on_the_hub_stays(hub, reward, tmp_path):
+    reward.card = "---\nlicense: mit\n---\n"
+    reward.push_to_hub("me/reward")
+    card = hub.files("me/reward")["README.md"].decode()
+    assert "license: mit\n" in card
+    hub.put("me/reward", {"README.md": card.replace("license: mit", "license: apache-2.0").encode()})
+    reward.push_to_hub("me/reward")
+    assert "license: apache-2.0\n" in hub.files("me/reward")["README.md"].decode()
+
+
+def test_a_card_that_cannot_be_read_stops_a_push_and_no_save(hub, base, tmp_path, caplog):
+    broken = "---\ntitle: a: b\n---\nMine.\n"
+    trainer = a_trainer(base, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text(broken)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "out" / "README.md").read_text() == broken and "The card is kept as it is" in caplog.text
+    RewardModel.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    assert torch.equal(
+        logits(RewardModel.from_pretrained(tmp_path / "again")), logits(RewardModel.from_pretrained(tmp_path / "out"))
+    )
+    with pytest.raises(RewardFileError, match="The card's metadata cannot be read"):
+        trainer.push_to_hub()
+    assert not hub.files("me/out")
 
 
 def test_two_pushes_at_once(hub, base, reward, monkeypatch):
@@ -357,6 +392,64 @@ def test_an_adapter_larger_than_its_weights(hub, reward):
         RewardModel.from_pretrained("me/reward")
 
 
+def test_other_peoples_code_is_not_run(hub, reward, monkeypatch):
+    """Nor is anybody asked whether it may be."""
+    reward.push_to_hub("me/reward")
+    monkeypatch.setattr("builtins.input", None)
+    changed(
+        hub,
+        "tokenizer_config.json",
+        lambda entries: entries.update(tokenizer_class="Evil", auto_map={"AutoTokenizer": ["evil.Evil", None]}),
+    )
+    hub.put("me/reward", {"evil.py": b"raise SystemExit('run')"})
+    assert torch.equal(logits(RewardModel.from_pretrained("me/reward")), logits(reward))
+    full = RewardModel.from_base(tiny.vit(3))
+    full.push_to_hub("me/full")
+    files = hub.files("me/full")
+    hub.put("me/evil", files | {"evil.py": b"raise SystemExit('run')"})
+    entries = json.loads(files["config.json"]) | {"auto_map": {"AutoModelForImageClassification": "evil.Evil"}}
+    hub.put("me/evil", {"config.json": json.dumps(entries).encode()})
+    assert isinstance(RewardModel.from_pretrained("me/evil").network, type(full.network))
+
+
+def test_a_full_reward_with_an_adapter_beside_it(hub, reward):
+    """transformers would load both."""
+    reward.push_to_hub("me/reward")
+    full = RewardModel.from_base(tiny.llama(4), TOKENIZER)
+    full.push_to_hub("me/full")
+    adapter = {name: hub.files("me/reward")[name] for name in ("adapter_config.json", "adapter_model.safetensors")}
+    hub.put("me/full", adapter)
+    with pytest.raises(RewardFileError, match="holds a full reward and an adapter"):
+        RewardModel.from_pretrained("me/full")
+
+
+def test_an_adapter_for_megatron(hub, reward):
+    reward.push_to_hub("me/reward")
+    changed(hub, "adapter_config.json", lambda entries: entries.update(megatron_config={}, megatron_core="antigravity"))
+    with pytest.raises(RewardFileError, match="is for Megatron"):
+        RewardModel.from_pretrained("me/reward")
+
+
+def test_an_initialisation_that_changes_the_base(base):
+    network = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(r=2, init_lora_weights="pissa"))
+    with pytest.raises(PRTValueError, match="(?s)initialisation would change the base's weights.*found: 'pissa'"):
+        RewardModel.from_base(network, TOKENIZER)
+
+
+def test_tokenizers_come_with_the_token_and_the_revision_of_their_model(hub, base, reward, tmp_path, monkeypatch):
+    """Else one that cannot be read would be taken to be the reward's."""
+    reward.push_to_hub("me/reward")
+    tiny.llama(2).save_pretrained(tmp_path / "other")
+    tiny.tokenizer(changed={"w5": "five"}).save_pretrained(tmp_path / "other")
+    first = hub.put("other/model", tmp_path / "other", private=True)
+    right = hub.put("other/model", {"tokenizer.json": hub.files("me/base")["tokenizer.json"]})
+    hub.put("other/model", {"tokenizer.json": hub.files("other/model", first)["tokenizer.json"]})
+    with pytest.raises(VocabularyMismatchError):
+        PRTForCausalLM.from_parts("other/model", rewards=[reward], token=hub.other_token)
+    model = PRTForCausalLM.from_parts("other/model", rewards=["me/reward"], token=hub.other_token, revision=right)
+    assert torch.equal(logits(model.rewards[0]), logits(reward)), "on its own base's revision"
+
+
 def test_shards_outside_the_folder(tmp_path):
     reward = RewardModel.from_base(tiny.llama(1), TOKENIZER)
     reward.save_pretrained(tmp_path / "reward")
@@ -469,6 +562,20 @@ def test_pushes_while_training(hub, base, tmp_path, trainer, args, strategy, fol
             assert again.state.global_step == 6
     tuned.push_to_hub()
     assert titles(hub, "me/out") == ["initial commit", *(during or ["End of training"])], "nothing new, nothing pushed"
+
+
+def test_the_token_is_not_pushed(hub, base, tmp_path):
+    kwargs = {"push_to_hub": True, "hub_strategy": "checkpoint", "hub_token": hub.token, "hub_always_push": True}
+    trainer = a_trainer(base, tmp_path / "out", **kwargs)
+    trainer.train()
+    files = hub.files("me/out")
+    assert "last-checkpoint/training_args.bin" in files
+    assert trainer.args.hub_token == hub.token
+    for name, content in files.items():
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                content = b"".join(archive.read(part) for part in archive.namelist())
+        assert hub.token.encode() not in content, name
 
 
 def test_a_push_in_the_background_that_fails_is_told(hub, base, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..card_blocks import merge_cards, read_card, write_card
+from ..card_blocks import merged_or_kept, read_card, write_card
 from ..contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
@@ -155,6 +155,10 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             backbone = load_pretrained(str(backbone), **load_kwargs)
         bases = [backbone]
         loaded = [load_reward(place, bases, load_kwargs) for place in rewards]
+        if tokenizer is None and backbone.name_or_path:
+            given = {name: load_kwargs[name] for name in ("token", "trust_remote_code") if name in load_kwargs}
+            given["revision"] = reference_to(backbone).revision
+            tokenizer = load_processing_class(backbone.name_or_path, cls.task, **given)
         return cls._assemble(backbone, loaded, strengths, tokenizer)
 
     @classmethod
@@ -172,8 +176,6 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 expected="two models",
                 remedy="load the backbone again, or copy.deepcopy it",
             )
-        if processing_class is None and backbone.name_or_path:
-            processing_class = load_processing_class(backbone.name_or_path, cls.task)
         orders = [reward.order_for(backbone, processing_class) for reward in rewards]
         strengths = [reward.config.strength for reward in rewards] if strengths is None else strengths
         _check_strengths(strengths, len(rewards))
@@ -243,7 +245,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         bases = [backbone]
         loaded = [load_from_recipe(folder, entry, bases, load_kwargs) for entry in config.reward_references]
         strengths = [entry["strength"] for entry in config.reward_references]
-        model = cls._assemble(backbone, loaded, strengths, load_processing_class(folder, cls.task))
+        model = cls._assemble(backbone, loaded, strengths, load_processing_class(folder, cls.task, **load_kwargs))
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate() and (folder / GENERATION_CONFIG_NAME).exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -291,7 +293,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
             save_file(self._tuned(state_dict), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
         card, there = recipe_card(config, folder.absolute().name), read_card(folder)
-        write_card(folder, card if there is None else merge_cards(there, card))
+        write_card(folder, card if there is None else merged_or_kept(there, card))
         write_recipe(config, folder)
         kept = {entry["folder"] for entry in config.reward_references}
         for earlier in folder.glob("reward-*"):
