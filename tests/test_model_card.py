@@ -27,6 +27,7 @@ from prt_hf import (
     RewardFileError,
     RewardModel,
     VocabularyContract,
+    card_blocks,
 )
 from prt_hf.card_blocks import is_edited, join_cards
 from prt_hf.contract import ModelReference
@@ -337,6 +338,7 @@ def test_a_card_without_edits_is_rendered_again():
 
 def test_edited_and_deleted_parts_stay_so(caplog):
     caplog.set_level("WARNING")
+    card_blocks.logger.warning_once.cache_clear()  # other tests have told it
     edited = CARD.replace("## Use\n", "## How I use it\n").replace(
         "# me/reward\n", "My text first.\n\n# me/reward\n", 1
     )
