@@ -10,7 +10,15 @@ from transformers.pytorch_utils import Conv1D
 
 from .contract import ModelReference
 from .errors import PRTValueError, UnsupportedError
-from .pretrained import TEXT_GENERATION, head_of, layer_stack, share_weights, task_of
+from .pretrained import (
+    TEXT_GENERATION,
+    FixedLinear,
+    has_fixed_head,
+    head_of,
+    layer_stack,
+    share_weights,
+    task_of,
+)
 
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
 # Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
@@ -26,9 +34,9 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
 
     The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
     with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
-    small head is tuned whole. A reward has farther to go than a fine-tuned model, because it starts as the pretrained
-    logits, which the backbone adds once more: language models get twice the customary scale of LoRA (see
-    notebooks/lora_rewards.md), classifiers, which lose by that, do not.
+    small head is tuned whole, that of a zero-shot classifier not at all. A reward has farther to go than a fine-tuned
+    model, because it starts as the pretrained logits, which the backbone adds once more: language models get twice the
+    customary scale of LoRA (see notebooks/lora_rewards.md), classifiers, which lose by that, do not.
 
     Args:
         model (`PreTrainedModel`): the reward's base.
@@ -54,7 +62,8 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
     else:
         # PEFT takes any name that ends so for the head, and no layer twice.
         targets = [name for name in targets if not name.endswith(head)]
-        defaults = {"modules_to_save": [head], "lora_alpha": 2 * rank}
+        saved = {} if has_fixed_head(model) else {"modules_to_save": [head]}
+        defaults = saved | {"lora_alpha": 2 * rank}
     defaults |= {"r": rank, "target_modules": _shorten(model, targets)}
     return LoraConfig(**defaults | lora_kwargs)
 
@@ -80,6 +89,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
     peft_config.revision = base.revision
     head, _ = head_of(model)
     if zero:
+        check_zero(model)
         # PEFT would reject a layer that is both adapted and saved whole.
         if isinstance(peft_config.target_modules, set | list):
             peft_config.target_modules = {
@@ -88,8 +98,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
         peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
     network = wrap(model, peft_config)
     _check_saved(network)
+    _check_fixed(network, head, has_fixed_head(model))
     if zero:
-        check_one_head(model)
         zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
     return network
 
@@ -134,9 +144,20 @@ def _check_saved(network: PeftModel) -> None:
         )
 
 
+def _check_fixed(network: PeftModel, head: str, is_fixed: bool) -> None:
+    found = network.get_base_model().get_submodule(head)
+    if is_fixed and not isinstance(found, FixedLinear):
+        raise PRTValueError(
+            "The adapter changes a head that is fixed.",
+            expected=f"an adapter of other layers than {head!r}, as `default_peft_config(model)` has",
+            found=type(found).__name__,
+            remedy=f"LoraConfig(exclude_modules=[{head!r}], ...)",
+        )
+
+
 def zero_head(model: PreTrainedModel) -> None:
     """Start a full reward at r = 0, in place; a head that was tied to the input embeddings is untied first."""
-    check_one_head(model)
+    check_zero(model)
     _, head = head_of(model)
     embeddings = model.get_input_embeddings() if task_of(model) == TEXT_GENERATION else None
     if embeddings is not None and head.weight is embeddings.weight:
@@ -146,10 +167,17 @@ def zero_head(model: PreTrainedModel) -> None:
     zero_(head)
 
 
-def check_one_head(model: PreTrainedModel) -> None:
+def check_zero(model: PreTrainedModel) -> None:
     """Raises:
-    PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be zero.
+    PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be zero; or
+        the head is fixed, and would stay zero.
     """
+    if has_fixed_head(model):
+        raise PRTValueError(
+            "A reward with a fixed head cannot start at zero: it would stay there.",
+            expected="reward_init='pretrained'",
+            found=f"{type(model).__name__}, reward_init='zero'",
+        )
     if "WithTeacher" in type(model).__name__:
         raise PRTValueError(
             "A reward of two heads cannot start at zero.",
@@ -187,6 +215,9 @@ def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
 
 def _takes_lora(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     if getattr(module, "groups", 1) > 1:  # PEFT splits the rank among the groups of a depthwise convolution
+        return False
+    # Attention of torch's own reads the weights of its output layer past an adapter.
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return False
     return not (model.config.model_type in _FUSED_MODELS and name.rpartition(".")[2] in _FUSED_LAYERS)
 

@@ -1,7 +1,7 @@
 """pi_pt in training: another network than the reward's, or the reward's own with its adapter off."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +21,11 @@ from .fingerprints import weights_digest_of_files, weights_digest_of_model
 from .functional import IGNORE_INDEX, Projection
 from .heads import Head, last_hidden_state, projection, why_not_projected
 from .hub import commit_of, has_file
-from .loading import load_base, load_processing_class
+from .loading import load_base, load_processing_class, processing_class_of
+from .own_pixels import PIXELS, is_same_pixels, missing_pixels
 from .passes import bare_base
 from .pretrained import (
+    IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
     check_bare,
     context_length,
@@ -42,15 +44,17 @@ class Batch:
     """What both models read, and where they are judged.
 
     Attributes:
-        inputs (`dict`): of either model.
+        inputs (`dict`): of the reward, and of backbones that have no other.
         labels (`torch.LongTensor`): aligned with what is predicted: `(batch_size, sequence_length - 1)` for language
             models, whose last position has no label, `(batch_size,)` for classifiers.
         rows (`torch.LongTensor` of shape `(batch_size,)`, *optional*): places in the data set, for stored states.
+        of_backbones (`list[dict]`): inputs of single backbones, in the order of `backbone=`.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.LongTensor
     rows: torch.LongTensor | None = None
+    of_backbones: Sequence[dict[str, torch.Tensor]] = ()
 
     @cached_property
     def supervised(self) -> tuple[torch.LongTensor, ...]:
@@ -84,7 +88,10 @@ class Backbone:
         columns: of its logits, in the reward's order.
         limit (`int`, *optional*): tokens that it can read.
         reference ([`~contract.ModelReference`]): for the reward's configuration.
+        index (`int`): of its own inputs in a batch.
     """
+
+    index = 0
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
         self._reward, self.network, self._named, self._load_kwargs = reward, None, network, load_kwargs
@@ -113,9 +120,11 @@ class Backbone:
         self._take(network, load_processing_class(name, self.task, **kwargs))
 
     def _take(self, network: PreTrainedModel, processing_class) -> None:
+        if processing_class is None:
+            processing_class = processing_class_of(network, self.task)
         order = self._reward.order_for(network, processing_class)
         self.columns = order if isinstance(order, slice) else inverse(order)
-        self._processing_class = processing_class or self._reward.processing_class
+        self._processing_class = processing_class
         self.limit, self.reference = context_length(network), reference_to(network)
         self.network = network.eval()
 
@@ -146,7 +155,7 @@ class Backbone:
     def logits(self, batch: Batch) -> torch.Tensor:
         """`(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`, in the reward's order."""
         with torch.no_grad(), self._pretrained() as network:
-            return network(**batch.inputs).logits[..., self.columns]
+            return network(**self._inputs(batch)).logits[..., self.columns]
 
     def projection(self, batch: Batch) -> Projection:
         """Of a language model: the logits at the supervised positions, not made yet."""
@@ -158,14 +167,16 @@ class Backbone:
         with torch.no_grad(), self._pretrained() as network:
             if self.task == TEXT_GENERATION:
                 return _hidden(network, batch)
-            return batch.chosen(network(**batch.inputs).logits)
+            return batch.chosen(network(**self._inputs(batch)).logits)
 
     def companions(self) -> tuple[dict[str, torch.Tensor], dict]:
         """Tensors and facts that turn its states into logits of the reward's order."""
         with self._pretrained() as network:
             facts = {
                 "reference": vars(self.reference),
-                "contract": contract_to_dict(contract_of(network, self._processing_class)),
+                "contract": contract_to_dict(
+                    contract_of(network, self._processing_class or self._reward.processing_class)
+                ),
             }
             if self.task != TEXT_GENERATION:
                 return {}, facts
@@ -184,6 +195,28 @@ class Backbone:
         """Around the reward's pass of the same batch: what both have in common is not computed again."""
         return nullcontext()
 
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            UnsupportedError: the backbone wants other pixels than the reward's, and the batch has none.
+        """
+        own = batch.of_backbones[self.index] if batch.of_backbones else {}
+        if self._wants_own_pixels and PIXELS not in own:
+            raise missing_pixels(
+                "backbone",
+                self.index,
+                self._reward.processing_class,
+                self._processing_class,
+                "data_collator=PixelCollator(reward_processor, [backbone_processor]), which makes them of the rows' "
+                "`image`; or that column beside `pixel_values`",
+            )
+        return batch.inputs | own
+
+    @cached_property
+    def _wants_own_pixels(self) -> bool:
+        is_known = self.task == IMAGE_CLASSIFICATION
+        return is_known and not is_same_pixels(self._reward.processing_class, self._processing_class)
+
     @contextmanager
     def _pretrained(self) -> Iterator[nn.Module]:
         yield self.network
@@ -195,7 +228,7 @@ class OwnBase(Backbone):
 
     def __init__(self, reward: RewardModel):
         self._reward, self._named, self._trunk = reward, None, None
-        self._processing_class = reward.processing_class
+        self._processing_class = None  # the reward's
         self.network: PeftModel = reward.network
         self.columns = reward.columns
         self.limit, self.reference = context_length(reward.network), reference_to(reward.network)
@@ -205,6 +238,16 @@ class OwnBase(Backbone):
 
     def unload(self):
         """It is the reward's."""
+
+    def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
+        if batch.of_backbones and batch.of_backbones[self.index]:
+            raise PRTValueError(
+                "The reward's own base reads what the reward reads.",
+                expected="no inputs of its own",
+                found=", ".join(f"backbone_{self.index}_{name}" for name in batch.of_backbones[self.index]),
+                remedy="pass `backbone=` the model that they are for",
+            )
+        return batch.inputs
 
     @cached_property
     def _modules(self) -> list[nn.Module]:

@@ -1,14 +1,19 @@
-"""Data sets and batches of token rows: what they must have, what is padded, what is learned."""
+"""Data sets and batches: what token rows must have, what is padded, what is learned; images as pixels."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from transformers import BaseImageProcessor
 from transformers.trainer_utils import has_length
 
 from .errors import PRTValueError
 from .functional import IGNORE_INDEX
+from .own_pixels import PRTImageProcessor
 
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+IMAGE = "image"
+LABELS = ("label", "labels")
 
 
 @dataclass
@@ -47,6 +52,30 @@ class TokenCollator:
             batch["attention_mask"][index, : len(ids)] = masks.get("attention_mask", torch.ones(len(ids))).long()
             batch["labels"][index, : len(ids)] = labels
         return batch
+
+
+class PixelCollator:
+    """Makes the pixels of rows with an `image`, for every model its own, and `labels` of `label` where there is one.
+
+    ```
+    PixelCollator(reward_processor, [backbone_processor])([{"image": <PIL image>, "label": 3}, ...])
+    ->  pixel_values [2, 3, 224, 224]  backbone_0_pixel_values [2, 3, 384, 384]  labels [3, ...]
+    ```
+
+    Args:
+        processor: the reward's image processor, or that of whatever else is tuned; a PRT model's makes the pixels of
+            all its parts.
+        backbones: image processors of `PRTTrainer`'s `backbone=`, in that order; None for the reward's own base. Where
+            one makes the same pixels as the reward's, they are made once.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, backbones: Sequence[BaseImageProcessor | None] = ()):
+        self.processor = PRTImageProcessor.of(processor, "backbone", backbones)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = dict(self.processor([row[IMAGE] for row in rows], return_tensors="pt"))
+        label = next((name for name in LABELS if name in rows[0]), None)
+        return batch if label is None else batch | {"labels": torch.as_tensor([row[label] for row in rows])}
 
 
 def check_not_empty(name: str, dataset) -> None:

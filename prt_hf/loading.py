@@ -139,6 +139,13 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
         return None
 
 
+def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):
+    """What lies beside a model's weights, at their revision; None where it was made in memory or has none."""
+    if not model.name_or_path:
+        return None
+    return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
+
+
 def _read_peft_config(folder: Path, config: RewardConfig) -> PeftConfig:
     """
     Raises:

@@ -106,7 +106,6 @@ def render_card(
         tags=[*_TAGS, KINDS["adapter" if is_adapter else "full"]],
     )
     needs_base = is_adapter and base is None
-    reads_images = config.task == IMAGE_CLASSIFICATION
     return _rendered(
         "model_card_template.md.jinja",
         data,
@@ -120,8 +119,7 @@ def render_card(
         needs_base=needs_base,
         base_argument=f", base_model={_python(_shown(config.reward_base.id or 'BASE'))}" if needs_base else "",
         prt_class=PRT_CLASSES[config.task],
-        processor="AutoImageProcessor" if reads_images else "AutoTokenizer",
-        processor_argument="image_processor" if reads_images else "tokenizer",
+        processor_argument="image_processor" if config.task == IMAGE_CLASSIFICATION else "tokenizer",
         sample=_SAMPLES[config.task],
         labels=config.contract.names if isinstance(config.contract, LabelContract) else (),
         most_labels=MOST_LABELS,

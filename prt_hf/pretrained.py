@@ -38,15 +38,33 @@ AUTO_CLASSES = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
 }
 _CLASS_NAMES = {
-    TEXT_GENERATION: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    TEXT_CLASSIFICATION: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    IMAGE_CLASSIFICATION: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    TEXT_GENERATION: set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()),
+    TEXT_CLASSIFICATION: set(modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()),
+    IMAGE_CLASSIFICATION: set(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()),
 }
 _OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 _SAMPLES_PER_TENSOR = 64
 # The name of the cache among the inputs and outputs of models, and of `generate`; another before transformers 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # those that tokenizers and image processors take as well
+
+
+class FixedLinear(nn.Linear):
+    """A linear head that is never tuned: its weights are buffers, which no optimiser and no `requires_grad_` finds."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True):
+        super().__init__(in_features, out_features, bias)
+        for name, value in list(self.named_parameters()):
+            delattr(self, name)
+            self.register_buffer(name, value.data)
+
+
+def register_model(task: str, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """Make a pretrained model's class that transformers does not have known to the Auto classes, and its task to
+    [`task_of_checkpoint`]."""
+    AutoConfig.register(config_class.model_type, config_class)
+    AUTO_CLASSES[task].register(config_class, model_class)
+    _CLASS_NAMES[task].add(model_class.__name__)
 
 
 def unwrap_adapter(network: nn.Module) -> PreTrainedModel:
@@ -200,6 +218,11 @@ def head_of(network: nn.Module) -> tuple[str, nn.Module]:
     return candidates[-1]
 
 
+def has_fixed_head(network: nn.Module) -> bool:
+    """Whether the logits come from a [`FixedLinear`]."""
+    return isinstance(head_of(network)[1], FixedLinear)
+
+
 def layer_stack(network: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """Name and module of the list in which a network's layers follow one another; None where there is not one list."""
     model = unwrap_adapter(network)
@@ -275,14 +298,14 @@ def reference_to(network: nn.Module) -> ModelReference:
 
 
 def weights_fingerprint(network: nn.Module) -> str | None:
-    """SHA-256 over shapes and samples of the pretrained weights and batch statistics, adapters left out.
+    """SHA-256 over shapes and samples of the pretrained weights, batch statistics and fixed heads, adapters left out.
 
     Up to 64 samples of each tensor, rounded to bfloat16, so that a model has the same fingerprint in float32 and in
     bfloat16; without names, which change between versions of transformers. None where the values cannot be read
     (quantised or offloaded weights) or were rounded otherwise (float16).
     """
     digests = []
-    for tensor in [*pretrained_parameters(network).values(), *_statistics(network)]:
+    for tensor in [*pretrained_parameters(network).values(), *_telling_buffers(network)]:
         if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta:
             return None
         flat = tensor.detach().reshape(-1)
@@ -302,15 +325,15 @@ def pretrained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def _statistics(network: nn.Module) -> list[torch.Tensor]:
-    """Running means and variances of batch normalisation."""
-    modules = (module for name, module in network.named_modules() if ".modules_to_save." not in name)
-    return [
-        tensor
-        for module in modules
-        for tensor in (getattr(module, "running_mean", None), getattr(module, "running_var", None))
-        if isinstance(tensor, torch.Tensor)
-    ]
+def _telling_buffers(network: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances of batch normalisation, and what a fixed head is made of."""
+    tensors = []
+    for name, module in network.named_modules():
+        if ".modules_to_save." in name:
+            continue
+        names = ("weight", "bias") if isinstance(module, FixedLinear) else ("running_mean", "running_var")
+        tensors += [getattr(module, name, None) for name in names]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
 def share_weights(model: PreTrainedModel) -> PreTrainedModel:
@@ -347,7 +370,7 @@ def tie_parameters(network: nn.Module, base: nn.Module) -> None:
 
 def _task_of_class(class_name: str, model_id: str) -> str:
     for task, names in _CLASS_NAMES.items():
-        if class_name in names.values():
+        if class_name in names:
             return task
     raise PRTValueError(
         f"{model_id or class_name} has no head that predicts tokens or class labels.",

@@ -20,9 +20,9 @@ from .contract import (
     VocabularyContract,
     unwrap_tokenizer,
 )
-from .errors import PRTValueError, UnsupportedError
+from .errors import PRTValueError
 from .hub import local_folder
-from .loading import load_adapter, load_full, load_processing_class
+from .loading import load_adapter, load_full, load_processing_class, processing_class_of
 from .model_card import render_card
 from .pretrained import (
     IMAGE_CLASSIFICATION,
@@ -45,7 +45,6 @@ from .reward_files import (
 logger = logging.get_logger(__name__)
 
 REWARD_INITS = ("pretrained", "zero")
-_PIXELS = ("size", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class RewardModel(Shareable):
@@ -269,25 +268,22 @@ class RewardModel(Shareable):
                 weights, else, with a warning, the reward's.
 
         Returns:
-            A slice that cuts padded rows off both models' vocabularies, or the labels' permutation.
+            A slice that cuts padded rows off both models' vocabularies, or the labels' permutation. Image classifiers
+            may want other pixels than one another: see [`~prt_hf.own_pixels`].
 
         Raises:
             VocabularyMismatchError, LabelMismatchError: the backbone speaks of other tokens or labels.
-            UnsupportedError: the two want other pixels.
         """
         task = self.config.task
-        if processing_class is None and backbone.name_or_path:
-            revision = reference_to(backbone).revision
-            processing_class = load_processing_class(backbone.name_or_path, task, revision=revision)
+        if processing_class is None:
+            processing_class = processing_class_of(backbone, task)
         if processing_class is None and task != IMAGE_CLASSIFICATION:
             logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
             processing_class = self.processing_class
         if isinstance(self.contract, VocabularyContract):
             self.contract.check(contract_of(backbone, processing_class))
             return self.columns
-        if task == IMAGE_CLASSIFICATION:
-            _check_same_pixels(self.processing_class, processing_class)
-        else:
+        if task != IMAGE_CLASSIFICATION:  # pixels may differ, see own_pixels.py
             _check_same_tokens(self.processing_class, processing_class, backbone)
         return self.contract.check(LabelContract.from_model_config(backbone.config))
 
@@ -342,16 +338,3 @@ def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:
     vocabulary = VocabularyContract.from_tokenizer(ours)
     vocabulary.check(VocabularyContract.from_tokenizer(theirs))
     vocabulary.check_head(backbone.get_input_embeddings().weight.shape[0])
-
-
-def _check_same_pixels(ours, theirs) -> None:
-    if ours is None or theirs is None:
-        return
-    ours, theirs = ({name: processor.to_dict().get(name) for name in _PIXELS} for processor in (ours, theirs))
-    if differing := [name for name in _PIXELS if ours[name] != theirs[name]]:
-        raise UnsupportedError(
-            "Reward and backbone want other pixels, and get the same.",
-            expected=", ".join(f"{name}={ours[name]}" for name in differing),
-            found=", ".join(f"{name}={theirs[name]}" for name in differing),
-            remedy="prepare each model's pixels by itself, and add the two with `prt_hf.combine`",
-        )

@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from .backbones import Backbone, Batch, OwnBase, reward_and_backbones
-from .collator import MASKS, TokenCollator, check_not_empty, check_tokenized
+from .collator import IMAGE, MASKS, PixelCollator, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
 from .contract import unwrap_tokenizer
 from .errors import PRTValueError, UnsupportedError
@@ -26,7 +26,15 @@ from .functional import (
     prt_statistics,
 )
 from .heads import last_hidden_state, projection, why_not_projected
-from .pretrained import TEXT_GENERATION, check_length, context_length, frozen_norms, pretrained_parameters
+from .own_pixels import PIXELS, split_inputs
+from .pretrained import (
+    IMAGE_CLASSIFICATION,
+    TEXT_GENERATION,
+    check_length,
+    context_length,
+    frozen_norms,
+    pretrained_parameters,
+)
 from .reward_model import RewardModel
 from .sharding import address, check_fsdp, is_sharding, is_zero3, sharded
 from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
@@ -45,6 +53,8 @@ class PRTTrainer(RewardSaver):
             or Hub id of one, is tuned on.
         args ([`PRTConfig`], *optional*): defaults to `PRTConfig("tmp_trainer")`, as the Trainer's.
         data_collator: for language models the default pads `input_ids` and makes `labels` of them where there are none.
+            [`PixelCollator`] makes pixels of images; a backbone that wants others than the reward needs its own in
+            every batch (`backbone_0_pixel_values` for the first, ...).
         train_dataset, eval_dataset, processing_class: as for the Trainer. Language models need their tokenizer.
         backbone (`str`, `PreTrainedModel`, or a list of them, *optional*): pi_pt, the source backbone in training, any
             backbone in evaluation. By default the weights that the reward started from: the same model with the adapter
@@ -59,7 +69,7 @@ class PRTTrainer(RewardSaver):
         VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
         PRTValueError: an empty data set, or arguments that exclude each other.
         BackboneCacheError, UnsupportedError: states of the backbone cannot be stored, or those that are stored are
-            damaged.
+            damaged; or, with the first batch, pixels of a backbone are missing.
 
     Besides `loss`, these are logged (those of [`~prt_hf.functional.prt_statistics`], in training for the step that is
     logged): `accuracy`, `reward_accuracy`, `reward_entropy`, `reward_abs`, `kl`. `eval_loss` is the mean over all
@@ -101,6 +111,8 @@ class PRTTrainer(RewardSaver):
             self.reward.processing_class = processing_class
             self.reward.check_processing_class()
         processing_class = self.reward.processing_class
+        for index, source in enumerate(self._sources):
+            source.index = index
         self._is_language_model = self.reward.config.task == TEXT_GENERATION
         if not args.precompute_backbone:
             for source in self._sources:
@@ -210,7 +222,12 @@ class PRTTrainer(RewardSaver):
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         collator = getattr(self.data_collator, "collator", self.data_collator)
-        extra = [ROW, *(MASKS if isinstance(collator, TokenCollator) else ())]
+        extra = [ROW]
+        if isinstance(collator, TokenCollator):
+            extra += MASKS
+        elif self.reward.config.task == IMAGE_CLASSIFICATION:
+            extra += [IMAGE] if isinstance(collator, PixelCollator) else []
+            extra += [f"backbone_{source.index}_{PIXELS}" for source in self._sources]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
 
     def _default_collator(self, train_dataset, eval_dataset, processing_class):
@@ -236,7 +253,10 @@ class PRTTrainer(RewardSaver):
             # Some models tell packed documents apart only where no cache is made.
             inputs["use_cache"] = False
             labels = None if labels is None else labels[:, 1:]
-        return Batch(inputs, labels, rows)
+        of_backbones = ()
+        if self.reward.config.task == IMAGE_CLASSIFICATION:
+            inputs, of_backbones = split_inputs(inputs, "backbone", len(self._sources))
+        return Batch(inputs, labels, rows, of_backbones)
 
     def _labelled_batch(self, inputs) -> Batch:
         batch = self._batch(inputs)

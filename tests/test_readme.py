@@ -4,9 +4,18 @@ import re
 from pathlib import Path
 
 import datasets
+import test_own_pixels
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+)
 
 import prt_hf
 
@@ -22,11 +31,27 @@ MODELS = {
 }
 
 
+CLASS_NAMES = ["w3", "w4", "w5", "w6"]
+ENCODERS = {
+    "openai/clip-vit-base-patch16": (CLIPModel, CLIPConfig, {"num_channels": 3, "image_size": 8}),
+    "google/siglip-so400m-patch14-384": (SiglipModel, SiglipConfig, {"num_channels": 3, "image_size": 12}),
+}
+PROCESSORS = (
+    CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+    SiglipImageProcessorPil(size={"height": 12, "width": 12}),
+)
+
+
 def test_every_block_runs(tmp_path, monkeypatch, hub):
     monkeypatch.chdir(tmp_path)
     for model_id, model in MODELS.items():
         model.save_pretrained(model_id)
         tiny.tokenizer().save_pretrained(model_id)
+    for (model_id, (model, config, size)), processor in zip(ENCODERS.items(), PROCESSORS, strict=True):
+        encoders = {"text_config": tiny.TEXT_ENCODER, "vision_config": tiny.IMAGE_ENCODER | size}
+        model(config(**encoders)).save_pretrained(model_id)
+        tiny.tokenizer().save_pretrained(model_id)
+        processor.save_pretrained(model_id)
     problem = {"question": " ".join(f"w{index}" for index in range(3, 12)), "answer": "w20 w21 w22"}
     data_sets = {"openai/gsm8k": problem, "trl-lib/Capybara": {"text": " ".join(problem.values())}}
     monkeypatch.setattr(
@@ -39,7 +64,8 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
     torch.manual_seed(0)
     pixel_values = torch.randn(4, 1, 8, 8)
     photos = datasets.Dataset.from_dict({"pixel_values": pixel_values.tolist(), "label": [0, 1, 2, 3]})
-    scope = {"photos": photos.with_format("torch"), "pixel_values": pixel_values}
+    scope = {"photos": photos.with_format("torch"), "pixel_values": pixel_values, "class_names": CLASS_NAMES}
+    scope["cars"] = test_own_pixels.PHOTOS
     seen = []
     for block in BLOCKS:
         on_cpu = re.sub(
@@ -47,7 +73,7 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
         )
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, whole, shared, images, chat = seen
+    text, generated, whole, shared, images, zero_shot, chat = seen
     assert hub.repositories["me/gsm8k-reward"].private
     with torch.no_grad():
         ids = shared["inputs"]["input_ids"]
@@ -60,6 +86,8 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
     source, target = MODELS["google/vit-base-patch16-224"], MODELS["facebook/convnextv2-large-22k-224"]
     assert [source.config.id2label[index] for index in images["order"]] == list(target.config.id2label.values())
     torch.testing.assert_close(images["log_probs"].exp().sum(-1), torch.ones(4))
+    torch.testing.assert_close(zero_shot["log_probs"].exp().sum(-1), torch.ones(4))
+    assert list(zero_shot["target"].config.id2label.values()) == CLASS_NAMES
 
 
 def test_the_face_comes_within_sixty_lines():

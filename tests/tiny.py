@@ -6,6 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
     ConvNextConfig,
     ConvNextForImageClassification,
     GPT2Config,
@@ -20,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
+    SiglipConfig,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -126,6 +130,36 @@ def convnext(seed=0, names=COLOURS):
     torch.manual_seed(seed)
     sizes = {"num_channels": 1, "patch_size": 2, "hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
     return ConvNextForImageClassification(ConvNextConfig(**labels(names), **sizes)).eval()
+
+
+_ENCODER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT_ENCODER = _ENCODER | {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 16,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+IMAGE_ENCODER = _ENCODER | {"image_size": 8, "patch_size": 4, "num_channels": 1}
+
+
+def two_encoders(model_class, config_class, seed=0, text=None, **config):
+    """A CLIP-like model whose weights are large enough to tell texts and images apart."""
+    torch.manual_seed(seed)
+    config = config_class(text_config=TEXT_ENCODER | (text or {}), vision_config=IMAGE_ENCODER, **config)
+    model = model_class(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def clip(seed=0):
+    return two_encoders(CLIPModel, CLIPConfig, seed, projection_dim=24)
+
+
+def siglip(seed=0):
+    return two_encoders(SiglipModel, SiglipConfig, seed)
 
 
 def bert(seed=0, names=COLOURS, **config):

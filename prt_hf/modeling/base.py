@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from math import isfinite
 from numbers import Real
@@ -25,11 +26,13 @@ from ..contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference,
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
 from ..hub import local_folder
-from ..loading import check_same_model, load_base, load_processing_class
+from ..loading import check_same_model, load_base, load_processing_class, processing_class_of
+from ..own_pixels import PRTImageProcessor
 from ..passes import MixedPass, Pass, bare_base, can_mix
 from ..pretrained import (
     AUTO_CLASSES,
     CACHE,
+    IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
     check_bare,
     context_length,
@@ -72,7 +75,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         backbone (`PreTrainedModel`): pi_pt.
         rewards (`list[RewardModel]`): r_1, r_2, ...; their networks are sub-modules of the model.
         strengths (`list[float]`): 1 / lambda of each, read at every forward pass.
-        processing_class: tokenizer or image processor, saved with the recipe.
+        processing_class: tokenizer or image processor, saved with the recipe; where rewards want other pixels than the
+            backbone, a [`PRTImageProcessor`], which makes those of all.
     """
 
     config_class = PRTModelConfig
@@ -155,10 +159,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             backbone = load_pretrained(str(backbone), **load_kwargs)
         bases = [backbone]
         loaded = [load_reward(place, bases, load_kwargs) for place in rewards]
-        if tokenizer is None and backbone.name_or_path:
-            given = {name: load_kwargs[name] for name in ("token", "trust_remote_code") if name in load_kwargs}
-            given["revision"] = reference_to(backbone).revision
-            tokenizer = load_processing_class(backbone.name_or_path, cls.task, **given)
+        if tokenizer is None:
+            tokenizer = processing_class_of(backbone, cls.task, **load_kwargs)
         return cls._assemble(backbone, loaded, strengths, tokenizer)
 
     @classmethod
@@ -176,11 +178,18 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 expected="two models",
                 remedy="load the backbone again, or copy.deepcopy it",
             )
+        if isinstance(processing_class, PRTImageProcessor):
+            processing_class = processing_class.main
+        if processing_class is None:
+            processing_class = processing_class_of(backbone, cls.task)
         orders = [reward.order_for(backbone, processing_class) for reward in rewards]
         strengths = [reward.config.strength for reward in rewards] if strengths is None else strengths
         _check_strengths(strengths, len(rewards))
         if processing_class is None:
             processing_class = rewards[0].processing_class
+        if cls.task == IMAGE_CLASSIFICATION:
+            joint = PRTImageProcessor.of(processing_class, "reward", [reward.processing_class for reward in rewards])
+            processing_class = joint if joint.others else processing_class
         contract = rewards[0].contract
         config = PRTModelConfig(
             architectures=[cls.__name__],
@@ -379,12 +388,24 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         is_current = all(run.is_current for run in self._mixed if isinstance(run, MixedPass))
         return self._mixed if is_current else self._separate
 
-    def _run(self, inputs: dict, of_backbone: dict, caches: list[Cache | None] | None = None):
-        """The logits of the backbone and of every reward, and the backbone's output beside its logits."""
+    def _run(
+        self,
+        inputs: dict,
+        of_backbone: dict,
+        caches: list[Cache | None] | None = None,
+        of_rewards: Sequence[dict] = (),
+    ):
+        """The logits of the backbone and of every reward, and the backbone's output beside its logits.
+
+        Args:
+            of_rewards: inputs of single rewards, of a classifier, whose passes are separate.
+        """
         passes = self._passes
         blocks = []
         for index, (run, cache) in enumerate(zip(passes, caches or [None] * len(passes), strict=True)):
             given = inputs if cache is None else inputs | {CACHE: cache}
+            if index > 0 and of_rewards:
+                given = given | of_rewards[index - 1]
             # The backbone is frozen: no graph for it.
             with torch.set_grad_enabled(torch.is_grad_enabled() and index > 0):
                 output = run(**given | (of_backbone if index == 0 else {}))
