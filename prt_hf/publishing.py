@@ -1,6 +1,5 @@
 """What goes to the Hub: a saved reward or recipe and its card, in one commit."""
 
-import json
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatch
@@ -8,20 +7,18 @@ from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import CONFIG_NAME, logging
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.utils import logging
 
 from .card_blocks import CARD_NAME, join_cards, merge_cards, read_card
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
-from .hub import FILE_PATTERNS, commit_files, open_branch
+from .hub import FILE_PATTERNS, Branch, commit_files, open_branch
 from .model_card import render_card
-from .reward_files import ADAPTER_CONFIG, NETWORK_FILES, check_files, recover, weight_files
+from .reward_files import NETWORK_FILES, REWARD, check_files, recover, weight_files, what_lies_in
 
 logger = logging.get_logger(__name__)
 
-REWARD, RECIPE = "a reward", "a recipe"
-RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
 _CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 
@@ -91,7 +88,7 @@ def push_reward(folder: str | Path, repo_id: str, *, checkpoint: tuple[str, Path
         partial(render_card, config),
         folder,
         repo_id,
-        replaced=[*NETWORK_FILES, *([f"{place}/*"] if beside else [])],
+        replaced=lambda _: [*NETWORK_FILES, *([f"{place}/*"] if beside else [])],
         **where,
     )
 
@@ -116,13 +113,13 @@ def publish(
     folder: Path,
     repo_id: str,
     *,
-    replaced: Iterable[str],
+    replaced: Callable[[Branch], Iterable[str]],
     commit_message: str | None = None,
     create_pr: bool = False,
     **where,
 ) -> CommitInfo:
     """One commit: the files, the card with what users have written into it there or in `folder`, and without files of
-    an earlier push that match `replaced`.
+    an earlier push that match the patterns `replaced` gives for the branch.
 
     Args:
         render: makes the card for the repository's full name.
@@ -131,7 +128,7 @@ def publish(
         RewardFileError: the repository holds something else.
     """
     branch = open_branch(repo_id, create_pr=create_pr, **where)
-    found = what_lies_in(branch.files, branch.read)
+    found = what_lies_in(branch.files, branch.read) or _foreign_weights(branch.files)
     if found not in (None, kind):
         raise RewardFileError(
             f"{branch.repo_id} holds {found}; {kind} would spoil it.",
@@ -144,10 +141,11 @@ def publish(
         card = merge_cards(here, card)
     if (there := branch.read(CARD_NAME)) is not None:
         card = join_cards(there, card)
+    patterns = list(replaced(branch))
     stale = [
         name
         for name in branch.files
-        if found == kind and name not in files and any(_matches(name, pattern) for pattern in replaced)
+        if found == kind and name not in files and any(_matches(name, pattern) for pattern in patterns)
     ]
     return commit_files(
         branch,
@@ -182,18 +180,7 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
 
 
-def what_lies_in(names: Collection[str], read: Callable[[str], str]) -> str | None:
-    """`REWARD`, `RECIPE`, what else a push would spoil, or None; of a folder or a repository with these files."""
-    if PRT_CONFIG_NAME in names:
-        return REWARD
-    if CONFIG_NAME in names:
-        try:
-            model_type = json.loads(read(CONFIG_NAME)).get("model_type")
-        except (ValueError, AttributeError):
-            model_type = None
-        return RECIPE if model_type == RECIPE_TYPE else f"a model of another kind ({model_type})"
-    if ADAPTER_CONFIG in names:
-        return "an adapter that is no reward"
-    if weights := sorted(name for name in names if name.endswith(_WEIGHTS)):
-        return f"weights of another kind ({weights[0]})"
-    return None
+def _foreign_weights(names: Collection[str]) -> str | None:
+    """Of libraries that leave no configuration that is known here."""
+    weights = sorted(name for name in names if name.endswith(_WEIGHTS) and not name.endswith(TRAINING_ARGS_NAME))
+    return f"weights of another kind ({weights[0]})" if weights else None

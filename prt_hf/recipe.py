@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-import os
+import re
+import shutil
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -17,12 +18,12 @@ from transformers.utils import CONFIG_NAME
 
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
-from .hub import local_folder
+from .hub import Branch, local_folder
 from .loading import load_base
 from .model_card import PRT_CLASSES, render_recipe_card
 from .pretrained import reference_to
-from .publishing import RECIPE, RECIPE_TYPE, files_to_push, publish, shared_files, warn_of_local_base
-from .reward_files import weights_digest
+from .publishing import files_to_push, publish, shared_files, warn_of_local_base
+from .reward_files import RECIPE, RECIPE_TYPE, check_place, link_or_copy, recover, weights_digest
 from .reward_model import RewardModel
 
 RECIPE_VERSION = "1.0"
@@ -89,39 +90,20 @@ class PRTModelConfig(PreTrainedConfig):
         return entries
 
 
-def write_recipe(config: PRTModelConfig, folder: Path) -> None:
-    """Replace `config.json` at one stroke: until then, the folder holds what it held before."""
-    staged = folder / f".{CONFIG_NAME}.{os.getpid()}"
-    try:
-        staged.write_text(config.to_json_string(), encoding="utf-8")
-        os.replace(staged, folder / CONFIG_NAME)
-    finally:
-        staged.unlink(missing_ok=True)
+def earlier_rewards(folder: Path, needed: set[str]) -> set[str]:
+    """Folders of rewards that the recipe of an earlier save names.
 
+    Args:
+        needed: folders that the new recipe writes.
 
-def check_place(folder: Path) -> None:
-    """Raises:
-    RewardFileError: saving a recipe to `folder` would spoil what lies there.
+    Raises:
+        RewardFileError: something else lies in `folder`, or in one that is needed.
     """
-    problem = None
-    if folder.exists() and not folder.is_dir():
-        problem = "a file"
-    elif (folder / PRT_CONFIG_NAME).exists():
-        problem = "a reward"
-    elif (folder / CONFIG_NAME).exists():
-        try:
-            model_type = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError):
-            model_type = None
-        if model_type != PRTModelConfig.model_type:
-            problem = f"a model of another kind ({model_type})"
-    if problem:
-        raise RewardFileError(
-            f"{folder} holds {problem}; saving a recipe there would spoil it.",
-            expected="an empty folder, or one with an earlier recipe",
-            found=problem,
-            remedy="choose another folder",
-        )
+    check_place(folder, RECIPE)
+    path = folder / CONFIG_NAME
+    named = _folders_named(path.read_text(encoding="utf-8") if path.exists() else None)
+    _check_unclaimed(folder, {name for name in needed if (folder / name).exists()} - named)
+    return named
 
 
 def check_complete(config: PRTModelConfig) -> None:
@@ -172,21 +154,28 @@ def push_recipe(folder: str | Path, repo_id: str, **where) -> CommitInfo:
         RewardFileError: the folder holds no whole recipe, or the repository something else.
     """
     folder = Path(folder)
+    recover(folder)
     config = PRTModelConfig.from_pretrained(folder)
     check_complete(config)
     names = [name for name in shared_files(folder) if not name.endswith(".safetensors")]
-    for entry in config.reward_references:
-        if entry["id"] is None:
-            place = reward_folder(folder, entry)
-            names += [f"{place.name}/{name}" for name in files_to_push(place)]
+    places = [reward_folder(folder, entry) for entry in config.reward_references if entry["id"] is None]
+    for place in places:
+        names += [f"{place.name}/{name}" for name in files_to_push(place)]
     warn_of_local_base(ModelReference(**config.backbone_reference or {}), "backbone=")
+
+    def replaced(branch: Branch) -> list[str]:
+        named = _folders_named(branch.read(CONFIG_NAME))
+        there = {name.partition("/")[0] for name in branch.files if "/" in name}
+        _check_unclaimed(branch.repo_id, ({place.name for place in places} & there) - named)
+        return [f"{name}/{pattern}" for name in named for pattern in ("*", "*/*")]
+
     return publish(
         RECIPE,
         {name: folder / name for name in names},
         partial(recipe_card, config),
         folder,
         repo_id,
-        replaced=["reward-*/*"],
+        replaced=replaced,
         **where,
     )
 
@@ -242,10 +231,33 @@ def digest(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def save_beside(reward: RewardModel, place: Path, state_dict: dict | None) -> dict:
-    """Save a reward into a folder of its own, and say so for the recipe."""
+def save_beside(reward: RewardModel, place: Path, earlier: Path, state_dict: dict | None) -> dict:
+    """Save a reward into a folder of its own, and say so for the recipe. What else lies beside the reward that was
+    saved there before, in `earlier`, is kept, and so is what users have written into its card."""
+    if earlier.is_dir():
+        shutil.copytree(earlier, place, copy_function=link_or_copy)
     reward.save_pretrained(place, state_dict=state_dict)
     return {"id": None, "revision": None, "weights": weights_digest(place, reward.config), "folder": place.name}
+
+
+def _folders_named(recipe: str | None) -> set[str]:
+    """By the text of a recipe's `config.json`; none where it is no recipe's, or cannot be read."""
+    try:
+        entries = json.loads(recipe or "{}")
+        names = [entry["folder"] for entry in entries["reward_references"]]
+    except (ValueError, TypeError, KeyError):
+        return set()
+    return {name for name in names if isinstance(name, str) and re.fullmatch(r"reward-\d+", name)}
+
+
+def _check_unclaimed(place: str | Path, taken: set[str]) -> None:
+    if taken:
+        raise RewardFileError(
+            f"{place} holds {min(taken)}, which the recipe would overwrite.",
+            expected="no folder of that name, or one that belongs to the recipe there",
+            found=", ".join(sorted(taken)),
+            remedy="choose another place, or rename what lies there",
+        )
 
 
 def _check_entries(config: PRTModelConfig) -> None:

@@ -1,87 +1,153 @@
-"""The folder of a saved reward: replaced as a whole or not at all, and read only where it is complete and safe."""
+"""The folder of a saved reward or recipe: replaced as a whole or not at all, and read only where it is complete."""
 
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .contract import PRT_CONFIG_NAME, RewardConfig
 from .errors import RewardFileError
 from .fingerprints import file_digest
 
+REWARD, RECIPE = "a reward", "a recipe"
+RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _MODEL_FILES = (MODEL_CONFIG, "generation_config.json", "model*.safetensors*")
 NETWORK_FILES = (*_ADAPTER_FILES, *_MODEL_FILES)  # patterns, of adapters and full rewards
-_STAGING, _JOURNAL = ".saving-", "journal.json"  # the former is followed by the process id
+_STAGING, _LOCK, _JOURNAL = ".saving-", "lock", "journal.json"
+_SWAP_SECONDS = 10  # a saver at work needs less
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @contextmanager
-def replacing_files(folder: str | Path) -> Iterator[Path]:
-    """Yield an empty folder to write a reward into; on success its files replace those of `folder`, on failure `folder`
-    stays as it was. After a process that was killed half-way, [`recover`] puts the earlier files back.
+def replacing_files(folder: str | Path, earlier: Callable[[Path], Iterable[str]]) -> Iterator[Path]:
+    """Yield an empty folder to write a reward or recipe into; on success what it holds replaces what has the same names
+    in `folder`, on failure `folder` stays as it was. After a process that was killed half-way, [`recover`] puts the
+    earlier files back.
 
-    Other files of `folder` (cards, checkpoints) are kept. Network files of an earlier reward that the new one does not
-    have (shards, an adapter where there is now a full network) go.
-
-    Raises:
-        RewardFileError: `folder` is a file, or holds a model that is not a reward.
+    Args:
+        earlier: gives the names of what an earlier save wrote to `folder`, of which goes what the new one has not;
+            raises where nothing may be saved. Everything else in `folder` (checkpoints, notes) is kept.
     """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise RewardFileError(f"{folder} is a file.", expected="a folder to save the reward to")
+    if folder.is_dir():
+        recover(folder)
+    earlier_names = earlier(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    recover(folder)
-    staging = Path(tempfile.mkdtemp(prefix=f"{_STAGING}{os.getpid()}-", dir=folder))
-    try:
+    with _staging(folder) as staging:
         new_files, old_files = staging / "new", staging / "old"
         new_files.mkdir()
         old_files.mkdir()
         yield new_files
-        new = sorted(path.name for path in new_files.iterdir())
-        if MODEL_CONFIG in new and (folder / MODEL_CONFIG).exists() and not (folder / PRT_CONFIG_NAME).exists():
-            raise RewardFileError(
-                f"{folder} holds a model that is not a reward; saving would overwrite it.",
-                expected="an empty folder, or one with an earlier reward",
-                found=f"{MODEL_CONFIG} without {PRT_CONFIG_NAME}",
-                remedy="choose another folder",
-            )
-        stale = [name for name in _network_files(folder) if name not in new]
+        # A recipe's `config.json` last: until then, others read the earlier one.
+        new = sorted((path.name for path in new_files.iterdir()), key=lambda name: (name == MODEL_CONFIG, name))
+        stale = [name for name in earlier_names if name not in new and (folder / name).exists()]
         for name in [*new, *stale]:
-            if (folder / name).exists():
+            if (folder / name).is_file():
                 link_or_copy(folder / name, old_files / name)
-        # From here to the end of the swap, a reader would find files of two rewards.
-        (staging / _JOURNAL).write_text(json.dumps(new))
+        # From here to the end of the swap, a reader would find files of two saves.
+        (staging / _JOURNAL).write_text(json.dumps([name for name in new if not (folder / name).exists()]))
         try:
-            for name in new:
-                os.replace(new_files / name, folder / name)
-            for name in stale:
-                (folder / name).unlink()
+            for name in [*new, *stale]:
+                if (folder / name).is_dir():
+                    os.replace(folder / name, old_files / name)
+                if name in new:
+                    os.replace(new_files / name, folder / name)
+                elif (folder / name).exists():
+                    (folder / name).unlink()
         except BaseException:
             _restore(folder, staging)
             raise
         (staging / _JOURNAL).unlink()
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
-def recover(folder: Path) -> None:
-    """Undo what a killed process left half-saved in `folder`; savers that are still at work are left alone."""
+def recover(folder: Path) -> bool:
+    """Undo what a killed process left half-saved in `folder`; savers that are still at work are left alone.
+
+    Returns:
+        Whether earlier files were put back.
+
+    Raises:
+        RewardFileError: files of two saves lie there, and `folder` cannot be written, or the saver is stuck.
+    """
+    is_restored = False
     for staging in folder.glob(f"{_STAGING}*"):
-        process = staging.name.removeprefix(_STAGING).partition("-")[0]
-        if process.isdigit() and _is_alive(int(process)):
-            continue
-        if (staging / _JOURNAL).exists():
-            _restore(folder, staging)
-        shutil.rmtree(staging, ignore_errors=True)
+        is_swapping = (staging / _JOURNAL).exists()
+        lock = FileLock(staging / _LOCK)
+        try:
+            lock.acquire(timeout=_SWAP_SECONDS if is_swapping else 0)
+            try:
+                if (staging / _JOURNAL).exists():
+                    _restore(folder, staging)
+                    is_restored = True
+                shutil.rmtree(staging, ignore_errors=True)
+            finally:
+                lock.release()
+        except OSError as error:  # Timeout is one: a saver at work
+            if (staging / _JOURNAL).exists():
+                raise RewardFileError(
+                    f"{folder} was being saved to, and holds files of two saves.",
+                    expected="a whole reward or recipe, or a folder where the earlier one can be put back",
+                    found=f"{staging.name}/{_JOURNAL}, and {error}",
+                    remedy="load it once where the folder can be written, or save again",
+                ) from error
+    return is_restored
+
+
+def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
+    """`REWARD`, `RECIPE`, what else a save or push would spoil, or None; of a folder or repository with these files."""
+    if PRT_CONFIG_NAME in names:
+        return REWARD
+    if MODEL_CONFIG in names:
+        try:
+            model_type = json.loads(read(MODEL_CONFIG)).get("model_type")
+        except (ValueError, AttributeError):
+            model_type = None
+        return RECIPE if model_type == RECIPE_TYPE else f"a model of another kind ({model_type})"
+    if ADAPTER_CONFIG in names:
+        return "an adapter that is no reward"
+    return None
+
+
+def check_place(folder: Path, kind: str) -> None:
+    """
+    Raises:
+        RewardFileError: `folder` is a file, or saving a reward or recipe (`kind`) there would spoil what it holds.
+    """
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        found = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8", errors="replace"))
+    else:
+        found = "a file" if folder.exists() else None
+    if found not in (None, kind):
+        raise RewardFileError(
+            f"{folder} {'holds' if folder.is_dir() else 'is'} {found}; saving {kind} there would spoil it.",
+            expected=f"an empty folder, or one with {kind} that was saved earlier",
+            found=found,
+            remedy="choose another folder",
+        )
+
+
+def files_of_reward(folder: Path) -> list[str]:
+    """Files of the network that an earlier save of a reward wrote.
+
+    Raises:
+        RewardFileError: something else lies there.
+    """
+    check_place(folder, REWARD)
+    if not (folder / PRT_CONFIG_NAME).is_file():
+        return []
+    is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
+    return [path.name for pattern in (_ADAPTER_FILES if is_adapter else _MODEL_FILES) for path in folder.glob(pattern)]
 
 
 def check_files(folder: Path, config: RewardConfig) -> None:
@@ -174,29 +240,35 @@ def _opened(path: Path) -> Iterator[safe_open]:
         ) from error
 
 
-def _network_files(folder: Path) -> list[str]:
-    """Files of the reward that `folder` holds, none where it holds no reward."""
-    if not (folder / PRT_CONFIG_NAME).is_file():
-        return []
-    is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
-    return [path.name for pattern in (_ADAPTER_FILES if is_adapter else _MODEL_FILES) for path in folder.glob(pattern)]
+@contextmanager
+def _staging(folder: Path) -> Iterator[Path]:
+    """A folder to stage files in. Its lock tells a saver at work from a dead one, whatever machine it runs on."""
+    while True:
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+        lock = FileLock(staging / _LOCK)
+        try:
+            with suppress(Timeout, FileNotFoundError):
+                lock.acquire(timeout=0)
+            if lock.is_locked and (staging / _LOCK).exists():  # else another process has taken it for a dead saver's
+                yield staging
+                return
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            lock.release()
 
 
 def _restore(folder: Path, staging: Path) -> None:
-    """The earlier files back in place; new ones that replaced none away."""
-    old = {path.name for path in (staging / "old").iterdir()}
+    """The earlier files back in place; new ones that replaced none away. Can be done again if it was cut off."""
     for name in json.loads((staging / _JOURNAL).read_text()):
-        if name not in old:
-            (folder / name).unlink(missing_ok=True)
-    for name in old:
-        os.replace(staging / "old" / name, folder / name)
+        _remove(folder / name)
+    for path in (staging / "old").iterdir():
+        if path.is_dir():
+            _remove(folder / path.name)
+        os.replace(path, folder / path.name)
 
 
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

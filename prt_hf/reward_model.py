@@ -38,6 +38,7 @@ from .publishing import Shareable, push_reward
 from .reward_files import (
     ADAPTER_CONFIG,
     check_files,
+    files_of_reward,
     recover,
     replacing_files,
 )
@@ -229,11 +230,11 @@ class RewardModel(Shareable):
         what users have written into its card.
 
         Raises:
-            RewardFileError: the folder holds a model that is no reward.
+            RewardFileError: the folder holds something else: a model or adapter that is no reward, or a recipe.
             VocabularyMismatchError: `processing_class` is not the tokenizer that the reward was made with.
         """
         self.check_processing_class()
-        with replacing_files(folder) as staged:
+        with replacing_files(folder, files_of_reward) as staged:
             if self.config.is_adapter:
                 # "auto" would ask the Hub whether the vocabulary was resized.
                 self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)

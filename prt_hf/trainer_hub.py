@@ -28,6 +28,17 @@ class RewardSaver(Trainer):
 
     reward: RewardModel
 
+    def __init__(self, *args, **kwargs):
+        self.evaluations_elsewhere: list[dict] = []  # entries of the log, of other data than `eval_dataset`
+        super().__init__(*args, **kwargs)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        before = len(self.state.log_history)
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset):
+            self.evaluations_elsewhere += self.state.log_history[before:]
+        return metrics
+
     def create_model_card(
         self,
         language: str | list[str] | None = None,

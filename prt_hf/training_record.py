@@ -26,7 +26,8 @@ class TrainingRecord:
     Args:
         datasets (tuple of `str`): ids of the training data on the Hub, or names.
         hyperparameters (`dict`): name -> value.
-        evaluation (`dict[str, float]`): the last evaluation with the source backbone: `eval_loss`, `eval_accuracy`, ...
+        evaluation (`dict[str, float]`): the last evaluation with the source backbone, of the weights that the reward
+            has now (with `load_best_model_at_end`, those of the best checkpoint): `eval_loss`, `eval_accuracy`, ...
         rows (`list[dict]`): the log as a table: `step`, `training_loss`, and the figures of evaluations.
         versions (`dict[str, str]`): package -> version.
         evaluation_dataset, evaluation_split (`str`, *optional*): what was evaluated on.
@@ -45,16 +46,22 @@ class TrainingRecord:
         """Read a trainer after training.
 
         Data are named where `load_dataset` took them from the Hub, whatever `map` or `filter` made of them; files of
-        one's own and streams are not. Evaluations before the first step are left out.
+        one's own and streams are not. Evaluations before the first step are left out; those of other data than the
+        trainer's `eval_dataset` name none.
         """
         log = [entry for entry in trainer.state.log_history if entry["step"] > 0]
-        evaluated, figures = trainer.eval_dataset, _last_evaluation(log)
-        on_hub = _hub_ids(evaluated) if figures else ()
+        elsewhere = [id(entry) for entry in getattr(trainer, "evaluations_elsewhere", ())]
+        of_training = [entry for entry in log if id(entry) not in elsewhere]
+        evaluated, evaluations = trainer.eval_dataset, _evaluations(trainer, log)
+        if evaluations and id(evaluations[-1]) in elsewhere:
+            evaluated, evaluations = None, evaluations[-1:]
+        evaluations = [entry for entry in evaluations if evaluated is None or id(entry) not in elsewhere]
+        on_hub = _hub_ids(evaluated) if evaluations else ()
         return cls(
             datasets=_hub_ids(trainer.train_dataset),
             hyperparameters=_hyperparameters(trainer),
-            evaluation=figures,
-            rows=_thinned(_log_rows(log)),
+            evaluation={name: value for entry in evaluations for name, value in _figures(entry).items()},
+            rows=_thinned(_log_rows(of_training)),
             versions={__package__: __version__} | {name: version(name) for name in _PACKAGES},
             evaluation_dataset=on_hub[0] if len(on_hub) == 1 else None,
             evaluation_split=str(evaluated.split) if len(on_hub) == 1 and evaluated.split else None,
@@ -69,7 +76,8 @@ def _log_rows(log: list[dict]) -> list[dict[str, float]]:
         if "loss" in entry:
             loss = {"training_loss": entry["loss"]}
         if entry in evaluations if evaluations else "loss" in entry:
-            rows[entry["step"]] = rows.get(entry["step"], {"step": entry["step"]} | loss) | _figures(entry)
+            row = rows.get(entry["step"], {"step": entry["step"]} | loss)
+            rows[entry["step"]] = row | _figures(entry) | row  # after training, other weights may have been loaded
     return list(rows.values())
 
 
@@ -80,11 +88,14 @@ def _thinned(rows: list[dict]) -> list[dict]:
     return [rows[index * (len(rows) - 1) // (MOST_ROWS - 1)] for index in range(MOST_ROWS)]
 
 
-def _last_evaluation(log: list[dict]) -> dict[str, float]:
-    """Of several sets, each is an entry of its own at the same step."""
+def _evaluations(trainer: Trainer, log: list[dict]) -> list[dict]:
+    """The last of the weights that the trainer has now. Of several sets, each is an entry of its own at one step."""
+    ends = [index for index, entry in enumerate(log) if "train_runtime" in entry]
     evaluations = [entry for entry in log if _figures(entry)]
-    last = [entry for entry in evaluations if entry["step"] == evaluations[-1]["step"]]
-    return {name: value for entry in last for name, value in _figures(entry).items()}
+    if ends and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
+        later = [entry for entry in log[ends[-1] :] if _figures(entry)]
+        return later or [entry for entry in evaluations if entry["step"] == trainer.state.best_global_step]
+    return [entry for entry in evaluations if entry["step"] == evaluations[-1]["step"]]
 
 
 def _figures(entry: dict) -> dict[str, float]:

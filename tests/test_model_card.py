@@ -289,6 +289,54 @@ def test_a_training_is_recorded(tmp_path, tokenizer):
     assert f"- `eval_loss`: {last['eval_loss']:.4g}\n" in part(card, "training")
 
 
+def on_hub(name, seed=0):
+    """Rows as `load_dataset` takes them from the Hub."""
+    rows = tiny.texts(seed=seed)
+    return Dataset(rows.data, DatasetInfo(download_checksums={f"hf://datasets/me/{name}@c0ffee/0.parquet": {}}))
+
+
+def test_the_best_checkpoint_is_recorded_with_its_own_evaluation(tmp_path, tokenizer):
+    args = PRTConfig(
+        str(tmp_path),
+        **tiny.TUNING
+        | {
+            "max_steps": 8,
+            "learning_rate": 0.5,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "load_best_model_at_end": True,
+        },
+    )
+    trainer = PRTTrainer(tiny.llama(1), args, None, tiny.texts(), on_hub("data"), tokenizer, peft_config=LoraConfig())
+    trainer.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    best = trainer.state.best_global_step
+    assert losses[best] != losses[8]
+    record = TrainingRecord.from_trainer(trainer)
+    assert record.evaluation["eval_loss"] == losses[best]
+    assert (record.evaluation_dataset, record.rows[-1]["eval_loss"]) == ("me/data", losses[8])
+    later = trainer.evaluate()["eval_loss"]
+    assert later == pytest.approx(losses[best], rel=1e-5)
+    record = TrainingRecord.from_trainer(trainer)
+    assert record.evaluation["eval_loss"] == later
+    assert record.rows[-1]["eval_loss"] == losses[8], "the table is of the training"
+
+
+def test_an_evaluation_of_other_data_does_not_name_the_trainers(tmp_path, tokenizer):
+    args = PRTConfig(str(tmp_path), **tiny.TUNING)
+    trainer = PRTTrainer(tiny.llama(1), args, None, tiny.texts(), on_hub("data"), tokenizer, peft_config=LoraConfig())
+    trainer.train()
+    other = trainer.evaluate(on_hub("other", seed=9))["eval_loss"]
+    record = TrainingRecord.from_trainer(trainer)
+    assert (record.evaluation["eval_loss"], record.evaluation_dataset) == (other, None)
+    assert not [row for row in record.rows if "eval_loss" in row]
+    own = trainer.evaluate(trainer.eval_dataset)["eval_loss"]
+    record = TrainingRecord.from_trainer(trainer)
+    assert (record.evaluation["eval_loss"], record.evaluation_dataset) == (own, "me/data")
+
+
 def test_data_of_the_hub_are_known_by_their_folders(tmp_path, monkeypatch):
     """As `load_dataset` leaves them: prepared in snake case, downloaded as they are called."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

@@ -271,6 +271,20 @@ def test_a_card_that_cannot_be_read_stops_a_push_and_no_save(hub, base, tmp_path
     assert not hub.files("me/out")
 
 
+def test_a_recipe_leaves_others_folders(hub, base, reward):
+    others = {"reward-notes/a.txt": b"mine", "reward-1/prt_config.json": b"{}"}
+    hub.put("me/recipe", others)
+    PRTForCausalLM.from_parts(base, rewards=[reward]).push_to_hub("me/recipe")
+    assert "reward-0/prt_config.json" in hub.files("me/recipe")
+    two = PRTForCausalLM.from_parts(base, rewards=[reward, an_adapter(base, 2)])
+    with pytest.raises(RewardFileError, match="me/recipe holds reward-1, which the recipe would overwrite"):
+        two.push_to_hub("me/recipe")
+    reward.push_to_hub("me/reward")
+    PRTForCausalLM.from_parts(base, rewards=["me/reward"]).push_to_hub("me/recipe")
+    inside = {name: text for name, text in hub.files("me/recipe").items() if name.startswith("reward-")}
+    assert inside == others
+
+
 def test_two_pushes_at_once(hub, base, reward, monkeypatch):
     """The second was based on what is not there any more."""
     reward.push_to_hub("me/reward")

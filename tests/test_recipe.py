@@ -2,8 +2,12 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import tiny
@@ -183,6 +187,85 @@ def test_rewards_of_an_earlier_recipe_go(recipe, model):
     assert sorted(path.name for path in recipe.iterdir() if path.is_dir()) == ["reward-0", "reward-notes"]
     assert (recipe / "README.md").read_text().endswith("\n---\nmine")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(recipe)), logits(fewer.eval()))
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rewards_that_no_recipe_names_stay(model, tmp_path):
+    project = tmp_path / "project"
+    model.rewards[0].save_pretrained(project / "reward-math")
+    model.rewards[1].save_pretrained(project / "reward-1")
+    before = contents(project)
+    with pytest.raises(RewardFileError, match="(?s)holds reward-1, which the recipe would overwrite.*rename"):
+        model.save_pretrained(project)
+    assert contents(project) == before
+    fewer = PRTForCausalLM.from_parts(model.backbone, model.rewards[:1])
+    for _ in range(2):
+        fewer.save_pretrained(project)
+        assert before.items() <= contents(project).items()
+
+
+@pytest.mark.parametrize("moment", ["tokenizer", 1, 4, 7, 9])
+def test_an_interrupted_save_leaves_the_earlier_recipe_whole(recipe, model, monkeypatch, moment):
+    (recipe / "reward-0" / "notes.txt").write_text("mine")
+    before = contents(recipe)
+    other = PRTForCausalLM.from_parts(model.backbone, model.rewards[1::-1]).eval()
+    other.processing_class, replace, calls = TOKENIZER, os.replace, []
+
+    def full(*_):
+        raise OSError("no space left")
+
+    def fails(source, target):
+        is_of_recipe = Path(target).parent == recipe or Path(source).parent == recipe
+        calls.append(target) if is_of_recipe else None
+        return full() if is_of_recipe and len(calls) == moment else replace(source, target)
+
+    if moment == "tokenizer":
+        other.processing_class = type("Full", (), {"save_pretrained": full})()
+    monkeypatch.setattr("prt_hf.reward_files.os.replace", fails)
+    with pytest.raises(OSError, match="no space left"):
+        other.save_pretrained(recipe)
+    monkeypatch.undo()
+    assert contents(recipe) == before
+    other.processing_class = TOKENIZER
+    other.save_pretrained(recipe)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(recipe)), logits(other))
+    assert (recipe / "reward-0" / "notes.txt").read_text() == "mine"
+    assert not (recipe / "reward-2").exists() and not list(recipe.glob(".saving-*"))
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from prt_hf.reward_files import replacing_files
+
+replace, calls = os.replace, []
+
+def killed(source, target):
+    calls.append(target)
+    if len(calls) > int(sys.argv[2]):
+        os._exit(9)
+    replace(source, target)
+
+os.replace = killed
+with replacing_files(sys.argv[1], lambda folder: ["reward-2", "reward-3"]) as staged:
+    for name in ("reward-0", "reward-1"):
+        (staged / name).mkdir()
+        (staged / name / "prt_config.json").write_text("another")
+    (staged / "config.json").write_text('{"model_type": "llama"}')
+"""
+
+
+@pytest.mark.parametrize("moves", [1, 2, 3, 5, 6])
+def test_a_killed_save_leaves_the_earlier_recipe_whole(recipe, model, moves):
+    """Even after the last move but one, where `config.json` is the new recipe's."""
+    before = contents(recipe)
+    assert subprocess.run([sys.executable, "-c", KILLED, str(recipe), str(moves)]).returncode == 9
+    assert contents(recipe) != before
+    assert torch.equal(logits(PRTForCausalLM.from_pretrained(recipe)), logits(model))
+    assert contents(recipe) == before
 
 
 def test_a_recipe_that_moves(recipe, model, tmp_path):

@@ -29,6 +29,7 @@ from transformers import (
 from prt_hf import (
     BaseModelMismatchError,
     ContextLengthError,
+    PRTForCausalLM,
     PRTLogitsProcessor,
     RewardFileError,
     RewardModel,
@@ -469,6 +470,63 @@ def test_a_killed_save_leaves_the_earlier_one_whole(saved, moves):
     assert contents(folder) == before
 
 
+def half_swapped(folder):
+    """As a saver leaves it that is killed in the swap."""
+    staging = folder / ".saving-left"
+    for name in ("old", "new"):
+        (staging / name).mkdir(parents=True)
+    (folder / "adapter_model.safetensors").rename(staging / "old" / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").write_bytes(b"another reward's")
+    (folder / "added.json").write_text("{}")
+    (staging / "journal.json").write_text('["added.json"]')
+    return staging
+
+
+def test_a_saver_is_known_by_its_lock_not_its_process(saved):
+    """Process ids mean nothing in another container."""
+    folder, expected = saved
+    before = contents(folder)
+    reward = randomised(RewardModel.from_pretrained(folder))
+    save = reward.network.save_pretrained
+
+    def read_meanwhile(staged, **kwargs):
+        save(staged, **kwargs)
+        code = "import pathlib, sys, prt_hf.reward_files; prt_hf.reward_files.recover(pathlib.Path(sys.argv[1]))"
+        subprocess.run([sys.executable, "-c", code, str(folder)], check=True)
+        assert torch.equal(logits(RewardModel.from_pretrained(folder)), expected)
+
+    reward.network.save_pretrained = read_meanwhile
+    reward.save_pretrained(folder)
+    assert torch.equal(logits(RewardModel.from_pretrained(folder)), logits(reward))
+    after = contents(folder)
+    assert after.keys() == before.keys()
+    half_swapped(folder)
+    RewardModel.from_pretrained(folder)
+    assert contents(folder) == after
+
+
+def test_a_half_saved_folder_that_cannot_be_put_right_is_not_read(saved):
+    folder, expected = saved
+    staging = half_swapped(folder)
+    (staging / "lock").mkdir()  # which cannot be locked, as no file can on a disk that is read only
+    with pytest.raises(RewardFileError, match="(?s)was being saved to.*remedy: load it once where"):
+        RewardModel.from_pretrained(folder)
+    (staging / "lock").rmdir()
+    assert torch.equal(logits(RewardModel.from_pretrained(folder)), expected)
+
+
+def test_adapters_and_recipes_are_not_overwritten(saved, tmp_path):
+    reward = RewardModel.from_pretrained(saved[0])
+    lora = get_peft_model(tiny.llama(1), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    lora.save_pretrained(tmp_path / "lora")
+    PRTForCausalLM.from_parts(tiny.llama(1), [reward]).save_pretrained(tmp_path / "recipe")
+    for name, found in (("lora", "an adapter that is no reward"), ("recipe", "a recipe")):
+        before = contents(tmp_path / name)
+        with pytest.raises(RewardFileError, match=f"holds {found}; saving a reward there would spoil it"):
+            reward.save_pretrained(tmp_path / name)
+        assert contents(tmp_path / name) == before
+
+
 def test_savers_at_the_same_time_do_not_lose_the_reward(saved):
     folder, _ = saved
     rewards = [randomised(RewardModel.from_pretrained(folder), seed) for seed in (1, 2)]
@@ -502,7 +560,7 @@ def test_a_full_reward_replaces_an_adapter_whole(saved, tokenizer):
 
 def test_models_that_are_no_rewards_are_not_overwritten(base_folder, tokenizer):
     before = contents(base_folder)
-    with pytest.raises(RewardFileError, match="saving would overwrite it"):
+    with pytest.raises(RewardFileError, match="saving a reward there would spoil it"):
         RewardModel.from_base(tiny.llama(3), tokenizer).save_pretrained(base_folder)
     assert contents(base_folder) == before
 

@@ -35,8 +35,9 @@ Log in first with `hf auth login`, or set HF_TOKEN.""",
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from ..publishing import RECIPE, push_reward, what_lies_in
+    from ..publishing import push_reward
     from ..recipe import push_recipe
+    from ..reward_files import RECIPE, what_lies_in
 
     folder = args.folder
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else ()

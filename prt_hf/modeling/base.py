@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from math import isfinite
@@ -19,10 +18,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..card_blocks import merged_or_kept, read_card, write_card
-from ..contract import PRT_CONFIG_NAME, Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
+from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
 from ..hub import local_folder
@@ -48,15 +47,15 @@ from ..publishing import Shareable
 from ..recipe import (
     PRTModelConfig,
     check_complete,
-    check_place,
     digest,
+    earlier_rewards,
     load_from_recipe,
     load_reward,
     push_recipe,
     recipe_card,
     save_beside,
-    write_recipe,
 )
+from ..reward_files import recover, replacing_files
 from ..reward_model import RewardModel
 
 logger = logging.get_logger(__name__)
@@ -229,7 +228,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             BaseModelMismatchError: the backbone is not the recipe's any more.
         """
         folder = local_folder(pretrained_model_name_or_path, revision=revision, token=token)
-        if not isinstance(config, PRTModelConfig):
+        if recover(folder) or not isinstance(config, PRTModelConfig):
             config = AutoConfig.from_pretrained(folder)
         if not isinstance(config, PRTModelConfig) or config.architectures != [cls.__name__]:
             raise PRTValueError(
@@ -270,44 +269,41 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     ) -> None:
         """Write the recipe: `config.json`, the tokenizer or image processor, and in `reward-0`, `reward-1`, ... the
         rewards that were not loaded from the Hub or have changed since, each readable by itself
-        ([`RewardModel.from_pretrained`]). The backbone is named, not copied.
+        ([`RewardModel.from_pretrained`]). The backbone is named, not copied. An interrupted save leaves the recipe that
+        was there before whole; other files of the folder are kept.
 
         Raises:
-            RewardFileError: the folder holds something else.
+            RewardFileError: the folder holds something else, or a `reward-0`, ... that is no part of the recipe there.
         """
         if push_to_hub:
             raise UnsupportedError("Recipes are not pushed while saving.", remedy="model.push_to_hub(repo_id)")
         if not is_main_process:
             return
         folder = Path(save_directory)
-        check_place(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         _check_strengths(self.strengths, len(self.rewards))
         config = copy.deepcopy(self.config)
         config.architectures = [type(self).__name__]
-        for index, (reward, strength) in enumerate(zip(self.rewards, self.strengths, strict=True)):
-            if self._is_tuned and strength > 0:
-                source = ModelReference(**self.config.backbone_reference)
-                reward.trained_with(source, kl_coef=1 / strength, entropy_coef=reward.config.entropy_coef)
-            entry = self.config.reward_references[index]
-            if self._hub_digests.get(index) != digest(reward.network):
-                prefix = f"reward_networks.{index}."
-                place = folder / f"reward-{index}"
-                entry = save_beside(reward, place, state_dict and _without_prefix(state_dict, prefix))
-            config.reward_references[index] = entry | {"strength": float(strength)}
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(folder)
-        if self.can_generate():
-            self.generation_config.save_pretrained(folder)
-        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
-            save_file(self._tuned(state_dict), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-        card, there = recipe_card(config, folder.absolute().name), read_card(folder)
-        write_card(folder, card if there is None else merged_or_kept(there, card))
-        write_recipe(config, folder)
-        kept = {entry["folder"] for entry in config.reward_references}
-        for earlier in folder.glob("reward-*"):
-            if earlier.name not in kept and (earlier / PRT_CONFIG_NAME).exists():
-                shutil.rmtree(earlier)
+        changed = [i for i, reward in enumerate(self.rewards) if self._hub_digests.get(i) != digest(reward.network)]
+        names = {index: f"reward-{index}" for index in changed}
+        with replacing_files(folder, lambda folder: earlier_rewards(folder, set(names.values()))) as staged:
+            for index, (reward, strength) in enumerate(zip(self.rewards, self.strengths, strict=True)):
+                if self._is_tuned and strength > 0:
+                    source = ModelReference(**self.config.backbone_reference)
+                    reward.trained_with(source, kl_coef=1 / strength, entropy_coef=reward.config.entropy_coef)
+                entry = self.config.reward_references[index]
+                if name := names.get(index):
+                    state = state_dict and _without_prefix(state_dict, f"reward_networks.{index}.")
+                    entry = save_beside(reward, staged / name, folder / name, state)
+                config.reward_references[index] = entry | {"strength": float(strength)}
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(staged)
+            if self.can_generate():
+                self.generation_config.save_pretrained(staged)
+            if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
+                save_file(self._tuned(state_dict), staged / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+            card, there = recipe_card(config, folder.absolute().name), read_card(folder)
+            write_card(staged, card if there is None else merged_or_kept(there, card))
+            (staged / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
 
     def _tuned(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """What training changes: trainable parameters, and batch statistics of the rewards."""
