@@ -23,15 +23,22 @@ def load_data(dataset: str, config: str | None = None) -> DatasetDict:
         PRTValueError: it cannot be loaded.
     """
     path = Path(dataset)
+    suffix = path.suffix.lower()
+    if path.is_file() != (suffix in FORMATS) and not path.is_dir():
+        raise PRTValueError(
+            f"The dataset {dataset} cannot be loaded.",
+            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
+            found=f"a file with the suffix {suffix!r}" if path.is_file() else "no such file",
+        )
     try:
-        if path.is_file() and path.suffix in FORMATS:
-            return load_dataset(FORMATS[path.suffix], data_files=str(path))
+        if path.is_file():
+            return load_dataset(FORMATS[suffix], data_files=str(path))
         return load_dataset(dataset, config)
     except Exception as error:  # the datasets library raises what its many back ends raise
         raise PRTValueError(
             f"The dataset {dataset} cannot be loaded.",
             expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
-            found=first_line(error),
+            found=first_line(_innermost(error)),
         ) from error
 
 
@@ -226,6 +233,12 @@ def pixel_values(image, image_processor: BaseImageProcessor, config: PreTrainedC
 
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _are_placeholders(names: list[str]) -> bool:

@@ -162,8 +162,8 @@ def test_what_cannot_be_read_is_told_in_a_message(mistake, folder, weights, caps
     assert err.count("prt-hf check: ") == 1 and "Traceback" not in err
     status, out, _ = check(capsys, *MISTAKES[mistake], "--json")
     found = json.loads(out)
-    assert (status, found["fits"]) == (1, False)
-    assert f"prt-hf check: {found['reasons'][0]}\n" in err
+    assert (status, list(found)) == (1, ["error"])
+    assert f"prt-hf check: {found['error']}\n" in err
 
 
 @pytest.fixture
@@ -179,19 +179,19 @@ def data(folder):
 def test_data_is_measured(data, weights, capsys):
     reward = RewardModel.from_pretrained("reward")
     target = AutoModelForCausalLM.from_pretrained("target").eval()
-    ids = torch.tensor(tiny.tokenizer()(TEXTS)["input_ids"])
+    ids = torch.tensor(tiny.tokenizer()([text + "<eos>" for text in TEXTS])["input_ids"])
     expected = measure_portability(reward, target, [{"input_ids": ids}])
     for file in ("texts.jsonl", "texts.txt"):
         status, out, _ = check(capsys, "reward", "target", "--data", file, "--batch_size", 2, "--json")
         found = json.loads(out)
-        assert (status, found["fits"], found["portability"]["positions"]) == (0, True, 40)
+        assert (status, found["fits"], found["portability"]["positions"]) == (0, True, 45)
         assert found["portability"].pop("task") == "text-generation"
         for name, value in found["portability"].items():
             assert value == pytest.approx(getattr(expected, name), rel=1e-4), name
         assert (found["worth_porting"], found["verdict"]) == expected.verdict()
     out = check(capsys, "reward", "target", "--data", "texts.jsonl")[1]
     assert f"eps = {expected.eps:.4g} " in out and f"C   = {expected.c_mean:.4g} " in out
-    assert "on 5 rows, 40 tokens, strength 1" in out
+    assert "on 5 rows, 45 tokens, strength 1" in out
     lines = [line.split() for line in out.splitlines()]
     nll, accuracy = (
         [f"{value:.3f}" for value in expected.nll.values()],
@@ -203,7 +203,7 @@ def test_data_is_measured(data, weights, capsys):
         assert ["reward", "by", "itself", values[4], values[4]] in lines
     assert f"worth porting: { {True: 'yes', False: 'no', None: 'cannot tell'}[expected.verdict()[0]] }" in out
     found = json.loads(check(capsys, "reward", "target", "--data", "completions.jsonl", "--samples", 3, "--json")[1])
-    assert (found["portability"]["rows"], found["portability"]["positions"]) == (3, 18)
+    assert (found["portability"]["rows"], found["portability"]["positions"]) == (3, 21)
 
 
 def test_images_are_measured_with_labels_by_name(folder, capsys):
@@ -244,3 +244,13 @@ def test_data_that_cannot_be_used_is_told_in_a_message(data, weights, capsys):
     }.items():
         status, _, err = check(capsys, "reward", "target", "--data", file)
         assert status == 1 and message in err and "Traceback" not in err
+
+
+def test_one_row_tells_nothing_and_rows_without_tokens_are_counted(data, weights, capsys):
+    (data / "one.jsonl").write_text("\n".join(map(json.dumps, [{"input_ids": [3, 4, 5]}, {"input_ids": [6]}])))
+    out = check(capsys, "reward", "target", "--data", "one.jsonl")[1]
+    assert "on 1 rows, 2 tokens, strength 1; 1 more had nothing left to predict" in out
+    assert out.endswith("worth porting: cannot tell\n  one row tells nothing of the noise\n")
+    found = json.loads(check(capsys, "reward", "target", "--data", "one.jsonl", "--json")[1])
+    assert (found["worth_porting"], found["rows_without_predictions"]) == (None, 1)
+    assert set(found["portability"]["standard_error"].values()) == {None}

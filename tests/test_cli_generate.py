@@ -98,6 +98,14 @@ def test_options_are_those_of_generate(folder, command, composite):
     text = expected(composite, PROMPTS[0], **sampled)
     assert text != expected(composite, PROMPTS[0])
     assert command(folder / "recipe", "--prompt", PROMPTS[0], *options)[1] == text + "\n"
+    text = expected(composite, PROMPTS[0], **sampled | {"top_p": None, "top_k": 20, "repetition_penalty": None})
+    implied = ("--temperature", 0.7, "--top_k", 20)
+    assert command(folder / "recipe", "--prompt", PROMPTS[0], *implied)[1] == text + "\n"
+    status, _, err = command(folder / "recipe", "--prompt", PROMPTS[0], *implied, "--do_sample", "false")
+    assert status == 1 and "found: --temperature, --top_k" in err
+    for wrong in (("--top_p", 1.5), ("--seed", -1)):
+        with pytest.raises(SystemExit, match="2"):
+            command(folder / "recipe", *wrong)
     options = [option.replace("_", "-") for option in options]
     assert command(folder / "recipe", "--prompt", PROMPTS[0], *options, "--seed", 1)[1] != text + "\n"
     beams = expected(composite, PROMPTS[0], num_beams=3)
@@ -178,6 +186,7 @@ MISTAKES = {
     "two sources": (("recipe", "--prompt", "w5", "--file", "empty.txt"), "Prompts are given twice."),
     "no such file": (("recipe", "--file", "nothing.txt"), "nothing.txt cannot be read."),
     "no JSON": (("recipe", "--file", "broken.jsonl"), "Line 2 of broken.jsonl is no prompt."),
+    "messages without roles": (("recipe", "--file", "chat.jsonl"), "Line 1 of chat.jsonl is no prompt."),
     "speculation in batches": (
         ("recipe", "--speculative", "--batch_size", "2", "--prompt", "w5"),
         "Speculation is for one prompt at a time.\n  expected: --batch_size 1\n  found: 2",
@@ -187,7 +196,7 @@ MISTAKES = {
     "no such reward": (("backbone", "--reward", "no/such", "--prompt", "w5"), "snapshot"),
     "no reward there": (("backbone", "--reward", "backbone", "--prompt", "w5"), "backbone holds no reward."),
     "an unknown architecture": (("alien", "--reward", "reward", "--prompt", "w5"), "The configuration of alien cannot"),
-    "too long": (("recipe", "--prompt", " ".join(["w5"] * 300)), "longer than the reward's context"),
+    "too long": (("recipe", "--prompt", " ".join(["w5"] * 300)), "Prompt 1 leaves no room for a text"),
 }
 
 
@@ -196,6 +205,7 @@ def test_mistakes_are_told_in_a_message(mistake, folder, command, monkeypatch):
     monkeypatch.chdir(folder)
     Path("empty.txt").write_text("\n")
     Path("broken.jsonl").write_text('{"prompt": "w5"}\n{"text": "w6"}\n')
+    Path("chat.jsonl").write_text('{"messages": ["w5"]}')
     Path("alien").mkdir(exist_ok=True)
     Path("alien/config.json").write_text('{"model_type": "alien", "architectures": ["AlienForCausalLM"]}')
     arguments, message = MISTAKES[mistake]
@@ -212,6 +222,18 @@ def test_mistakes_of_the_system_are_told_and_ours_keep_their_traceback(folder, m
     monkeypatch.setattr("prt_hf.cli.generate.run", lambda args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["generate", str(folder / "recipe")])
+
+
+def test_lengths_are_known_before_the_first_text(folder, capsys):
+    long = " ".join(["w5"] * 250)
+    generate = ["generate", str(folder / "recipe"), "--prompt", "w5 w6", long, "--json", "--max_new_tokens"]
+    assert main([*generate, "9"]) == 0
+    captured = capsys.readouterr()
+    assert [json.loads(line)["new_tokens"] for line in captured.out.splitlines()] == [9, 6]
+    assert "after 250 tokens the models can read 6 more" in captured.err
+    assert main(["generate", str(folder / "recipe"), "--prompt", "w5", long + " w6" * 9]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and "Prompt 2 leaves no room for a text" in captured.err and "found: 259" in captured.err
 
 
 def test_an_interruption_has_its_status(folder, monkeypatch, capsys):

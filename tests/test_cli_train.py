@@ -233,6 +233,31 @@ def test_a_checkpoint_is_gone_on_from(home, tmp_path):
     assert_same_weights(tmp_path / "elsewhere", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("data", ["text.jsonl", "pairs.jsonl"])
+def test_check_measures_what_training_evaluates(home, tmp_path, capsys, data):
+    evaluated = flags(eval_strategy="epoch", dataset_test_split="train")
+    assert train(home / "lm", home / data, tmp_path, "--json", *evaluated) == 0
+    metrics = json.loads(capsys.readouterr().out.splitlines()[-1])["metrics"]
+    assert main(["check", str(tmp_path), str(home / "lm"), "--data", str(home / data), "--json"]) == 0
+    nll = json.loads(capsys.readouterr().out)["portability"]["nll"]
+    assert nll["prt_source"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
+def test_a_finished_run_stays_as_it_is_and_broken_checkpoints_are_passed_over(home, tmp_path, capsys):
+    on = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    assert train(home / "lm", home / "text.jsonl", tmp_path, **on) == 0
+    before = weights(tmp_path)
+    (tmp_path / "checkpoint-9").mkdir()
+    capsys.readouterr()
+    on["resume_from_checkpoint"] = "true"
+    assert train(home / "lm", home / "text.jsonl", tmp_path, **on) == 0
+    assert "2 steps in " in (printed := capsys.readouterr().out)
+    assert "no further training, weights unchanged" in printed
+    assert_same_weights(tmp_path, before)
+    assert train(home / "lm", home / "text.jsonl", tmp_path, **on | {"lora_r": 3, "max_steps": 4}) == 1
+    assert "has weights of other shapes than the reward." in capsys.readouterr().err
+
+
 def test_it_evaluates_and_reports_and_names_the_next_commands(home, tmp_path, capsys):
     more = ["--eval_strategy", "epoch", "--text_column", "body"]
     assert train(home / "lm", home / "split", tmp_path / "out", "--json", *more) == 0
@@ -245,10 +270,12 @@ def test_it_evaluates_and_reports_and_names_the_next_commands(home, tmp_path, ca
     assert report["train_loss"] == report["metrics"]["train_loss"] > 0
     assert (report["output_dir"], report["steps"]) == (str(tmp_path / "out"), 3)
 
-    assert train(home / "lm", home / "split", tmp_path / "out", *more) == 0  # over the earlier run
+    assert train(home / "lm", home / "split", tmp_path / "out", *more) == 1
+    assert "holds an earlier run." in capsys.readouterr().err
+    assert train(home / "lm", home / "split", tmp_path / "text", *more) == 0
     printed = capsys.readouterr().out
     assert f"train_loss {report['train_loss']:.4f}, eval_loss {report['metrics']['eval_loss']:.4f}" in printed
-    assert f"prt-hf generate BACKBONE --reward {tmp_path / 'out'} --prompt" in printed
+    assert f"prt-hf generate BACKBONE --reward {tmp_path / 'text'} --prompt" in printed
 
 
 def test_a_saved_reward_is_tuned_on_at_its_scale(home, tmp_path):

@@ -7,7 +7,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from prt_hf.data import classified_images, classified_texts, label_ids
+from prt_hf.data import classified_images, classified_texts, label_ids, load_data
 from prt_hf.errors import PRTValueError
 
 ID2LABEL = tiny.labels()["id2label"]  # red, green, blue, grey
@@ -86,3 +86,17 @@ def test_images_become_pixels_in_the_colours_of_the_model(tmp_path, is_lazy, as_
         torch.stack(list(prepared[:]["pixel_values"])), torch.tensor([1.0, -1.0]).view(2, 1, 1, 1).expand(2, 1, 8, 8)
     )
     assert list(prepared[:]["labels"]) == [3, 0]
+
+
+def test_files_that_cannot_be_read_are_told_at_once(tmp_path):
+    (tmp_path / "rows.JSONL").write_text('{"text": "w5"}')
+    assert load_data(str(tmp_path / "rows.JSONL"))["train"]["text"][:] == ["w5"]
+    (tmp_path / "rows.xyz").write_text("w5")
+    (tmp_path / "broken.parquet").write_text("w5")
+    for name, found in {
+        "nothing.jsonl": "found: no such file",
+        "rows.xyz": "found: a file with the suffix '.xyz'",
+        "broken.parquet": "found: ArrowInvalid: Parquet file size is 2 bytes",
+    }.items():
+        with pytest.raises(PRTValueError, match=found):
+            load_data(str(tmp_path / name))

@@ -280,10 +280,10 @@ def test_rows_of_every_kind_become_batches(tokenizer):
         return batch
 
     batch = first([{"text": text}, {"text": "w5 w6"}, {"text": "w5"}], length=5)
-    assert batch["input_ids"].tolist() == [ids[:5], [5, 6, 0, 0, 0]]
-    assert batch["labels"].tolist() == [ids[:5], [5, 6, -100, -100, -100]]
+    assert batch["input_ids"].tolist() == [ids[:5], [5, 6, 2, 0, 0], [5, 2, 0, 0, 0]]
+    assert batch["labels"].tolist() == [ids[:5], [5, 6, 2, -100, -100], [5, 2, -100, -100, -100]]
     batch = first([{"prompt": "w3 w4 w5 ", "completion": "w6 w7"}])
-    assert batch["input_ids"].tolist() == [ids[:5]] and batch["labels"].tolist() == [[-100] * 3 + [6, 7]]
+    assert batch["input_ids"].tolist() == [[*ids[:5], 2]] and batch["labels"].tolist() == [[-100] * 3 + [6, 7, 2]]
     batch = first([{"input_ids": ids, "labels": [-100, *ids[1:]]}])
     assert batch["labels"].tolist() == [[-100, *ids[1:]]]
     messages = [{"messages": [{"role": "user", "content": "w4"}, {"role": "assistant", "content": "w5"}]}]

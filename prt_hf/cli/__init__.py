@@ -4,12 +4,16 @@ import argparse
 import os
 import sys
 
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+
 from .._version import __version__
 from ..errors import PRTError
 from ..hub import is_of_hub
 from . import bench, check, demo, generate, push, train
 
 COMMANDS = (demo, train, generate, check, push, bench)
+_OF_THE_USER = (PRTError, OSError, SafetensorError, HFValidationError)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,7 +37,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prt-hf {args.command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not (isinstance(error, PRTError | OSError) or is_of_hub(error)):
+        if not (isinstance(error, _OF_THE_USER) or _is_of_an_extra(error) or is_of_hub(error)):
             raise
         print(f"prt-hf {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _is_of_an_extra(error: Exception) -> bool:
+    """Whether a library is missing that an option asked for, rather than a part of this one."""
+    return isinstance(error, ImportError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]

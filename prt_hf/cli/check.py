@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ..errors import PRTError
+from ..hub import is_of_hub
 from .arguments import add_loading_options, add_option, config_kwargs, device_of, load_kwargs
 from .demo import positive
 
@@ -54,24 +55,26 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         fit = check_fit(args.reward, args.backbone, dtype=dtype, **config_kwargs(args))
-    except (PRTError, OSError) as error:
-        if not args.json or getattr(error, "errno", None) is not None:
+        portability, skipped = _measure(args, fit) if fit.fits and args.data else (None, 0)
+    except Exception as error:
+        if not args.json or not (isinstance(error, PRTError | OSError) or is_of_hub(error)):
             raise
-        print(json.dumps({"fits": False, "reasons": [str(error)]}))
+        print(json.dumps({"error": str(error)}))  # which says nothing of a fit
         return 1
-    portability = _measure(args, fit) if fit.fits and args.data else None
     if args.json:
         measured = {}
         if portability is not None:
             worth, reasons = portability.verdict()
-            measured = {"portability": portability.to_dict(), "worth_porting": worth, "verdict": reasons}
+            measured = {"portability": portability.to_dict(), "rows_without_predictions": skipped}
+            measured |= {"worth_porting": worth, "verdict": reasons}
         print(json.dumps(fit.to_dict() | measured))
     else:
-        print("\n".join(_describe_fit(args, fit) + (_describe(portability) if portability else [])))
+        print("\n".join(_describe_fit(args, fit) + (_describe(portability, skipped) if portability else [])))
     return int(not fit.fits)
 
 
 def _measure(args, fit):
+    """The portability, and how many rows had nothing left to predict once they were cut off."""
     from ..data import load_data
     from ..evaluation import batches, measure_portability
     from ..pretrained import load_pretrained
@@ -88,7 +91,8 @@ def _measure(args, fit):
         reward.to(device)
         target.to(device)
     length = min([LONGEST, *filter(None, (fit.backbone_context, fit.reward_context))])
-    return measure_portability(reward, target, batches(rows, reward, args.batch_size, length), **kwargs)
+    found = measure_portability(reward, target, batches(rows, reward, args.batch_size, length), **kwargs)
+    return found, len(rows) - found.rows
 
 
 def _describe_fit(args, fit) -> list[str]:
@@ -142,14 +146,17 @@ def _contract(fit) -> str:
     return "; ".join([f"{contract.size} tokens, {known}", *padded, *differing])
 
 
-def _describe(found) -> list[str]:
+def _describe(found, skipped: int) -> list[str]:
     from ..pretrained import TEXT_GENERATION
 
     is_text = found.task == TEXT_GENERATION
     worth, reasons = found.verdict()
+    unused = f"; {skipped} more had nothing left to predict" if skipped else ""
     lines = [
         "",
-        f"on {found.rows} rows" + (f", {found.positions} tokens" if is_text else "") + f", strength {found.strength:g}",
+        f"on {found.rows} rows"
+        + (f", {found.positions} tokens" if is_text else "")
+        + f", strength {found.strength:g}{unused}",
         f"eps = {found.eps:.4g}   KL(source || target), nats, mean; no threshold is known (Prop. 3.2, Table 7)",
         f"C   = {found.c_mean:.4g}   max e^r / E e^r under the source, mean; largest {found.c_max:.4g}",
     ]

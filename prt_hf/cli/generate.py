@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
-from ..errors import PRTValueError
-from .arguments import add_loading_options, add_option, boolean, config_kwargs, device_of, load_kwargs
+from ..errors import ContextLengthError, PRTValueError
+from .arguments import add_loading_options, add_option, boolean, config_kwargs, device_of, load_kwargs, seed, share
 from .demo import positive
 
 DESCRIPTION = """\
@@ -21,10 +21,11 @@ EXAMPLES = """examples:
   cat question.txt | prt-hf generate gsm8k-7b --chat --speculative
   prt-hf generate gsm8k-7b --file prompts.jsonl --batch_size 16 --json > texts.jsonl"""
 SEPARATOR = "---"
+_SAMPLING = ("temperature", "top_p", "top_k")
 _NUMBERS = {
     "max_new_tokens": (positive(int), "default: 128"),
     "temperature": (positive(float), "of samples"),
-    "top_p": (positive(float), "sample from the likeliest tokens that have this probability together"),
+    "top_p": (share, "sample from the likeliest tokens that have this probability together"),
     "top_k": (positive(int), "sample from so many tokens"),
     "num_beams": (positive(int), "beam search"),
     "repetition_penalty": (positive(float), "above 1 against repetition"),
@@ -57,9 +58,14 @@ def add_parser(commands) -> argparse.ArgumentParser:
     for name, (kind, text) in _NUMBERS.items():
         add_option(generation, name, type=kind, metavar="N", help=text)
     add_option(
-        generation, "do_sample", type=boolean, nargs="?", const=True, help="sample, or (false) take the likeliest token"
+        generation,
+        "do_sample",
+        type=boolean,
+        nargs="?",
+        const=True,
+        help="sample, or (false) take the likeliest token; temperature, top_p and top_k sample by themselves",
     )
-    add_option(generation, "seed", type=int, default=0, help="of samples; default: %(default)s")
+    add_option(generation, "seed", type=seed, default=0, help="of samples; default: %(default)s")
     add_option(
         generation,
         "speculative",
@@ -79,6 +85,14 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    if given := [name for name in _SAMPLING if getattr(args, name) is not None]:
+        if args.do_sample is False:
+            raise PRTValueError(
+                "Without sampling there is nothing to set of it.",
+                expected="--do_sample false, or options of sampling",
+                found=", ".join(f"--{name}" for name in given),
+            )
+        args.do_sample = True
     prompts = _prompts(args)
     if args.speculative and args.batch_size > 1:
         raise PRTValueError(
@@ -89,8 +103,9 @@ def run(args: argparse.Namespace) -> None:
 
     model = _load(args)
     rows = [_encode(model, prompt) for prompt in prompts]
+    limit = _check_lengths(model, rows)
     set_seed(args.seed)
-    for index, record in enumerate(_generated(model, prompts, rows, args)):
+    for index, record in enumerate(_generated(model, prompts, rows, limit, args)):
         if args.json:
             print(json.dumps(record, ensure_ascii=False), flush=True)
         elif record["text"] is not None:
@@ -99,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             print(SEPARATOR, flush=True)
 
 
-def _generated(model, prompts: list, rows: list[list[int]], args) -> Iterator[dict]:
+def _generated(model, prompts: list, rows: list[list[int]], limit: int | None, args) -> Iterator[dict]:
     """What --json prints for each prompt; `text` is None where it was streamed."""
     from transformers import TextStreamer
 
@@ -114,11 +129,15 @@ def _generated(model, prompts: list, rows: list[list[int]], args) -> Iterator[di
     pad, ends = _pad_and_ends(model)
     for start in range(0, len(rows), args.batch_size):
         inputs = _padded(rows[start : start + args.batch_size], pad)
+        length = inputs["input_ids"].shape[1]
+        room = asked["max_new_tokens"] if limit is None else limit - length
+        if room < asked["max_new_tokens"]:
+            print(f"prt-hf generate: after {length} tokens the models can read {room} more", file=sys.stderr)
+        fitting = asked | {"max_new_tokens": min(asked["max_new_tokens"], room)}
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
         began = perf_counter()
-        output = model.generate(**inputs.to(model.device), **asked, streamer=streamer, pad_token_id=pad)
+        output = model.generate(**inputs.to(model.device), **fitting, streamer=streamer, pad_token_id=pad)
         seconds = perf_counter() - began
-        length = inputs["input_ids"].shape[1]
         drafts = {"drafted": output.num_drafted, "accepted": output.num_accepted} if args.speculative else {}
         sequences = output.sequences if args.speculative else output
         for prompt, tokens in zip(prompts[start:], sequences[:, length:].tolist(), strict=False):
@@ -134,7 +153,7 @@ def _prompts(args) -> list[str | list[dict]]:
     if args.file:
         prompts = _read(args.file)
     else:
-        prompts = args.prompt or [sys.stdin.read().removesuffix("\n")]
+        prompts = args.prompt or [_standard_input().removesuffix("\n")]
         if prompts == [""] and not args.prompt:
             prompts = []
     if not prompts:
@@ -146,13 +165,20 @@ def _prompts(args) -> list[str | list[dict]]:
     return prompts
 
 
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise PRTValueError("Standard input cannot be read.", expected="text in UTF-8", found=str(error)) from error
+
+
 def _read(file: Path) -> list[str | list[dict]]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PRTValueError(f"{file} cannot be read.", expected="a text file", found=str(error)) from error
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if file.suffix != ".jsonl":
+    if file.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]
     prompts = []
     for number, line in numbered:
@@ -161,14 +187,19 @@ def _read(file: Path) -> list[str | list[dict]]:
             prompt = row["prompt"] if "prompt" in row else row["messages"]
         except (ValueError, KeyError, TypeError):
             prompt = None
-        if not isinstance(prompt, str | list):
+        if not (isinstance(prompt, str) or _is_chat(prompt)):
             raise PRTValueError(
                 f"Line {number} of {file} is no prompt.",
-                expected="a JSON object with `prompt` (a text) or `messages` (a list)",
+                expected="a JSON object with `prompt` (a text) or `messages` (a list of role and content)",
                 found=line[:80],
             )
         prompts.append(prompt)
     return prompts
+
+
+def _is_chat(prompt) -> bool:
+    is_list = isinstance(prompt, list) and len(prompt) > 0
+    return is_list and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
 
 
 def _load(args):
@@ -222,6 +253,22 @@ def _encode(model, prompt: str | list[dict]) -> list[int]:
     if not ids:
         raise PRTValueError("A prompt has no tokens.", expected="a text", found=repr(prompt))
     return ids
+
+
+def _check_lengths(model, rows: list[list[int]]) -> int | None:
+    """All prompts before the first text is made; the longest text that backbone and rewards can read."""
+    from ..pretrained import context_length
+
+    limits = [context_length(part) for part in (model.backbone, *model.reward_networks)]
+    limit = min((each for each in limits if each is not None), default=None)
+    for number, row in enumerate(rows, 1):
+        if limit is not None and len(row) >= limit:
+            raise ContextLengthError(
+                f"Prompt {number} leaves no room for a text.",
+                expected=f"fewer than {limit} tokens, which backbone and rewards can read",
+                found=str(len(row)),
+            )
+    return limit
 
 
 def _pad_and_ends(model) -> tuple[int, list[int]]:

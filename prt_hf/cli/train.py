@@ -10,6 +10,10 @@ from time import perf_counter
 from ..errors import PRTError, PRTValueError
 from .train_options import ADAPTER_LEARNING_RATE, DataOptions, Options, print_help
 
+logger = logging.getLogger(__name__)
+TRAINER_STATE_NAME = "trainer_state.json"
+PREFIX = "checkpoint-"
+
 
 def add_parser(commands) -> argparse.ArgumentParser:
     """A parser that knows no options: they depend on the model, and are left to [`run`] (`arguments.rest`)."""
@@ -26,13 +30,13 @@ def run(args: argparse.Namespace) -> None:
     start = perf_counter()
     task, saved = _kind(options)
     config = _config(options, task, saved)
-    _check_output(Path(config.output_dir))
     checkpoint = _checkpoint(config)
+    _check_output(Path(config.output_dir), is_resumed=checkpoint is not None)
     if config.process_index > 0:
         _be_quiet()
     set_seed(config.seed)  # an adapter starts at random
     trainer = _trainer(options, config, task, saved)
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    metrics = _train(trainer, checkpoint)
     if config.do_eval:
         metrics |= trainer.evaluate()
     dataset = options.data.dataset_name
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if trainer.is_world_process_zero():
         report = {
             "output_dir": config.output_dir,
-            "train_loss": metrics["train_loss"],
+            "train_loss": metrics.get("train_loss"),
             "metrics": metrics,
             "steps": trainer.state.global_step,
             "seconds": perf_counter() - start,
@@ -102,7 +106,7 @@ def _config(options: Options, task: str, saved):
     return options.training_config(PRTSFTConfig, task, **defaults)
 
 
-def _check_output(folder: Path) -> None:
+def _check_output(folder: Path, is_resumed: bool) -> None:
     from ..contract import PRT_CONFIG_NAME
 
     if folder.exists() and not folder.is_dir():
@@ -112,28 +116,70 @@ def _check_output(folder: Path) -> None:
     if names and not is_ours:
         raise PRTValueError(
             f"{folder} holds files that are no reward's.",
-            expected="a new or empty folder, or one that an earlier run wrote",
+            expected="a new or empty folder, or one with checkpoints to go on from",
             found=", ".join(names[:5]),
             remedy="name another one: --output_dir",
+        )
+    if is_ours and not is_resumed:
+        raise PRTValueError(
+            f"{folder} holds an earlier run.",
+            expected="a new or empty folder, or a run that is gone on with",
+            found=", ".join(names[:5]),
+            remedy="--resume_from_checkpoint true, or another --output_dir",
         )
 
 
 def _checkpoint(config) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or true for the last one."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     given, folder = str(config.resume_from_checkpoint or "false"), config.output_dir
     if given.lower() == "false":
         return None
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    found = last if given.lower() == "true" else given
-    if found is None or not (Path(found) / "trainer_state.json").is_file():
+    found = _last_checkpoint(Path(folder)) if given.lower() == "true" else given
+    if found is None or not (Path(found) / TRAINER_STATE_NAME).is_file():
         raise PRTValueError(
             "There is no checkpoint to go on from.",
             expected="--resume_from_checkpoint a checkpoint-* folder, or true for the last one in --output_dir",
             found=f"none in {folder}" if found is None else str(found),
         )
     return found
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last one that was written to its end: the trainer's state comes after the weights."""
+    numbered = [(int(path.name[len(PREFIX) :]), path) for path in folder.glob(f"{PREFIX}*") if _is_numbered(path)]
+    for _, path in sorted(numbered, reverse=True):
+        if (path / TRAINER_STATE_NAME).is_file():
+            return str(path)
+        logger.warning(f"{path} is incomplete, and is passed over.")
+    return None
+
+
+def _is_numbered(path: Path) -> bool:
+    return path.name[len(PREFIX) :].isdecimal() and path.is_dir()
+
+
+def _train(trainer, checkpoint: str | None) -> dict:
+    """Its metrics; none where the checkpoint has all the steps, of which the trainer would add one."""
+    from transformers import TrainerState
+
+    if checkpoint is None:
+        return trainer.train().metrics
+    steps = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+    try:
+        if steps < trainer.args.max_steps or trainer.args.max_steps <= 0:
+            return trainer.train(resume_from_checkpoint=checkpoint).metrics
+        logger.warning(f"{checkpoint} has {steps} of {trainer.args.max_steps} steps: nothing is left to train.")
+        trainer._load_from_checkpoint(checkpoint)
+        trainer.state.global_step = steps
+        return {}
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise PRTValueError(
+            f"{checkpoint} has weights of other shapes than the reward.",
+            expected="the model and the adapter's options (--lora_r, ...) that it was made with",
+            found=str(error).splitlines()[-1].strip(),
+        ) from error
 
 
 def _be_quiet() -> None:
@@ -153,7 +199,12 @@ def _trainer(options: Options, config, task: str, saved):
     from ..sft import PRTSFTTrainer
     from ..trainer import PRTTrainer
 
-    model, processing_class, peft_config = _model(options, config, task, saved)
+    try:
+        model, processing_class, peft_config = _model(options, config, task, saved)
+    except PRTError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise PRTValueError("The model refuses the options.", found=str(error)) from error
     network = model.network if saved else model
     with config.main_process_first(desc="preparing the data"):
         parts = _rows(options, config, task, network, processing_class)
@@ -264,7 +315,8 @@ def _describe(report: dict, task: str, config) -> str:
     from ..pretrained import TEXT_GENERATION
 
     folder, steps, seconds = shlex.quote(report["output_dir"]), report["steps"], report["seconds"]
-    figures = [f"train_loss {report['train_loss']:.4f}"]
+    is_trained = report["train_loss"] is not None
+    figures = [f"train_loss {report['train_loss']:.4f}" if is_trained else "no further training, weights unchanged"]
     if "eval_loss" in report["metrics"]:
         figures.append(f"eval_loss {report['metrics']['eval_loss']:.4f}")
     lines = [f"{steps} steps in {seconds:.0f} s; {', '.join(figures)}", f"reward: {folder}", "", "Next:"]

@@ -137,6 +137,8 @@ class Options:
         """
         parser = _parser(config_class)
         parser.set_defaults(**defaults)
+        for action in parser._actions:
+            action.required |= action.dest == "output_dir"  # no name that two runs would share
         *_, config, _, unknown = _parse(parser, self._arguments)
         if unknown:
             parser.error(_describe_unknown(parser, unknown, task))

@@ -20,8 +20,9 @@ TEXT_COLUMNS = "input_ids, or messages, or prompt and completion, or text"
 def batches(rows: Dataset, reward: RewardModel, batch_size: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
     """
     Args:
-        rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; for
-            classifiers text or image, and label if there are labels, which are matched by name.
+        rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; the
+            latter two end with the end token, as TRL's trainer writes it behind them; for classifiers text or image,
+            and label if there are labels, which are matched by name.
         length (`int`): tokens at which a text is cut off.
 
     Raises:
@@ -48,7 +49,7 @@ def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict],
         tokenized = [_completed(tokenizer, row["prompt"], row["completion"]) for row in rows]
     elif "text" in columns:
         require_texts(rows, "text", "given")
-        tokenized = [{"input_ids": tokenizer(text)["input_ids"]} for text in rows["text"]]
+        tokenized = [{"input_ids": tokenizer(_ended(text, tokenizer))["input_ids"]} for text in rows["text"]]
     else:
         raise PRTValueError(
             "The data has no text.", expected=f"columns: {TEXT_COLUMNS}", found=", ".join(rows.column_names)
@@ -61,11 +62,17 @@ def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict],
 
 
 def _completed(tokenizer, prompt: str, completion: str) -> dict:
-    start, ids = tokenizer(prompt)["input_ids"], tokenizer(prompt + completion)["input_ids"]
+    start, ids = (tokenizer(text)["input_ids"] for text in (prompt, prompt + _ended(completion, tokenizer)))
     # Where they part: an end token behind the prompt, or a token that spans the border, is the completion's.
     parted = [index for index, (one, other) in enumerate(zip(start, ids, strict=False)) if one != other]
     border = parted[0] if parted else len(start)
     return {"input_ids": ids, "completion_mask": [int(index >= border) for index in range(len(ids))]}
+
+
+def _ended(text: str, tokenizer) -> str:
+    """As the reward was tuned: TRL's trainer puts the end token behind texts and completions that lack it."""
+    end = tokenizer.eos_token or ""
+    return text if text.endswith(end) else text + end
 
 
 def _classified_texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:

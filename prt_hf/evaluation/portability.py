@@ -49,7 +49,7 @@ class Portability:
         advantage (`dict[str, float]`, *optional*): by how much `prt_target` is better than `target`, `prt_source` and
             `reward_only`: in nats per token for language models, in accuracy for classifiers.
         standard_error (`dict[str, float]`, *optional*): of each advantage; a row counts as one draw, however
-            many tokens it has.
+            many tokens it has; of a single row it is not known (NaN).
     """
 
     task: str
@@ -69,10 +69,13 @@ class Portability:
 
         It is where the target with the reward is better than the target by itself, than the reward by itself, and than
         the source with the reward, each by more than two standard errors; it is not where one of these is as good or
-        better; else, or without labels, the data does not tell (None). eps and C do not enter: no threshold is known.
+        better; else, of a single row or without labels, the data does not tell (None). eps and C do not enter: no
+        threshold is known.
         """
         if self.advantage is None:
             return None, ["the data has no labels, so that nothing tells better from worse"]
+        if self.rows < 2:
+            return None, ["one row tells nothing of the noise"]
         unit = "nats per token" if self.task == TEXT_GENERATION else "in accuracy"
         verdicts, reasons = [], []
         for rival, text in RIVALS.items():
@@ -235,7 +238,7 @@ class _Sums:
             mean = of_rows.sum() / total
             squares = (of_rows - mean * counts).square().sum()
             means[rival] = mean.item()
-            errors[rival] = (squares * rows / max(1, rows - 1)).sqrt().item() / total.item()
+            errors[rival] = (squares * rows / (rows - 1)).sqrt().item() / total.item() if rows > 1 else math.nan
         return means, errors
 
 
