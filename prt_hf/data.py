@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from PIL import Image as PILImage
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import is_conversational, is_conversational_from_value
@@ -226,8 +228,18 @@ def classified_images(
 
 
 def pixel_values(image, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
-    """`(channels, height, width)` of a Pillow image, in as many colours as the classifier sees."""
+    """`(channels, height, width)` of a Pillow image, in as many colours as the classifier sees.
+
+    Raises:
+        PRTValueError: floating-point or 32-bit pixels.
+    """
     colours = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    if image.mode.startswith("I;16"):
+        image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # `convert` would cut off at 255
+    elif image.mode in ("I", "F"):
+        raise PRTValueError(
+            "An image's pixels have no known range.", expected="8 or 16 bits a channel", found=f"mode {image.mode}"
+        )
     return image_processor(image.convert(colours), return_tensors="pt")["pixel_values"][0]
 
 

@@ -1,5 +1,6 @@
 """The user's own data: labels as a classifier's ids, and rows of classifiers."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -7,7 +8,7 @@ from datasets import ClassLabel, Dataset, Features, List, Value
 from PIL import Image
 from transformers import ViTImageProcessor
 
-from prt_hf.data import classified_images, classified_texts, label_ids, load_data
+from prt_hf.data import classified_images, classified_texts, label_ids, load_data, pixel_values
 from prt_hf.errors import PRTValueError
 
 ID2LABEL = tiny.labels()["id2label"]  # red, green, blue, grey
@@ -100,3 +101,14 @@ def test_files_that_cannot_be_read_are_told_at_once(tmp_path):
     }.items():
         with pytest.raises(PRTValueError, match=found):
             load_data(str(tmp_path / name))
+
+
+def test_pixels_of_16_bits_are_those_of_8():
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, do_resize=False)
+    grey = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1024
+    deep, shallow = Image.fromarray(grey), Image.fromarray((grey >> 8).astype(np.uint8))
+    config = tiny.vit(num_channels=3).config
+    assert deep.mode.startswith("I;16")
+    assert torch.equal(pixel_values(deep, processor, config), pixel_values(shallow, processor, config))
+    with pytest.raises(PRTValueError, match="(?s)pixels have no known range.*found: mode F"):
+        pixel_values(Image.new("F", (8, 8)), processor, config)

@@ -13,7 +13,7 @@ from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, Vocabulary
 from ..errors import PRTError, PRTValueError, RewardFileError
 from ..hub import local_file
 from ..loading import load_processing_class
-from ..pretrained import context_length, head_of, load_skeleton, reference_to, task_of
+from ..pretrained import context_length, head_of, load_skeleton, pretrained_parameters, reference_to, task_of
 from ..reward_files import check_files
 from ..reward_model import RewardModel
 
@@ -163,7 +163,12 @@ def _count(network: torch.nn.Module) -> int:
 
 
 def _bytes(network: torch.nn.Module, dtype: torch.dtype | None) -> int:
-    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in network.parameters())
+    """PEFT keeps adapters of 16-bit models in float32."""
+    pretrained = {id(parameter) for parameter in pretrained_parameters(network).values()}
+    return sum(
+        parameter.numel() * max((dtype or parameter.dtype).itemsize, 0 if id(parameter) in pretrained else 4)
+        for parameter in network.parameters()
+    )
 
 
 def _columns(model: PreTrainedModel) -> int:
