@@ -93,15 +93,17 @@ class RewardSaver(Trainer):
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
+        if private is not None:
+            self.args.hub_private_repo = private  # where `init_hf_repo` looks in all versions
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card_kwargs)
         self._finish_current_push()
         arguments = {
-            "private": self.args.hub_private_repo if private is None else private,
+            "private": self.args.hub_private_repo,
             "revision": revision or self.args.hub_revision,
             "commit_message": commit_message,
             "token": token,

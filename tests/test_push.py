@@ -506,9 +506,9 @@ def a_trainer(base, folder, trainer=PRTTrainer, args=PRTConfig, **kwargs):
 
 @TRANSPORTS
 def test_a_trainer_pushes(hub, base, tmp_path):
-    trainer = a_trainer(base, tmp_path / "my-reward", hub_private_repo=True)
+    trainer = a_trainer(base, tmp_path / "my-reward")
     trainer.train()
-    info = trainer.push_to_hub("tuned")
+    info = trainer.push_to_hub("tuned", private=True)
     assert titles(hub, "me/my-reward") == ["initial commit", "tuned"] and hub.repositories["me/my-reward"].private
     assert info.oid == hub.repositories["me/my-reward"].resolve("main")
     assert set(hub.files("me/my-reward")) == FILES
