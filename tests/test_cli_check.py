@@ -8,6 +8,7 @@ import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from peft import LoraConfig
+from PIL import Image as PILImage
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessorPil
 
 from prt_hf import RewardModel
@@ -208,6 +209,22 @@ def test_data_is_measured(data, weights, capsys):
     assert (found["portability"]["rows"], found["portability"]["positions"]) == (3, 21)
 
 
+def test_columns_and_splits_have_any_name(data, weights, capsys):
+    """A folder of files, of which one is no data of the task."""
+    rows = [{"text": 3, "story": text} for text in TEXTS]
+    (data / "stories").mkdir()
+    (data / "stories" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (data / "stories" / "test.jsonl").write_text(json.dumps({"text": 4, "story": "w3"}))
+    named = ("--data", "stories", "--split", "train", "--text-column", "story", "--json")
+    found, expected = (
+        json.loads(check(capsys, "reward", "target", *arguments)[1])["portability"]
+        for arguments in (named, ("--data", "texts.jsonl", "--json"))
+    )
+    assert found["nll"] == pytest.approx(expected["nll"], rel=1e-6)
+    assert "has no split 'dev'" in check(capsys, "reward", "target", "--data", "stories", "--split", "dev")[2]
+    assert "has no column 'tale'" in check(capsys, "reward", "target", "--data", "stories", "--text_column", "tale")[2]
+
+
 def test_images_are_measured_with_labels_by_name(folder, capsys):
     processor = ViTImageProcessorPil(size={"height": 8, "width": 8})
     save(folder / "vit", tiny.vit(1, num_channels=3), processor)
@@ -225,6 +242,12 @@ def test_images_are_measured_with_labels_by_name(folder, capsys):
     assert found["portability"]["accuracy"]["target"] == pytest.approx(
         (target(**inputs).logits.argmax(-1) == torch.tensor([0, 1, 2, 3, 0, 1])).double().mean().item()
     )
+    for index, picture in enumerate(pixels):
+        PILImage.fromarray(picture).save(f"{index}.png")
+    paths = [{"picture": f"{folder}/{index}.png", "colour": tiny.COLOURS[::-1][index % 4]} for index in range(6)]
+    Dataset.from_list(paths).to_csv("paths.csv")
+    columns = ("--data", "paths.csv", "--image_column", "picture", "--label_column", "colour", "--json")
+    assert json.loads(check(capsys, "images", "permuted", *columns)[1])["portability"] == found["portability"]
     rows.remove_columns("label").to_parquet("unlabelled.parquet")
     out = check(capsys, "images", "permuted", "--data", "unlabelled.parquet")[1]
     assert f"eps = {found['portability']['eps']:.4g} " in out
@@ -241,7 +264,7 @@ def test_images_are_measured_with_labels_by_name(folder, capsys):
 def test_data_that_cannot_be_used_is_told_in_a_message(data, weights, capsys):
     (data / "questions.jsonl").write_text('{"question": "w5"}')
     for file, message in {
-        "questions.jsonl": "The data has no text.\n  expected: columns: input_ids, or messages, or prompt and ",
+        "questions.jsonl": "The data has no text.\n  expected: columns: input_ids, or messages, or conversations, or ",
         "nothing.jsonl": "The dataset nothing.jsonl cannot be loaded.",
     }.items():
         status, _, err = check(capsys, "reward", "target", "--data", file)

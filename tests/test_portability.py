@@ -293,6 +293,11 @@ def test_rows_of_every_kind_become_batches(tokenizer):
     templated.chat_template = "{% for m in messages %}w3 {{ m['content'] }} {% endfor %}"
     reward.processing_class = templated
     assert first(messages)["input_ids"].tolist() == [[3, 4, 3, 5]]
+    turns = [{"from": "human", "value": "w4"}, {"from": "gpt", "value": "w5"}]
+    assert first([{"conversations": turns}])["input_ids"].tolist() == [[3, 4, 3, 5]]
+    (asked, answered) = messages[0]["messages"]
+    batch = first([{"prompt": [asked], "completion": [answered]}])
+    assert batch["input_ids"].tolist() == [[3, 4, 3, 5]] and batch["labels"].tolist() == [[-100, -100, 3, 5]]
     with pytest.raises(PRTValueError, match="found: None in row 1"):
         first([{"text": text}, {"text": None}])
     with pytest.raises(PRTValueError, match="found: question"):

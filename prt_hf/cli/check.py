@@ -22,6 +22,7 @@ _WAYS = {
     "reward by itself": ("reward_only", "reward_only"),
 }
 _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
+COLUMNS = ("text", "image", "label")
 LONGEST = 1024  # tokens of a text that are read
 
 
@@ -38,9 +39,12 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         help="Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt) of the task; columns: text, prompt and "
-        "completion, messages or input_ids; for classifiers text or image, and label. Its split test, else validation, "
-        f"else the first. Texts are cut off at {LONGEST} tokens, or what the models can read",
+        "completion, messages or input_ids; for classifiers text or image, and label. Texts are cut off at "
+        f"{LONGEST} tokens, or what the models can read",
     )
+    add_option(parser, "split", help="of the data; default: test, else validation, else the first")
+    for name in COLUMNS:
+        add_option(parser, f"{name}_column", help=f"of the data, instead of `{name}`")
     add_option(parser, "samples", type=positive(int), default=100, help="rows of the data; default: %(default)s")
     parser.add_argument("--json", action="store_true", help="print one object")
     add_loading_options(parser, batch_size=8)
@@ -75,15 +79,20 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args, fit):
     """The portability, and how many rows had nothing left to predict once they were cut off."""
-    from ..data import load_data
+    from ..data import load_data, require_column, require_split
     from ..evaluation import batches, measure_portability
     from ..pretrained import load_pretrained
     from ..reward_model import RewardModel
 
     device, kwargs = device_of(args), load_kwargs(args)
     parts = load_data(args.data)
-    split = next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
-    rows = parts[split].shuffle(seed=0)
+    split = args.split or next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
+    rows = require_split(parts, split, args.data).shuffle(seed=0)
+    for name in COLUMNS:
+        given = getattr(args, f"{name}_column")
+        if given not in (None, name):
+            require_column(rows, given, args.data)
+            rows = rows.remove_columns([name] if name in rows.column_names else []).rename_column(given, name)
     rows = rows.select(range(min(args.samples, len(rows))))
     reward = RewardModel.from_pretrained(args.reward, **kwargs)
     target = load_pretrained(args.backbone, **kwargs | config_kwargs(args))

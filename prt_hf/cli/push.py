@@ -9,8 +9,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "push",
         help="share a saved reward or recipe on the Hub",
         description="Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub: in one "
-        "commit, without loading any model. The card that lies there is kept where users have written into it. Weights "
-        "go as safetensors; pickles, checkpoints and code stay here.",
+        "commit, without loading any model. The card that lies there is kept where users have written into it. What "
+        "goes are the weights, and all files of JSON, text, templates and Markdown at the top of the folder; pickles, "
+        "checkpoints and code stay here.",
         epilog="""\
 examples:
   prt-hf push gsm8k-reward me/gsm8k-reward --private

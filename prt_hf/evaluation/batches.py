@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image, Value
 from transformers import PreTrainedTokenizerBase, default_data_collator
+from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
 from ..collator import MASKS, TokenCollator
 from ..contract import unwrap_tokenizer
@@ -14,15 +15,15 @@ from ..errors import PRTValueError
 from ..pretrained import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_GENERATION, unwrap_adapter
 from ..reward_model import RewardModel
 
-TEXT_COLUMNS = "input_ids, or messages, or prompt and completion, or text"
+TEXT_COLUMNS = "input_ids, or messages, or conversations, or prompt and completion, or text"
 
 
 def batches(rows: Dataset, reward: RewardModel, batch_size: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
     """
     Args:
-        rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; the
-            latter two end with the end token, as TRL's trainer writes it behind them; for classifiers text or image,
-            and label if there are labels, which are matched by name.
+        rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; texts
+            of the latter two end with the end token, as TRL's trainer writes it behind them; for classifiers text or
+            image, and label if there are labels, which are matched by name.
         length (`int`): tokens at which a text is cut off.
 
     Raises:
@@ -35,12 +36,17 @@ def batches(rows: Dataset, reward: RewardModel, batch_size: int, length: int) ->
 
 def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
     tokenizer = _tokenizer(reward)
+    if is_conversational_from_value(rows[0]):
+        rows = rows.map(maybe_convert_to_chatml)
     columns = set(rows.column_names)
+    is_chat = is_conversational(rows[0])
+    if is_chat and tokenizer.chat_template is None:
+        raise PRTValueError("The reward's tokenizer has no chat template.", expected="a column `text`")
     if "input_ids" in columns:
         tokenized = list(rows)
-    elif "messages" in columns:
-        if tokenizer.chat_template is None:
-            raise PRTValueError("The reward's tokenizer has no chat template.", expected="a column `text`")
+    elif is_chat and {"prompt", "completion"} <= columns:
+        tokenized = [_answered(tokenizer, row["prompt"], row["completion"]) for row in rows]
+    elif is_chat and "messages" in columns:
         texts = tokenizer.apply_chat_template(list(rows["messages"]), tokenize=False)
         tokenized = [{"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]} for text in texts]
     elif {"prompt", "completion"} <= columns:
@@ -61,8 +67,17 @@ def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict],
     return [row for row in cut if len(row["input_ids"]) > 1], collate
 
 
+def _answered(tokenizer, prompt: list[dict], completion: list[dict]) -> dict:
+    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
+    return _supervised(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole)))
+
+
 def _completed(tokenizer, prompt: str, completion: str) -> dict:
-    start, ids = (tokenizer(text)["input_ids"] for text in (prompt, prompt + _ended(completion, tokenizer)))
+    return _supervised(*(tokenizer(text)["input_ids"] for text in (prompt, prompt + _ended(completion, tokenizer))))
+
+
+def _supervised(start: list[int], ids: list[int]) -> dict:
     # Where they part: an end token behind the prompt, or a token that spans the border, is the completion's.
     parted = [index for index, (one, other) in enumerate(zip(start, ids, strict=False)) if one != other]
     border = parted[0] if parted else len(start)
@@ -91,6 +106,8 @@ def _classified_images(rows: Dataset, reward: RewardModel, length: int) -> tuple
             raise PRTValueError(
                 "The reward has no image processor.", expected="one beside it or its base, or a column `pixel_values`"
             )
+        if isinstance(rows.features["image"], Value):
+            rows = rows.cast_column("image", Image())  # paths
         config = unwrap_adapter(reward.network).config
         pixels = [pixel_values(image, reward.processing_class, config) for image in rows["image"]]
     return _labelled([{"pixel_values": values} for values in pixels], rows, reward), default_data_collator
