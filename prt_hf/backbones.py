@@ -98,8 +98,7 @@ class Backbone:
         if isinstance(network, PreTrainedModel | PeftModel):
             check_bare(network)
             self._named = None
-            # A model in memory may have been separated from its tokenizer.
-            self._take(network, None)
+            self._take(network)
 
     @property
     def task(self) -> str:
@@ -113,15 +112,13 @@ class Backbone:
         if self.network is not None:
             return
         if isinstance(self._named, ModelReference):
-            network, name = load_base(self._named, **self._load_kwargs), self._named.id
+            network = load_base(self._named, **self._load_kwargs)
         else:
-            network, name = load_pretrained(self._named, **self._load_kwargs), self._named
-        kwargs = self._load_kwargs | {"revision": reference_to(network).revision}
-        self._take(network, load_processing_class(name, self.task, **kwargs))
+            network = load_pretrained(self._named, **self._load_kwargs)
+        self._take(network)
 
-    def _take(self, network: PreTrainedModel, processing_class) -> None:
-        if processing_class is None:
-            processing_class = processing_class_of(network, self.task)
+    def _take(self, network: PreTrainedModel) -> None:
+        processing_class = processing_class_of(network, self.task, **self._load_kwargs)
         order = self._reward.order_for(network, processing_class)
         self.columns = order if isinstance(order, slice) else inverse(order)
         self._processing_class = processing_class

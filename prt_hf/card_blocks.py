@@ -68,8 +68,11 @@ def merge_cards(old: str, new: str) -> str:
     return f"---\n{_with_entries(old_yaml, entries)}\n---\n{body}".replace("\n", newline)
 
 
-def merged_or_kept(old: str, new: str) -> str:
-    """[`merge_cards`], but a card that cannot be read stays as it is: no weights are lost for its sake."""
+def merged_or_kept(old: str | None, new: str) -> str:
+    """[`merge_cards`] where there is an old card; one that cannot be read stays as it is: no weights are lost for its
+    sake."""
+    if old is None:
+        return new
     try:
         return merge_cards(old, new)
     except RewardFileError as error:

@@ -93,8 +93,7 @@ def task_of_checkpoint(model_id: str, **config_kwargs) -> str:
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels.
     """
-    config = load_config(model_id, **config_kwargs)
-    return _task_of_class((config.architectures or ["unknown"])[0], model_id)
+    return _task_of_config(load_config(model_id, **config_kwargs), model_id)
 
 
 def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
@@ -126,7 +125,7 @@ def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
     """
     commit = commit_of(model_id, config_kwargs.get("revision"), config_kwargs.get("token"))
     config = load_config(model_id, **config_kwargs | {"revision": commit or "main"})
-    auto_class = AUTO_CLASSES[_task_of_class((config.architectures or ["unknown"])[0], model_id)]
+    auto_class = AUTO_CLASSES[_task_of_config(config, model_id)]
     with torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=config_kwargs.get("trust_remote_code"))
     model.name_or_path, model.config._commit_hash = model_id, commit
@@ -366,6 +365,10 @@ def tie_parameters(network: nn.Module, base: nn.Module) -> None:
             same = None if value is None else known.get(value.data_ptr())
             if same is not None and same.shape == value.shape and same.dtype == value.dtype:
                 module._parameters[name] = same
+
+
+def _task_of_config(config: PreTrainedConfig, model_id: str) -> str:
+    return _task_of_class((config.architectures or ["unknown"])[0], model_id)
 
 
 def _task_of_class(class_name: str, model_id: str) -> str:

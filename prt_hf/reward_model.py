@@ -246,7 +246,7 @@ class RewardModel(Shareable):
             (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
             card = render_card(self.config, Path(folder).absolute().name)
             for earlier in (self.card, read_card(Path(folder))):
-                card = card if earlier is None else merged_or_kept(earlier, card)
+                card = merged_or_kept(earlier, card)
             write_card(staged, card)  # in the place of PEFT's template
 
     def trained_with(self, *source_backbones: ModelReference, kl_coef: float, entropy_coef: float) -> None:

@@ -72,8 +72,7 @@ class RewardSaver(Trainer):
             self.reward.card = with_metadata(self.reward.card, **metadata)
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        there = read_card(folder)
-        write_card(folder, self.reward.card if there is None else merged_or_kept(there, self.reward.card))
+        write_card(folder, merged_or_kept(read_card(folder), self.reward.card))
 
     def push_to_hub(
         self,
@@ -164,7 +163,7 @@ class RewardSaver(Trainer):
     def _update_card(self, name: str | None = None) -> None:
         name = name or self.hub_model_id or Path(self.args.output_dir).absolute().name
         card = render_card(self.reward.config, name, TrainingRecord.from_trainer(self))
-        self.reward.card = card if self.reward.card is None else merged_or_kept(self.reward.card, card)
+        self.reward.card = merged_or_kept(self.reward.card, card)
 
 
 def _push_staged(folder: Path, repo_id: str, **arguments) -> CommitInfo:

@@ -301,8 +301,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 self.generation_config.save_pretrained(staged)
             if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
                 save_file(self._tuned(state_dict), staged / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-            card, there = recipe_card(config, folder.absolute().name), read_card(folder)
-            write_card(staged, card if there is None else merged_or_kept(there, card))
+            card = recipe_card(config, folder.absolute().name)
+            write_card(staged, merged_or_kept(read_card(folder), card))
             (staged / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
 
     def _tuned(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
