@@ -89,6 +89,7 @@ class Backbone:
         limit (`int`, *optional*): tokens that it can read.
         reference ([`~contract.ModelReference`]): for the reward's configuration.
         index (`int`): of its own inputs in a batch.
+        processing_class: what lies beside its weights, else the reward's.
     """
 
     index = 0
@@ -117,11 +118,11 @@ class Backbone:
             network = load_pretrained(self._named, **self._load_kwargs)
         self._take(network)
 
-    def _take(self, network: PreTrainedModel) -> None:
-        processing_class = processing_class_of(network, self.task, **self._load_kwargs)
+    def _take(self, network: PreTrainedModel, processing_class=None) -> None:
+        processing_class = processing_class or processing_class_of(network, self.task, **self._load_kwargs)
         order = self._reward.order_for(network, processing_class)
         self.columns = order if isinstance(order, slice) else inverse(order)
-        self._processing_class = processing_class
+        self.processing_class = processing_class or self._reward.processing_class
         self.limit, self.reference = context_length(network), reference_to(network)
         self.network = network.eval()
 
@@ -141,13 +142,13 @@ class Backbone:
         """What tells its weights from all others, without loading it."""
         if self._named is None:
             return {"weights": weights_digest_of_model(self.network)}
-        name, revision = self._named, None
+        name, revision = self._named, self._load_kwargs.get("revision")
         if isinstance(name, ModelReference):
             name, revision = name.id, name.revision
         dtype = str(self._load_kwargs.get("dtype", "auto"))
         if Path(name).is_dir():
             return {"weights": weights_digest_of_files(name), "dtype": dtype}
-        return {"id": name, "revision": commit_of(name, revision), "dtype": dtype}
+        return {"id": name, "revision": commit_of(name, revision, self._load_kwargs.get("token")), "dtype": dtype}
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """`(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`, in the reward's order."""
@@ -171,9 +172,7 @@ class Backbone:
         with self._pretrained() as network:
             facts = {
                 "reference": vars(self.reference),
-                "contract": contract_to_dict(
-                    contract_of(network, self._processing_class or self._reward.processing_class)
-                ),
+                "contract": contract_to_dict(contract_of(network, self.processing_class)),
             }
             if self.task != TEXT_GENERATION:
                 return {}, facts
@@ -203,7 +202,7 @@ class Backbone:
                 "backbone",
                 self.index,
                 self._reward.processing_class,
-                self._processing_class,
+                self.processing_class,
                 "data_collator=PixelCollator(reward_processor, [backbone_processor]), which makes them of the rows' "
                 "`image`; or that column beside `pixel_values`",
             )
@@ -212,7 +211,7 @@ class Backbone:
     @cached_property
     def _wants_own_pixels(self) -> bool:
         is_known = self.task == IMAGE_CLASSIFICATION
-        return is_known and not is_same_pixels(self._reward.processing_class, self._processing_class)
+        return is_known and not is_same_pixels(self._reward.processing_class, self.processing_class)
 
     @contextmanager
     def _pretrained(self) -> Iterator[nn.Module]:
@@ -225,7 +224,7 @@ class OwnBase(Backbone):
 
     def __init__(self, reward: RewardModel):
         self._reward, self._named, self._trunk = reward, None, None
-        self._processing_class = None  # the reward's
+        self.processing_class = reward.processing_class
         self.network: PeftModel = reward.network
         self.columns = reward.columns
         self.limit, self.reference = context_length(reward.network), reference_to(reward.network)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from .errors import BackboneCacheError
@@ -88,8 +89,8 @@ def weights_digest_of_files(folder: str | Path) -> str:
 
 
 def weights_digest_of_model(model: PreTrainedModel) -> str:
-    """SHA-256 of a model in memory: all parameters and buffers by name, shape, dtype and value, and the config, which
-    says how they are used.
+    """SHA-256 of a model in memory: all parameters and buffers by name, shape, dtype and value, and the config and the
+    scales of adapters, which say how they are used.
 
     Raises:
         BackboneCacheError: some of them are offloaded.
@@ -106,6 +107,9 @@ def weights_digest_of_model(model: PreTrainedModel) -> str:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(as_bytes(tensor.reshape(-1)))
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            digest.update(f"{name} {sorted(getattr(module, 'scaling', {}).items())}".encode())
     return digest.hexdigest()
 
 

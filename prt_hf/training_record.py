@@ -56,9 +56,9 @@ class TrainingRecord:
         if evaluations and id(evaluations[-1]) in elsewhere:
             evaluated, evaluations = None, evaluations[-1:]
         evaluations = [entry for entry in evaluations if evaluated is None or id(entry) not in elsewhere]
-        on_hub = _hub_ids(evaluated) if evaluations else ()
+        on_hub = hub_ids(evaluated) if evaluations else ()
         return cls(
-            datasets=_hub_ids(trainer.train_dataset),
+            datasets=hub_ids(trainer.train_dataset),
             hyperparameters=_hyperparameters(trainer),
             evaluation={name: value for entry in evaluations for name, value in _figures(entry).items()},
             rows=_thinned(_log_rows(of_training)),
@@ -116,7 +116,7 @@ def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def _hub_ids(dataset) -> tuple[str, ...]:
+def hub_ids(dataset) -> tuple[str, ...]:
     """Where `load_dataset` took the data from. It does not write that down (up to datasets 4 it did), but its files lie
     in folders that tell."""
     urls = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}

@@ -28,6 +28,7 @@ from prt_hf import (
     combine,
 )
 from prt_hf.errors import PRTValueError
+from prt_hf.evaluation import portability_report
 from prt_hf.own_pixels import is_same_pixels, split_inputs
 
 GREY = ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
@@ -306,3 +307,21 @@ def test_the_rewards_pixels_alone_are_refused(config, target):
     collator = PixelCollator(GREY, [LARGE, LARGE])
     with pytest.raises(PRTValueError, match="(?s)'backbone_1_pixel_values' belongs to a backbone that is not there"):
         PRTTrainer(tiny.vit(1), config(), collator, PHOTOS, None, GREY, backbone=target).train()
+
+
+def test_a_report_gives_every_model_its_own_pixels(target):
+    ported, backbone = reward(), AutoModelForImageClassification.from_pretrained(target)
+    report = portability_report(ported, [target], PHOTOS, source=tiny.vit(1), batch_size=4)
+    with torch.no_grad():
+        r, old = ported(pixel_values=pixels(GREY)).double(), tiny.vit(1)(pixels(GREY)).logits.double()
+        # PHOTOS have numbers for labels, which are the reward's.
+        new = backbone(pixels(LARGE)).logits.double()[:, torch.tensor(ORDER).argsort()]
+    expected = {"pretrained": new, "prt": new.log_softmax(-1) + r, "reward_only": r}
+    found = report.targets[target]
+    for method, logits in expected.items():
+        assert found.figures[method].nll.value == pytest.approx(F.cross_entropy(logits, LABELS).item(), rel=1e-5)
+    eps = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean")
+    assert found.portability.eps == pytest.approx(eps.item(), rel=1e-5)
+    with pytest.raises(UnsupportedError, match="want other pixels"):  # one model's alone
+        rows = Dataset.from_dict({"pixel_values": pixels(GREY).numpy(), "label": PHOTOS["label"]})
+        portability_report(ported, [target], rows, source=tiny.vit(1))

@@ -13,8 +13,9 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from prt_hf import RewardModel
 from prt_hf.errors import ContextLengthError, LabelMismatchError, NonFiniteRewardError, PRTValueError
-from prt_hf.evaluation import Portability, batches, measure_portability, portability
-from prt_hf.evaluation.portability import RIVALS, divergence, log_concentration
+from prt_hf.evaluation import Portability, batches, measure_portability, reading
+from prt_hf.evaluation.portability import RIVALS
+from prt_hf.evaluation.tally import divergence, log_concentration
 
 WAYS = ("source", "target", "prt_source", "prt_target", "reward_only")
 
@@ -99,7 +100,7 @@ TARGETS = {
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_language_models_equal_the_definitions(target, side, tokenizer, monkeypatch):
-    monkeypatch.setattr(portability, "_CHUNK", 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(reading, "_CHUNK", 4 * tiny.VOCABULARY)
     base, target = tiny.llama(1, vocab_size=100), TARGETS[target]()
     reward, rows = text_reward(base, tokenizer), tiny.texts(7)
     found = measure_portability(reward, target, padded(rows, side, 3), strength=0.5)

@@ -73,7 +73,7 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
         )
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, whole, shared, images, zero_shot, chat = seen
+    text, generated, whole, shared, measured, images, zero_shot, chat = seen
     assert hub.repositories["me/gsm8k-reward"].private
     with torch.no_grad():
         ids = shared["inputs"]["input_ids"]
@@ -81,6 +81,10 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
         assert torch.equal(shared["model"](ids).logits, whole["model"](ids).logits)
     assert torch.equal(whole["output"], generated["output"]), "speculative or not, processor or model"
     assert text["trainer"].state.global_step > 0
+    # The end token belongs to what is answered.
+    assert (measured["report"].rows, measured["report"].positions) == (4, 4 * (3 + 1))
+    assert "| `Qwen/Qwen2.5-7B` | `evaluation data` |" in Path("gsm8k-reward/README.md").read_text()
+    assert Path("report/report.png").is_file()
     assert chat["trainer"].state.global_step > 0 and chat["trainer"].args.output_dir == "chat-reward"
     assert generated["output"].shape[1] > generated["inputs"]["input_ids"].shape[1]
     source, target = MODELS["google/vit-base-patch16-224"], MODELS["facebook/convnextv2-large-22k-224"]

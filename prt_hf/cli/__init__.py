@@ -10,9 +10,9 @@ from safetensors import SafetensorError
 from .._version import __version__
 from ..errors import PRTError
 from ..hub import is_of_hub
-from . import bench, check, demo, generate, push, train
+from . import bench, check, demo, evaluate, generate, push, train
 
-COMMANDS = (demo, train, generate, check, push, bench)
+COMMANDS = (demo, train, generate, evaluate, check, push, bench)
 _OF_THE_USER = (PRTError, OSError, SafetensorError, HFValidationError)
 
 

@@ -6,6 +6,7 @@ from ..errors import PRTValueError
 from .demo import positive
 
 DTYPES = ("bfloat16", "float16", "float32")
+COLUMNS = ("text", "image", "label")
 
 
 def add_option(parser, name: str, **kwargs) -> None:
@@ -28,6 +29,38 @@ def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int) -> 
     add_option(group, "revision", help="of the backbone: branch, tag or commit")
     add_option(group, "trust_remote_code", action="store_true", help="run code of the models' own repositories")
     add_option(group, "token", help="for the Hub; default: the one that `hf auth login` saved")
+
+
+def add_evaluation_data(parser: argparse.ArgumentParser, *, longest: int, samples: int) -> None:
+    parser.add_argument(
+        "--data",
+        help="Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt) of the task; columns: text, prompt and "
+        f"completion, messages or input_ids; for classifiers text or image, and label. Texts are cut off at {longest} "
+        "tokens, or what the models can read",
+    )
+    add_option(parser, "split", help="of the data; default: test, else validation, else the first")
+    for name in COLUMNS:
+        add_option(parser, f"{name}_column", help=f"of the data, instead of `{name}`")
+    add_option(parser, "samples", type=positive(int), default=samples, help="rows of the data; default: %(default)s")
+
+
+def evaluation_rows(args: argparse.Namespace):
+    """As many rows of the data as are asked for, the same in every run.
+
+    Raises:
+        PRTValueError: the data cannot be loaded, or has no such split or column.
+    """
+    from ..data import load_data, require_column, require_split
+
+    parts = load_data(args.data)
+    split = args.split or next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
+    rows = require_split(parts, split, args.data).shuffle(seed=0)
+    for name in COLUMNS:
+        given = getattr(args, f"{name}_column")
+        if given not in (None, name):
+            require_column(rows, given, args.data)
+            rows = rows.remove_columns([name] if name in rows.column_names else []).rename_column(given, name)
+    return rows.select(range(min(args.samples, len(rows))))
 
 
 def config_kwargs(args: argparse.Namespace) -> dict:

@@ -5,8 +5,7 @@ import json
 
 from ..errors import PRTError
 from ..hub import is_of_hub
-from .arguments import add_loading_options, add_option, config_kwargs, device_of, load_kwargs
-from .demo import positive
+from .arguments import add_evaluation_data, add_loading_options, config_kwargs, device_of, evaluation_rows, load_kwargs
 
 DESCRIPTION = """\
 Hold a reward against a backbone. Without --data, by configurations and tokenizers alone: no weights are fetched. With
@@ -22,7 +21,6 @@ _WAYS = {
     "reward by itself": ("reward_only", "reward_only"),
 }
 _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
-COLUMNS = ("text", "image", "label")
 LONGEST = 1024  # tokens of a text that are read
 
 
@@ -36,16 +34,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("reward", help="Hub id or folder of a reward")
     parser.add_argument("backbone", help="Hub id or folder of a backbone")
-    parser.add_argument(
-        "--data",
-        help="Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt) of the task; columns: text, prompt and "
-        "completion, messages or input_ids; for classifiers text or image, and label. Texts are cut off at "
-        f"{LONGEST} tokens, or what the models can read",
-    )
-    add_option(parser, "split", help="of the data; default: test, else validation, else the first")
-    for name in COLUMNS:
-        add_option(parser, f"{name}_column", help=f"of the data, instead of `{name}`")
-    add_option(parser, "samples", type=positive(int), default=100, help="rows of the data; default: %(default)s")
+    add_evaluation_data(parser, longest=LONGEST, samples=100)
     parser.add_argument("--json", action="store_true", help="print one object")
     add_loading_options(parser, batch_size=8)
     return parser
@@ -79,28 +68,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args, fit):
     """The portability, and how many rows had nothing left to predict once they were cut off."""
-    from ..data import load_data, require_column, require_split
+    from ..backbones import Backbone, source_backbones
     from ..evaluation import batches, measure_portability
-    from ..pretrained import load_pretrained
     from ..reward_model import RewardModel
 
     device, kwargs = device_of(args), load_kwargs(args)
-    parts = load_data(args.data)
-    split = args.split or next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
-    rows = require_split(parts, split, args.data).shuffle(seed=0)
-    for name in COLUMNS:
-        given = getattr(args, f"{name}_column")
-        if given not in (None, name):
-            require_column(rows, given, args.data)
-            rows = rows.remove_columns([name] if name in rows.column_names else []).rename_column(given, name)
-    rows = rows.select(range(min(args.samples, len(rows))))
+    rows = evaluation_rows(args)
     reward = RewardModel.from_pretrained(args.reward, **kwargs)
-    target = load_pretrained(args.backbone, **kwargs | config_kwargs(args))
     if device is not None:
         reward.to(device)
-        target.to(device)
+    backbones = [source_backbones(reward, **kwargs)[0], Backbone(reward, args.backbone, **kwargs | config_kwargs(args))]
+    for backbone in backbones:
+        backbone.load()
     length = min([LONGEST, *filter(None, (fit.backbone_context, fit.reward_context))])
-    found = measure_portability(reward, target, batches(rows, reward, args.batch_size, length), **kwargs)
+    read = batches(rows, reward, args.batch_size, length, backbones)
+    found = measure_portability(reward, backbones[1], read, source=backbones[0])
     return found, len(rows) - found.rows
 
 

@@ -3,5 +3,15 @@
 from .batches import batches
 from .fit import Fit, check_fit
 from .portability import Portability, measure_portability
+from .report import portability_report
+from .results import PortabilityReport
 
-__all__ = ["Fit", "Portability", "batches", "check_fit", "measure_portability"]
+__all__ = [
+    "Fit",
+    "Portability",
+    "PortabilityReport",
+    "batches",
+    "check_fit",
+    "measure_portability",
+    "portability_report",
+]

@@ -1,37 +1,48 @@
 """The user's rows as batches for [`~evaluation.measure_portability`]."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from datasets import Dataset, Image, Value
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, default_data_collator
 from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
-from ..collator import MASKS, TokenCollator
+from ..backbones import Backbone
+from ..collator import IMAGE, MASKS, TokenCollator
 from ..contract import unwrap_tokenizer
 from ..data import label_ids, pixel_values, require_column, require_texts
 from ..errors import PRTValueError
-from ..pretrained import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, TEXT_GENERATION, unwrap_adapter
+from ..own_pixels import PIXELS, is_same_pixels
+from ..pretrained import IMAGE_CLASSIFICATION, TEXT_GENERATION, unwrap_adapter
 from ..reward_model import RewardModel
 
+LABEL = "label"
 TEXT_COLUMNS = "input_ids, or messages, or conversations, or prompt and completion, or text"
 
 
-def batches(rows: Dataset, reward: RewardModel, batch_size: int, length: int) -> Iterator[dict[str, torch.Tensor]]:
-    """
+def batches(
+    rows: Dataset, reward: RewardModel, batch_size: int, length: int, backbones: Sequence[Backbone] = ()
+) -> DataLoader:
+    """Inputs of the models, in the order of the rows. Pixels are made of images batch by batch.
+
     Args:
         rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; texts
             of the latter two end with the end token, as TRL's trainer writes it behind them; for classifiers text or
             image, and label if there are labels, which are matched by name.
         length (`int`): tokens at which a text is cut off.
+        backbones: loaded ones, which of images get their own pixels where they want others than the reward, as
+            `backbone_0_pixel_values`, `backbone_1_pixel_values`, ...
 
     Raises:
         PRTValueError: the columns are none of these, a text has no tokens to predict, or a label is not the reward's.
     """
-    prepared, collate = _PREPARED[reward.config.task](rows, reward, length)
-    for start in range(0, len(prepared), batch_size):
-        yield dict(collate(prepared[start : start + batch_size]))
+    if reward.config.task == IMAGE_CLASSIFICATION:
+        prepared, collate = _images(rows, reward, backbones)
+    else:
+        prepared, collate = (_texts if reward.config.task == TEXT_GENERATION else _classified)(rows, reward, length)
+    return DataLoader(prepared, batch_size, collate_fn=lambda batch: dict(collate(batch)))
 
 
 def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
@@ -90,34 +101,41 @@ def _ended(text: str, tokenizer) -> str:
     return text if text.endswith(end) else text + end
 
 
-def _classified_texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
+def _classified(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
     require_texts(rows, "text", "given")
     tokenizer = _tokenizer(reward)
     encoded = [dict(tokenizer(text, truncation=True, max_length=length)) for text in rows["text"]]
     return _labelled(encoded, rows, reward), partial(tokenizer.pad, return_tensors="pt")
 
 
-def _classified_images(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
-    if "pixel_values" in rows.column_names:
-        pixels = [torch.as_tensor(values) for values in rows["pixel_values"]]
-    else:
-        require_column(rows, "image", "given")
-        if reward.processing_class is None:
-            raise PRTValueError(
-                "The reward has no image processor.", expected="one beside it or its base, or a column `pixel_values`"
-            )
-        if isinstance(rows.features["image"], Value):
-            rows = rows.cast_column("image", Image())  # paths
-        config = unwrap_adapter(reward.network).config
-        pixels = [pixel_values(image, reward.processing_class, config) for image in rows["image"]]
-    return _labelled([{"pixel_values": values} for values in pixels], rows, reward), default_data_collator
+def _images(rows: Dataset, reward: RewardModel, backbones: Sequence[Backbone]) -> tuple[Sequence[dict], Callable]:
+    if PIXELS in rows.column_names:
+        pixels = [torch.as_tensor(values) for values in rows[PIXELS]]
+        return _labelled([{PIXELS: values} for values in pixels], rows, reward), default_data_collator
+    require_column(rows, IMAGE, "given")
+    ours = reward.processing_class
+    if ours is None:
+        raise PRTValueError(
+            "The reward has no image processor.", expected="one beside it or its base, or a column `pixel_values`"
+        )
+    if isinstance(rows.features[IMAGE], Value):
+        rows = rows.cast_column(IMAGE, Image())  # paths
+    made = {PIXELS: partial(pixel_values, image_processor=ours, config=unwrap_adapter(reward.network).config)}
+    for index, backbone in enumerate(backbones):
+        theirs = backbone.processing_class
+        if not is_same_pixels(ours, theirs):
+            config = unwrap_adapter(backbone.network).config
+            made[f"backbone_{index}_{PIXELS}"] = partial(pixel_values, image_processor=theirs, config=config)
 
+    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+        pixels = {
+            name: torch.stack([torch.as_tensor(make(row[IMAGE])) for row in batch]) for name, make in made.items()
+        }
+        return pixels | ({"labels": torch.tensor([row["labels"] for row in batch])} if is_labelled else {})
 
-_PREPARED = {
-    TEXT_GENERATION: _texts,
-    TEXT_CLASSIFICATION: _classified_texts,
-    IMAGE_CLASSIFICATION: _classified_images,
-}
+    is_labelled = LABEL in rows.column_names
+    prepared = rows.select_columns([IMAGE])
+    return prepared.add_column("labels", _labels(rows, reward)) if is_labelled else prepared, collate
 
 
 def _tokenizer(reward: RewardModel) -> PreTrainedTokenizerBase:
@@ -128,7 +146,10 @@ def _tokenizer(reward: RewardModel) -> PreTrainedTokenizerBase:
 
 
 def _labelled(prepared: list[dict], rows: Dataset, reward: RewardModel) -> list[dict]:
-    if "label" not in rows.column_names:
+    if LABEL not in rows.column_names:
         return prepared
-    labels = label_ids(rows, "label", dict(enumerate(reward.contract.names)))
-    return [row | {"labels": label} for row, label in zip(prepared, labels, strict=True)]
+    return [row | {"labels": label} for row, label in zip(prepared, _labels(rows, reward), strict=True)]
+
+
+def _labels(rows: Dataset, reward: RewardModel) -> list[int]:
+    return label_ids(rows, LABEL, dict(enumerate(reward.contract.names)))

@@ -95,9 +95,7 @@ def check_fit(
     theirs = load_processing_class(backbone, config.task, token=token, **kwargs)
     problems, order = [], None
     try:
-        if task_of(model) != config.task:
-            raise PRTValueError("The backbone is made for another task.", expected=config.task, found=task_of(model))
-        order = skeleton.order_for(model, theirs)
+        order = order_on(model, skeleton, theirs)
     except PRTError as error:
         problems.append(str(error))
     found, named = reference_to(model), config.reward_base
@@ -120,6 +118,18 @@ def check_fit(
         is_permuted=isinstance(order, list) and order != sorted(order),
         is_tokenizer_known=theirs is not None or not isinstance(config.contract, VocabularyContract),
     )
+
+
+def order_on(model: PreTrainedModel, reward: RewardModel, processing_class=None) -> slice | list[int]:
+    """As [`RewardModel.order_for`], of a model of any task, with or without its weights.
+
+    Raises:
+        PRTValueError: it is made for another task.
+        VocabularyMismatchError, LabelMismatchError: it speaks of other tokens or labels.
+    """
+    if task_of(model) != reward.config.task:
+        raise PRTValueError("The backbone is made for another task.", expected=reward.config.task, found=task_of(model))
+    return reward.order_for(model, processing_class)
 
 
 def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[RewardModel, PreTrainedModel]:

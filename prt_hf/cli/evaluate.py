@@ -1,0 +1,133 @@
+"""`prt-hf evaluate`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..errors import PRTValueError
+from .arguments import add_evaluation_data, add_loading_options, add_option, device_of, evaluation_rows, load_kwargs
+
+DESCRIPTION = """\
+Measure a reward on its source and on other backbones, beside the other ways to get there: each backbone by itself
+(pretrained), with the reward (prt), the reward by itself (reward_only, the control), the fine-tuned source carried over
+(eft, needs --eft), and each backbone fine-tuned itself (finetuned, the oracle, needs --finetuned). Prints accuracy and
+negative log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory,
+and in words whether the reward is worth porting. With --tasks, lm-evaluation-harness asks each backbone its questions,
+by itself and with the reward."""
+EXAMPLES = """examples:
+  prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
+  prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report
+  prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-7B --tasks gsm8k ifeval --samples 200 --output_dir report
+  prt-hf evaluate bullets --targets new-model --data test.jsonl --eft old-tuned --finetuned new-tuned --write_card
+
+--output_dir gets report.json, report.md and report.png (the paper's bar chart). It is kept up after each backbone:
+after an interruption the same command goes on where it was, and with more --targets it measures only those."""
+SAMPLES = 500
+
+
+def add_parser(commands) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "evaluate",
+        help="what a reward is worth on several backbones, beside EFT and fine-tuning",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("reward", help="Hub id or folder of a reward")
+    add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
+    add_evaluation_data(parser, longest=1024, samples=SAMPLES)
+    add_option(parser, "methods", nargs="+", help="pretrained eft prt reward_only finetuned; default: all")
+    add_option(parser, "eft", help="the fine-tuned source: Hub id or folder of a model, or of its LoRA adapter")
+    add_option(parser, "finetuned", nargs="+", help="the targets, fine-tuned: as many as --targets, in that order")
+    add_option(
+        parser, "tasks", nargs="+", help="names of lm-evaluation-harness (pip install lm_eval); --samples of each"
+    )
+    add_option(parser, "include_path", help="folder with tasks of your own (YAML), for --tasks")
+    add_option(parser, "output_dir", help="folder for the report; default: none is written")
+    add_option(parser, "write_card", action="store_true", help="put the figures into the card in the reward's folder")
+    parser.add_argument("--json", action="store_true", help="print one object")
+    add_loading_options(parser, batch_size=8)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.finetuned and len(args.finetuned) != len(args.targets):
+        raise PRTValueError(
+            "The fine-tuned models do not pair with the targets.",
+            expected=f"{len(args.targets)}, as many as --targets, in that order",
+            found=str(len(args.finetuned)),
+        )
+    if args.write_card and not Path(args.reward).is_dir():
+        raise PRTValueError(
+            "The card can be written into a folder only.",
+            expected="the reward's folder",
+            found=args.reward,
+            remedy="evaluate the folder that `prt-hf train` wrote, and push it with `prt-hf push`",
+        )
+    if not (args.data or args.tasks):
+        raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
+    from ..reward_model import RewardModel
+
+    reward = RewardModel.from_pretrained(args.reward, **load_kwargs(args))
+    device = device_of(args)
+    if device is not None:
+        reward.to(device)
+    reports = []
+    if args.data:
+        reports.append(_measure(args, reward))
+    if args.tasks:
+        reports.append(_ask(args, reward))
+    if args.write_card:
+        from ..evaluation.results import write_measurements
+
+        measurements = [row for report in reports for row in report.measurements()]
+        write_measurements(args.reward, measurements, name=args.reward)
+    if args.json:
+        found = reports[0].to_dict() if args.data else {}
+        print(json.dumps(found | ({"tasks": reports[-1].to_dict()} if args.tasks else {})))
+    else:
+        print("\n".join(report.table() for report in reports), end="")
+
+
+def _measure(args: argparse.Namespace, reward):
+    from tqdm.auto import tqdm
+
+    from ..evaluation import portability_report
+
+    report = portability_report(
+        reward,
+        args.targets,
+        evaluation_rows(args),
+        **({"methods": args.methods} if args.methods else {}),
+        eft=args.eft,
+        finetuned=dict(zip(args.targets, args.finetuned, strict=True)) if args.finetuned else None,
+        batch_size=args.batch_size,
+        reward_name=args.reward,
+        dataset_name=args.data,
+        output_dir=args.output_dir,
+        progress=lambda batches, text: tqdm(batches, text, unit="batch"),
+        revision=args.revision,
+        **load_kwargs(args),
+    )
+    if args.output_dir:
+        report.save(args.output_dir)
+    return report
+
+
+def _ask(args: argparse.Namespace, reward):
+    from ..evaluation.harness import task_report
+
+    report = task_report(
+        reward,
+        args.targets,
+        args.tasks,
+        reward_name=args.reward,
+        limit=args.samples,
+        batch_size=args.batch_size,
+        include_path=args.include_path,
+        output_dir=args.output_dir,
+        **load_kwargs(args) | ({"revision": args.revision} if args.revision else {}),
+    )
+    if args.output_dir:
+        report.save(args.output_dir)
+    return report

@@ -1,0 +1,149 @@
+"""The metrics of the paper's tables as `evaluate.Metric`s that need no network.
+
+They have all that the Hub's have: `add`, `add_batch`, `compute`, and `evaluate.combine` for those that read the same
+kind of columns.
+"""
+
+import math
+import re
+import string
+from decimal import Decimal
+
+import datasets
+import evaluate
+
+from ..errors import PRTValueError
+
+_NUMBER = re.compile(
+    r"(?P<minus>(?<![\w.)])-)?\$?(?P<minus_behind>(?<=\$)-)?"  # a minus behind a number subtracts
+    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+)
+_ANSWER_MARK = "####"
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_DIGITS = str.maketrans("", "", string.digits)
+_CITATION = """\
+@article{cobbe2021gsm8k,
+  title  = {Training Verifiers to Solve Math Word Problems},
+  author = {Cobbe, Karl and others},
+  year   = {2021},
+}"""
+
+
+class Accuracy(evaluate.Metric):
+    """The share of predictions that are the reference; both are ids of labels or tokens.
+
+    `compute(predictions=[0, 1, 1], references=[0, 1, 2])` -> `{"accuracy": 0.667}`
+    """
+
+    def _info(self):
+        return _described(self, predictions=datasets.Value("int64"), references=datasets.Value("int64"))
+
+    def _compute(self, predictions, references):
+        return {"accuracy": _share(map(int.__eq__, predictions, references), len(references))}
+
+
+class ExactMatch(evaluate.Metric):
+    """The share of texts that are the reference, letter by letter but for what `compute` is told to leave out.
+
+    The options are those of the Hub's metric of this name, and apply in this order to both texts:
+    `regexes_to_ignore` (list of patterns), `ignore_case`, `ignore_punctuation`, `ignore_numbers`; `strip` leaves white
+    space at either end out, last.
+
+    `compute(predictions=["Paris."], references=["paris"], ignore_case=True, ignore_punctuation=True)`
+    -> `{"exact_match": 1.0}`
+    """
+
+    def _info(self):
+        return _described(self, predictions=datasets.Value("string"), references=datasets.Value("string"))
+
+    def _compute(
+        self,
+        predictions,
+        references,
+        regexes_to_ignore=(),
+        ignore_case=False,
+        ignore_punctuation=False,
+        ignore_numbers=False,
+        strip=False,
+    ):
+        def normalised(text: str) -> str:
+            for pattern in regexes_to_ignore or ():
+                text = re.sub(pattern, "", text)
+            text = text.lower() if ignore_case else text
+            text = text.translate(_PUNCTUATION) if ignore_punctuation else text
+            text = text.translate(_DIGITS) if ignore_numbers else text
+            return text.strip() if strip else text
+
+        pairs = zip(predictions, references, strict=True)
+        return {"exact_match": _share((normalised(one) == normalised(other) for one, other in pairs), len(references))}
+
+
+class GSM8K(evaluate.Metric):
+    """The share of grade-school problems with the right answer (Tables 4 and 6): the last number of the prediction, by
+    value, is that of the reference behind `####`, or its last number where there is no `####`.
+
+    Commas between thousands, `$`, decimals of zero and a full stop behind the number make no difference; a prediction
+    without a number is wrong.
+
+    `compute(predictions=["48 + 24 = 72, so she sold $72.00."], references=["48 / 2 = 24 ... #### 72"])`
+    -> `{"gsm8k": 1.0}`
+    """
+
+    def _info(self):
+        return _described(self, predictions=datasets.Value("string"), references=datasets.Value("string"))
+
+    def _compute(self, predictions, references):
+        answers = [last_number(reference.rpartition(_ANSWER_MARK)[2]) for reference in references]
+        if None in answers:
+            row = answers.index(None)
+            raise PRTValueError(
+                "A reference holds no answer.",
+                expected=f"a number behind `{_ANSWER_MARK}`",
+                found=f"{references[row][-80:]!r} in row {row}",
+            )
+        found = map(last_number, predictions)
+        return {"gsm8k": _share((one == other for one, other in zip(found, answers, strict=True)), len(answers))}
+
+
+class Perplexity(evaluate.Metric):
+    """Negative log-likelihood per token, in nats, and its exponential, from what a language model gives for each text.
+
+    Args:
+        predictions: sums of -log pi over a text's tokens, nats.
+        references: how many tokens those are.
+
+    `compute(predictions=[6.0, 2.0], references=[3, 1])` -> `{"nll": 2.0, "perplexity": 7.39}`: long texts count more.
+    """
+
+    def _info(self):
+        return _described(self, predictions=datasets.Value("float64"), references=datasets.Value("int64"))
+
+    def _compute(self, predictions, references):
+        tokens = sum(references)
+        if tokens < 1 or min(references) < 0:
+            raise PRTValueError("There are no tokens.", expected="at least one", found=str(references[:10]))
+        nll = math.fsum(predictions) / tokens
+        return {"nll": nll, "perplexity": math.exp(nll) if nll < 709 else math.inf}
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text, None where there is none: `"it costs $1,250.50."` -> 1250.5."""
+    found = list(_NUMBER.finditer(text))
+    if not found:
+        return None
+    number = Decimal(found[-1]["digits"].replace(",", ""))
+    return -number if found[-1]["minus"] or found[-1]["minus_behind"] else number
+
+
+def _share(are_right, count: int) -> float:
+    return sum(are_right) / count
+
+
+def _described(metric: evaluate.Metric, **features) -> evaluate.MetricInfo:
+    description = type(metric).__doc__
+    return evaluate.MetricInfo(
+        description=description,
+        citation=_CITATION if isinstance(metric, GSM8K) else "",
+        inputs_description=description,
+        features=datasets.Features(features),
+    )

@@ -1,0 +1,212 @@
+"""What several networks say at the supervised positions of the same batches, and what each of them takes for it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..backbones import Backbone, Batch, OwnBase
+from ..benchmark.machine import now
+from ..errors import PRTValueError
+from ..functional import IGNORE_INDEX, Projection, check_finite
+from ..heads import last_hidden_state, projection, why_not_projected
+from ..own_pixels import split_inputs
+from ..pretrained import TEXT_GENERATION, check_length, context_length, pretrained_parameters
+from ..reward_model import RewardModel
+
+REWARD = "reward"
+_CHUNK = 2**22  # numbers of one network that are held in float64
+
+
+class Part(NamedTuple):
+    """A few supervised positions.
+
+    Attributes:
+        logits (`dict[str, torch.DoubleTensor]`): network -> `(n, size)`, in the reward's order of tokens or labels.
+        labels (`torch.LongTensor` of shape `(n,)`).
+        rows (`torch.LongTensor` of shape `(n,)`): which of all rows they are in.
+    """
+
+    logits: dict[str, torch.Tensor]
+    labels: torch.LongTensor
+    rows: torch.LongTensor
+
+
+class Reading:
+    """A reward and backbones that read the same batches, each of them once.
+
+    Whole logits are made of models without a plain head only; others are read at the supervised positions, a few at a
+    time, so that memory stays bounded with large vocabularies. Numbers are float64, where the device has it.
+
+    Args:
+        reward ([`RewardModel`]): its device is where the inputs go.
+        backbones: name -> pi; loaded here.
+        reads_reward (`bool`): or the backbones alone.
+
+    Attributes:
+        is_labelled (`bool`): whether all batches had labels.
+
+    Raises:
+        VocabularyMismatchError, LabelMismatchError: a backbone does not fit the reward.
+    """
+
+    def __init__(self, reward: RewardModel, backbones: Mapping[str, Backbone], *, reads_reward: bool = True):
+        self._reward, self._backbones, self._reads_reward = reward, dict(backbones), reads_reward
+        self.is_labelled = True
+        reward.network.eval()
+        self._networks: dict[str, nn.Module] = {}
+        for name, backbone in self._backbones.items():
+            backbone.load()
+            if not isinstance(backbone, OwnBase):
+                backbone.place(self._placed)
+            backbone.index = len(self._networks)
+            self._networks[name] = backbone.network
+        limits = [backbone.limit for backbone in self._backbones.values()]
+        if reads_reward:
+            self._networks = {REWARD: reward.network} | self._networks
+            limits.append(context_length(reward.network))
+        self._limit = min(filter(None, limits), default=None)
+        self._readers: dict[str, Callable] | None = None
+        self._seconds: list[dict[str, float]] = []  # of every batch
+        self._units: list[int] = []  # tokens or examples of every batch
+        self._peaks = dict.fromkeys(self._networks, 0)
+
+    @torch.no_grad()
+    def parts(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[Part]:
+        """
+        Args:
+            batches: inputs of the models. Language models need `input_ids`, and may have an `attention_mask` (padding
+                on either side) and `labels`, not shifted, -100 where not supervised; by default every token but the
+                first. Classifiers may have `labels`, in the order of the reward's labels, and image classifiers pixels
+                of single backbones, numbered in their order (see [`~prt_hf.own_pixels`]).
+
+        Raises:
+            ContextLengthError: a text is longer than one of the networks can read.
+            NonFiniteRewardError: a reward is NaN or infinite.
+        """
+        rows = 0
+        for inputs in batches:
+            batch = self._batch(inputs)
+            if "input_ids" in batch.inputs:
+                check_length(batch.inputs["input_ids"].shape[1], self._limit)
+            self.is_labelled &= self._reward.config.task == TEXT_GENERATION or "labels" in inputs
+            if not len(batch.supervised_labels):
+                continue
+            self._readers = self._readers or self._chosen(batch)
+            self._seconds.append(dict.fromkeys(self._readers, 0.0))
+            self._units.append(self._units_of(batch))
+            read = {}
+            for name, reader in self._readers.items():
+                with self._measured(name):
+                    read[name] = reader(batch)
+            step = max(1, _CHUNK // next(iter(read.values())).shape[1])
+            for start in range(0, len(batch.supervised_labels), step):
+                part = slice(start, start + step)
+                logits = {}
+                for name, each in read.items():
+                    with self._measured(name):
+                        logits[name] = each.at(part).logits() if isinstance(each, Projection) else each[part]
+                    logits[name] = _exact(logits[name]).to(self._reward.device)
+                if REWARD in logits:
+                    check_finite(logits[REWARD])
+                yield Part(logits, batch.supervised_labels[part], batch.supervised[0][part].cpu() + rows)
+            rows += len(batch.labels)
+
+    def milliseconds(self, names: Iterable[str]) -> float:
+        """What these networks take for one token of a text, padding not counted, or for one example; one after another,
+        without the first of several batches, which warms up."""
+        first = 1 if len(self._units) > 1 else 0
+        seconds = sum(batch[name] for batch in self._seconds[first:] for name in names)
+        return 1000 * seconds / sum(self._units[first:])
+
+    def memory(self, names: Iterable[str]) -> int:
+        """Bytes of these networks' weights, those that they share once; on a GPU, and of what the one that takes most
+        holds beside them while it reads."""
+        tensors = {}
+        for name in names:
+            for tensor in self._weights(name):
+                tensors[tensor.data_ptr()] = tensor.nbytes
+        return sum(tensors.values()) + max(self._peaks[name] for name in names)
+
+    def unload(self) -> None:
+        """Free what can be loaded again; a model of the user's goes back where it was."""
+        for backbone in self._backbones.values():
+            if not isinstance(backbone, OwnBase):
+                backbone.unload()
+        self._networks, self._readers = {}, None
+
+    def _placed(self, network: nn.Module) -> nn.Module:
+        return network if getattr(network, "hf_device_map", None) else network.to(self._reward.device)
+
+    def _chosen(self, batch: Batch) -> dict[str, Callable]:
+        """What gives each network's logits at the supervised positions of a batch, or their projections, where the
+        first batch shows that these are the same."""
+        reward, is_text = self._reward, self._reward.config.task == TEXT_GENERATION
+
+        def of_reward(batch: Batch):
+            return batch.chosen(reward(**batch.inputs))
+
+        def projection_of_reward(batch: Batch):
+            hidden = batch.chosen(last_hidden_state(reward.network, batch.inputs))
+            return projection(reward.network, hidden, reward.columns).cast()
+
+        readers = {}
+        if self._reads_reward:
+            is_projected = is_text and why_not_projected(reward.network, batch.inputs) is None
+            readers[REWARD] = projection_of_reward if is_projected else of_reward
+        for name, backbone in self._backbones.items():
+            if is_text and backbone.why_not_projected(batch) is None:
+                readers[name] = lambda batch, backbone=backbone: backbone.projection(batch).cast()
+            else:
+                readers[name] = lambda batch, backbone=backbone: batch.chosen(backbone.logits(batch))
+        return readers
+
+    def _batch(self, inputs: dict[str, torch.Tensor]) -> Batch:
+        inputs = {name: value.to(self._reward.device) for name, value in inputs.items()}
+        labels = inputs.pop("labels", None)
+        if self._reward.config.task != TEXT_GENERATION:
+            if labels is None:
+                labels = torch.zeros(len(next(iter(inputs.values()))), dtype=torch.long, device=self._reward.device)
+            inputs, of_backbones = split_inputs(inputs, "backbone", len(self._backbones))
+            return Batch(inputs, labels, of_backbones=of_backbones)
+        if "input_ids" not in inputs:
+            raise PRTValueError("The batch has no text.", expected="`input_ids`", found=", ".join(inputs))
+        ids = inputs["input_ids"]
+        mask = inputs.get("attention_mask", torch.ones_like(ids))
+        labels = (ids if labels is None else labels).masked_fill(mask == 0, IGNORE_INDEX)
+        # Padding to the right, where no causal model sees it, and every text starts at position 0.
+        order = (mask == 0).long().argsort(dim=1, stable=True)
+        ids, mask, labels = (value.gather(1, order) for value in (ids, mask, labels))
+        return Batch({"input_ids": ids, "attention_mask": mask}, labels[:, 1:])
+
+    def _units_of(self, batch: Batch) -> int:
+        if self._reward.config.task == TEXT_GENERATION:
+            return int(batch.inputs["attention_mask"].sum())
+        return len(batch.labels)
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        """What is done within counts as this network's."""
+        network = self._networks[name]
+        is_on_gpu = network.device.type == "cuda"
+        if is_on_gpu:
+            torch.cuda.reset_peak_memory_stats(network.device)
+            before = torch.cuda.memory_allocated(network.device)
+        start = now(network)
+        yield
+        self._seconds[-1][name] += now(network) - start
+        if is_on_gpu:
+            peak = torch.cuda.max_memory_allocated(network.device) - before
+            self._peaks[name] = max(self._peaks[name], peak)
+
+    def _weights(self, name: str) -> list[torch.Tensor]:
+        network = self._networks[name]
+        if isinstance(self._backbones.get(name), OwnBase):  # the adapter is off
+            return [*pretrained_parameters(network).values(), *network.buffers()]
+        return [*network.parameters(), *network.buffers()]
+
+
+def _exact(values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)

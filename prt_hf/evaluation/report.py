@@ -1,0 +1,350 @@
+"""The portability report: a reward at its source and at other backbones, beside the other ways to get there."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
+
+from ..backbones import Backbone, source_backbones
+from ..data import require_column
+from ..errors import PRTValueError
+from ..fingerprints import as_bytes, weights_digest_of_model
+from ..loading import load_processing_class
+from ..model_card import METHODS
+from ..pretrained import CONFIG_KWARGS, TEXT_GENERATION, context_length, load_skeleton, unwrap_adapter
+from ..reward_model import RewardModel
+from ..training_record import hub_ids
+from .batches import batches as batches_of
+from .fit import order_on
+from .portability import counted, portability_of
+from .reading import REWARD, Reading
+from .results import Figures, Place, PortabilityReport
+from .tally import ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, TUNED_TARGET, Tally
+from .tuned import TunedModel
+
+LONGEST = 1024  # tokens of a text that are read
+_AT_TARGET = {
+    "pretrained": "target",
+    "eft": "eft_target",
+    "prt": "prt_target",
+    "reward_only": "reward_only",
+    "finetuned": "tuned_target",
+}
+# log pi_source + log pi_tuned - log pi_source is the fine-tuned source itself.
+_AT_SOURCE = {
+    "pretrained": "source",
+    "eft": "tuned_source",
+    "prt": "prt_source",
+    "reward_only": "reward_only",
+    "finetuned": "tuned_source",
+}
+
+Model = str | PreTrainedModel | PeftModel
+Progress = Callable[[DataLoader, str], Iterable[dict[str, torch.Tensor]]]
+
+
+def portability_report(
+    reward: RewardModel | str | Path,
+    targets: Sequence[str | Path | PreTrainedModel] | Mapping[str, str | PreTrainedModel],
+    dataset: Dataset,
+    methods: Sequence[str] = tuple(METHODS),
+    *,
+    eft: Model | None = None,
+    finetuned: Mapping[str, Model] | None = None,
+    source: PreTrainedModel | None = None,
+    strength: float | None = None,
+    batch_size: int = 8,
+    length: int = LONGEST,
+    reward_name: str | None = None,
+    dataset_name: str | None = None,
+    output_dir: str | Path | None = None,
+    progress: Progress = lambda batches, description: batches,
+    revision: str | None = None,
+    **load_kwargs,
+) -> PortabilityReport:
+    """Measure a reward on its source and on other backbones: Tables 4, 6 and 7 of the paper, for any task.
+
+    Every network reads each batch once, however many methods it is part of; a method's time is that of its networks,
+    one after another. The fine-tuned target is read in a pass of its own, so that it is never held beside the others.
+
+    Args:
+        reward ([`RewardModel`], folder or id): in memory, its device is where everything runs.
+        targets: ids, folders or models in memory; or name -> one of these.
+        dataset (`Dataset`): rows as [`~evaluation.batches`] takes them, with labels.
+        methods: of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`. Without the model that it needs a
+            method is left out, and the report says so.
+        eft (*optional*): the fine-tuned source, for log pi_target + log pi_tuned - log pi_source; a model, a
+            `PeftModel`, or the id or folder of either.
+        finetuned (*optional*): target (name, id or folder) -> that target, fine-tuned.
+        source (*optional*): pi_pt of training; by default the one that the reward knows (the first, of several).
+        strength (`float`, *optional*): 1 / lambda; by default as the reward was tuned.
+        batch_size, length (`int`): rows read at a time, and tokens at which a text is cut off, or earlier, where a
+            model can read less.
+        reward_name, dataset_name (`str`, *optional*): in the report; by default the reward's id or folder, or its
+            base's, and where the data came from on the Hub.
+        output_dir (*optional*): where `report.json` is kept up after each backbone. What is there of the same reward,
+            data, settings and models is part of the report, and is not measured again.
+        progress: wraps the batches of a pass; gets its description.
+        revision: of the targets that are given by id.
+        load_kwargs: for `from_pretrained` of all that is given by id (`dtype`, `token`, `device_map`, ...).
+
+    Raises:
+        VocabularyMismatchError, LabelMismatchError: a backbone or a fine-tuned model does not fit the reward; all are
+            looked at before the first is measured.
+        BaseModelMismatchError: `eft` is an adapter on another model than the source.
+        PRTValueError: an unknown method, no targets or two of one name, no rows or labels, or an `output_dir` with the
+            report of another reward or other data.
+    """
+    methods = _known_methods(methods)
+    reward_name = reward_name or _name_of(reward.network if isinstance(reward, RewardModel) else reward)
+    if not isinstance(reward, RewardModel):
+        reward = RewardModel.from_pretrained(reward, **load_kwargs)
+    targets = _named_targets(targets)
+    finetuned = {} if finetuned is None else _of_targets(finetuned, targets)
+    _check_rows(dataset, reward)
+
+    of_source = source_backbones(reward, **load_kwargs)[0] if source is None else Backbone(reward, source)
+    at_revision = load_kwargs | ({} if revision is None else {"revision": revision})
+    limits = [_limit(reward, model, at_revision) for model in targets.values()]
+    of_targets = {target: Backbone(reward, model, **at_revision) for target, model in targets.items()}
+    of_tuned = {target: TunedModel(reward, model, **load_kwargs) for target, model in finetuned.items()}
+    of_eft = None if eft is None else TunedModel(reward, eft, **load_kwargs)
+    for tuned in (*of_tuned.values(), of_eft):
+        if tuned is not None:
+            limits.append(_limit(reward, tuned.base if tuned.network is None else tuned.network, load_kwargs))
+    named = reward.config.source_backbone or reward.config.reward_base
+    if of_source.network is None:
+        limits.append(_limit(reward, named.id, load_kwargs | ({"revision": named.revision} if named.revision else {})))
+    else:
+        limits.append(of_source.limit)
+    limits.append(context_length(reward.network))
+    read = partial(batches_of, dataset, reward, batch_size, min([length, *filter(None, limits)]))
+
+    on_hub = hub_ids(dataset)
+    dataset_name = dataset_name or (on_hub[0] if len(on_hub) == 1 else "evaluation data")
+    strength = float(reward.config.strength if strength is None else strength)
+    report = PortabilityReport(
+        reward=reward_name,
+        config=reward.config,
+        dataset=dataset_name,
+        # What lies in one file is called `train`, whatever it is.
+        split=str(dataset.split) if dataset.split and not Path(dataset_name).is_file() else None,
+        strength=strength,
+        source=Place((named.id or named.architecture) if source is None else _name_of(source)),
+        settings={
+            "reward": weights_digest_of_model(reward.network),
+            "source": of_source.identity,
+            "data": _digest(read()),
+            "strength": strength,
+        },
+    )
+    if output_dir is not None:
+        report = _continued(report, output_dir)
+    report.notes = _left_out(methods, of_eft, of_tuned, of_targets)
+    for target, of_target in of_targets.items():
+        networks = {SOURCE: of_source, TARGET: of_target, TUNED_SOURCE: of_eft, TUNED_TARGET: of_tuned.get(target)}
+        run = _Run(reward, report, report.targets.setdefault(target, Place(target)), networks)
+        for at_target, at_source in run.passes(methods):
+            run.measure(at_target, at_source, read, progress)
+            if output_dir is not None:
+                report.save_figures(output_dir)
+    return report
+
+
+class _Run:
+    """All passes with one target.
+
+    Args:
+        place: of the target, in the report.
+        networks: name -> backbone, None where there is none.
+    """
+
+    def __init__(
+        self,
+        reward: RewardModel,
+        report: PortabilityReport,
+        place: Place,
+        networks: Mapping[str, Backbone | None],
+    ):
+        self._reward, self._report, self._place = reward, report, place
+        self._networks = {name: backbone for name, backbone in networks.items() if backbone is not None}
+
+    def passes(self, methods: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str]]]:
+        """What is not in the report yet, as method -> key, at the target and at the source; what is read together."""
+        at_target = self._missing(self._place, methods, _AT_TARGET)
+        at_source = self._missing(self._report.source, methods, _AT_SOURCE)
+        alone = {method: at_target.pop(method) for method in ("finetuned",) if method in at_target}
+        return [each for each in ((at_target, at_source), (alone, {})) if any(each)]
+
+    def measure(
+        self,
+        at_target: dict[str, str],
+        at_source: dict[str, str],
+        read: Callable[[Sequence[Backbone]], DataLoader],
+        progress: Progress,
+    ) -> None:
+        reward, report, task = self._reward, self._report, self._reward.config.task
+        ways = [_AT_TARGET[method] for method in at_target] + [_AT_SOURCE[method] for method in at_source]
+        names = {name for way in ways for name in TERMS[way]} | ({SOURCE} if "prt" in at_target else set())
+        backbones = {name: backbone for name, backbone in self._networks.items() if name in names}
+        reading = Reading(reward, backbones, reads_reward=REWARD in names)
+        try:
+            if {SOURCE, TUNED_SOURCE} <= names:
+                self._networks[TUNED_SOURCE].check_base(self._networks[SOURCE])
+            called = ", ".join(METHODS[method] for method in dict.fromkeys([*at_target, *at_source]))
+            batches = progress(read(list(backbones.values())), f"{self._place.name}: {called}")
+            tally = counted(reading, batches, report.strength)
+            report.rows, report.positions = tally.rows, tally.positions
+            for place, keys, way_of in (
+                (self._place, at_target, _AT_TARGET),
+                (report.source, at_source, _AT_SOURCE),
+            ):
+                for method, key in keys.items():
+                    place.figures[method] = _figures(tally, reading, way_of[method])
+                    place.keys[method] = key
+            if "prt" in at_target:
+                self._place.portability = portability_of(tally, task)
+        finally:
+            reading.unload()
+
+    def _missing(self, place: Place, methods: Sequence[str], way_of: Mapping[str, str]) -> dict[str, str]:
+        missing = {}
+        for method in methods:
+            names = TERMS[way_of[method]].keys() - {REWARD}
+            if names <= self._networks.keys():
+                identities = {name: self._networks[name].identity for name in sorted(names)}
+                key = hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()
+                if place.keys.get(method) != key:
+                    missing[method] = key
+        return missing
+
+
+def _figures(tally: Tally, reading: Reading, way: str) -> Figures:
+    names = list(TERMS[way])
+    return Figures(
+        nll=tally.nll(way),
+        accuracy=tally.accuracy(way),
+        entropy=tally.mean(way, ENTROPY),
+        milliseconds=reading.milliseconds(names),
+        memory=reading.memory(names),
+    )
+
+
+def _known_methods(methods: Sequence[str]) -> list[str]:
+    """In the order of the paper's figures."""
+    for method in methods:
+        if method not in METHODS:
+            near = get_close_matches(method, METHODS, n=1)
+            raise PRTValueError(
+                "Unknown method.",
+                expected=", ".join(METHODS),
+                found=repr(method),
+                remedy=f"did you mean {near[0]!r}?" if near else None,
+            )
+    if not methods:
+        raise PRTValueError("There is nothing to measure.", expected=f"methods: {', '.join(METHODS)}", found="none")
+    return [method for method in METHODS if method in methods]
+
+
+def _named_targets(targets) -> dict[str, str | PreTrainedModel]:
+    if isinstance(targets, str | Path | PreTrainedModel):
+        targets = [targets]
+    pairs = list(targets.items()) if isinstance(targets, Mapping) else [(_name_of(model), model) for model in targets]
+    names = [name for name, _ in pairs]
+    if not pairs:
+        raise PRTValueError("There are no targets.", expected="at least one backbone", found="0")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PRTValueError(
+            "Two targets share a name.",
+            expected="names that tell the targets apart",
+            found=f"{', '.join(map(repr, twice))} more than once",
+            remedy="`targets={name: model, ...}`",
+        )
+    return {name: str(model) if isinstance(model, Path) else model for name, model in pairs}
+
+
+def _of_targets(finetuned: Mapping, targets: Mapping[str, object]) -> dict[str, Model]:
+    found = {str(name): str(model) if isinstance(model, Path) else model for name, model in finetuned.items()}
+    for name in found:
+        if name not in targets:
+            near = get_close_matches(name, targets, n=1)
+            raise PRTValueError(
+                "A fine-tuned model is of no target.",
+                expected=f"one of the targets: {', '.join(targets)}",
+                found=repr(name),
+                remedy=f"did you mean {near[0]!r}?" if near else None,
+            )
+    return found
+
+
+def _check_rows(dataset: Dataset, reward: RewardModel) -> None:
+    if not isinstance(dataset, Dataset):
+        raise PRTValueError(
+            "The evaluation set has to be read more than once.",
+            expected="a datasets.Dataset",
+            found=type(dataset).__name__,
+            remedy="Dataset.from_list(rows), or one split of what `load_dataset` gives",
+        )
+    if not len(dataset):
+        raise PRTValueError("The evaluation set is empty.", expected="at least one row", found="0 rows")
+    if reward.config.task != TEXT_GENERATION:
+        require_column(dataset, "label", "given")
+
+
+def _limit(reward: RewardModel, model: Model, load_kwargs: dict) -> int | None:
+    """Tokens that a model can read, after checking, without its weights, that it fits the reward."""
+    processing_class = None
+    if isinstance(model, str):
+        kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
+        processing_class = load_processing_class(model, reward.config.task, **kwargs)
+        model = load_skeleton(model, **kwargs)
+    order_on(model, reward, processing_class)
+    return context_length(model)
+
+
+def _continued(report: PortabilityReport, output_dir: str | Path) -> PortabilityReport:
+    """The report that lies in a folder, if it was measured in the same way."""
+    earlier = PortabilityReport.from_folder(output_dir, report.config)
+    if earlier is None:
+        return report
+    if differing := [name for name, value in report.settings.items() if earlier.settings.get(name) != value]:
+        raise PRTValueError(
+            f"{output_dir} holds the report of another evaluation.",
+            expected="a new folder, or one with a report of the same reward, source, data and strength",
+            found=f"{earlier.reward} on {earlier.dataset}; another {', another '.join(differing)}",
+            remedy="name another folder, or delete the report",
+        )
+    return earlier
+
+
+def _left_out(methods, of_eft, of_tuned: Mapping, of_targets: Mapping) -> list[str]:
+    notes = []
+    if "eft" in methods and of_eft is None:
+        notes.append("EFT is left out: it needs the fine-tuned source (`eft=`)")
+    without = [name for name in of_targets if name not in of_tuned]
+    if "finetuned" in methods and without:
+        notes.append(f"fine-tuned is left out, for want of the model (`finetuned=`), at: {', '.join(without)}")
+    return notes
+
+
+def _name_of(model: str | Path | PreTrainedModel | PeftModel) -> str:
+    if isinstance(model, str | Path):
+        return str(model)
+    return unwrap_adapter(model).name_or_path or type(unwrap_adapter(model)).__name__
+
+
+def _digest(batches: Iterable[dict[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(as_bytes(tensor.reshape(-1)))
+    return digest.hexdigest()

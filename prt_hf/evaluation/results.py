@@ -1,0 +1,323 @@
+"""A finished portability report: its figures, what they say in words, its table, its files, and its part of a card."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from ..card_blocks import merge_cards, read_card, write_card
+from ..contract import PRT_CONFIG_NAME, RewardConfig
+from ..errors import PRTValueError, RewardFileError
+from ..model_card import METHODS, Measurement, render_card
+from ..pretrained import TEXT_GENERATION
+from ..reward_model import RewardModel
+from .figure import Bar, draw
+from .files import markdown_table, replace_file, replace_text, short_name
+from .portability import Portability, from_json_numbers, to_json_numbers
+from .tally import ACCURACY, NLL, Estimate
+
+REPORT, TABLE, FIGURE = "report.json", "report.md", "report.png"
+_CONCLUSIONS = {
+    "target": "the target does as well without the reward: no success",
+    "prt_source": "the source with the reward does as well: the target adds nothing",
+    "reward_only": "the reward does as well without a backbone: nothing is carried over",
+}
+_VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one method with one backbone.
+
+    Attributes:
+        nll, accuracy ([`~evaluation.tally.Estimate`]): nats, and a share from 0 to 1, with 95 % intervals.
+        entropy (`float`): mean of H(pi(. | x)), nats.
+        milliseconds (`float`): to read one token of a text, or one example; decoding is another matter.
+        memory (`int`): bytes of the weights that the method holds; on a GPU, with what reading takes beside them.
+    """
+
+    nll: Estimate
+    accuracy: Estimate
+    entropy: float
+    milliseconds: float
+    memory: int
+
+
+@dataclass
+class Place:
+    """One backbone.
+
+    Attributes:
+        name (`str`): id or folder.
+        figures (`dict[str, Figures]`): by method.
+        portability ([`~evaluation.Portability`], *optional*): of a target, where PRT was measured.
+        keys (`dict[str, str]`): by method, what tells the models that its figures were measured on.
+    """
+
+    name: str
+    figures: dict[str, Figures] = field(default_factory=dict)
+    portability: Portability | None = None
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class PortabilityReport:
+    """What a reward does at its source and at the targets, beside the other ways to get there.
+
+    Attributes:
+        reward (`str`), config ([`~contract.RewardConfig`]).
+        dataset (`str`), split (`str`, *optional*).
+        rows, positions (`int`): that were measured: supervised tokens, or examples.
+        strength (`float`): 1 / lambda in use.
+        source ([`Place`]): where EFT and fine-tuned are one model, the fine-tuned source.
+        targets (`dict[str, Place]`): by name.
+        notes (list of `str`): what was left out, and why.
+        settings (`dict`): what tells reward, source, data and settings from all others.
+    """
+
+    reward: str
+    config: RewardConfig
+    dataset: str
+    split: str | None
+    strength: float
+    source: Place
+    targets: dict[str, Place] = field(default_factory=dict)
+    rows: int = 0
+    positions: int = 0
+    notes: list[str] = field(default_factory=list)
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def places(self) -> list[Place]:
+        return [self.source, *self.targets.values()]
+
+    @property
+    def methods(self) -> list[str]:
+        return [method for method in METHODS if any(method in place.figures for place in self.places)]
+
+    @property
+    def measure(self) -> str:
+        """`"nll"` of language models, `"accuracy"` of classifiers: what a verdict goes by."""
+        return NLL if self.config.task == TEXT_GENERATION else ACCURACY
+
+    def verdict(self) -> dict[str, tuple[bool | None, list[str]]]:
+        """For each target whether the reward is worth porting there, and why; as [`Portability.verdict`], and what
+        follows where one of the rivals does as well."""
+        found = {}
+        for name, place in self.targets.items():
+            if place.portability is None:
+                found[name] = None, ["PRT was not measured"]
+                continue
+            worth, reasons = place.portability.verdict()
+            better = {rival: place.portability.is_better_than(rival) for rival in _CONCLUSIONS}
+            conclusions = [
+                text if better[rival] is False else f"the data does not rule out that {text}"
+                for rival, text in _CONCLUSIONS.items()
+                if better[rival] is not True
+            ]
+            found[name] = worth, [*reasons, *conclusions]
+        return found
+
+    def gain_recovered(self, name: str) -> float | None:
+        """(PRT - pretrained) / (fine-tuned - pretrained) at a target; None where one is not known, or fine-tuning gains
+        nothing."""
+        figures = self.targets[name].figures
+        if not {"pretrained", "prt", "finetuned"} <= figures.keys():
+            return None
+        bare, prt, tuned = (getattr(figures[each], self.measure).value for each in ("pretrained", "prt", "finetuned"))
+        is_gain = tuned < bare if self.measure == NLL else tuned > bare
+        return (prt - bare) / (tuned - bare) if is_gain else None
+
+    def measurements(self) -> list[Measurement]:
+        """For the card: accuracy and negative log-likelihood with every backbone."""
+        measures = (ACCURACY, NLL) if self.measure == ACCURACY else (NLL, ACCURACY)
+        return [
+            Measurement(
+                backbone=place.name,
+                dataset=self.dataset,
+                metric=measure,
+                values={m: getattr(place.figures[m], measure).value for m in METHODS if m in place.figures},
+                is_lower_better=measure == NLL,
+                split=self.split,
+            )
+            for place in self.places
+            for measure in measures
+            if place.figures
+        ]
+
+    def table(self) -> str:
+        """Markdown: methods by backbones, as in the paper; how far the backbones are apart; costs; verdicts."""
+        unit = "token" if self.config.task == TEXT_GENERATION else "example"
+        count = f"{self.rows} rows, {self.positions} tokens" if unit == "token" else f"{self.rows} examples"
+        data = f"`{short_name(self.dataset)}`" + (f" ({self.split})" if self.split else "")
+        nll = self._section(
+            f"Negative log-likelihood per {unit}, nats, lower is better", lambda f: _interval(f.nll, 1, 3)
+        )
+        accuracy = self._section(
+            f"Accuracy{' of the next token' if unit == 'token' else ''}, %, higher is better",
+            lambda f: _interval(f.accuracy, 100, 1),
+        )
+        lines = [
+            f"# `{short_name(self.reward)}`: {self.config.task}",
+            f"Strength {self.strength:g}, on {data}: {count}. In brackets 95 % intervals, of rows as draws.",
+            *((nll, accuracy) if self.measure == NLL else (accuracy, nll)),
+            self._distances(),
+            self._section(f"Milliseconds, to read one {unit}", lambda f: f"{f.milliseconds:.3g}"),
+            self._section(
+                "Memory, MB: weights, and on a GPU what reading takes beside them", lambda f: f"{f.memory / 1e6:.4g}"
+            ),
+            self._words(),
+        ]
+        return "\n\n".join(filter(None, lines)) + "\n"
+
+    def save(self, folder: str | Path) -> None:
+        """Write `report.json` (all figures), `report.md` (the table) and `report.png` (the paper's bar chart)."""
+        folder = Path(folder)
+        self.save_figures(folder)
+        replace_text(folder / TABLE, self.table())
+        groups, methods = [], [method for method in METHODS if method != "reward_only"]
+        scale = 1 if self.measure == NLL else 100
+        for place, head in zip(self.places, self._heads(), strict=True):
+            bars = {m: Bar(*(scale * each for each in getattr(f, self.measure))) for m, f in place.figures.items()}
+            groups.append((head.replace("`", "").replace(" (", "\n("), bars))
+        label = "negative log-likelihood per token\n(nats, lower is better)"
+        label = label if self.measure == NLL else "accuracy\n(%, higher is better)"
+        names = {method: METHODS[method] for method in methods if method in self.methods}
+        replace_file(folder / FIGURE, lambda path: draw(groups, names, label, path))
+
+    def save_figures(self, folder: str | Path) -> None:
+        """Write `report.json` alone, at one stroke."""
+        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+        replace_text(Path(folder) / REPORT, text)
+
+    def write_to_card(self, reward: str | Path | RewardModel) -> None:
+        """Put the figures into the card of the reward that was measured; what users have written into it stays.
+
+        Args:
+            reward: its folder, whose `README.md` is written; or the reward, whose `card` is saved with it.
+
+        Raises:
+            RewardFileError: no reward there.
+            PRTValueError: another reward.
+        """
+        config = _config_of(reward)
+        if config != self.config:
+            raise PRTValueError(
+                "The report is of another reward.",
+                expected=f"the reward that was measured: {self.reward}",
+                found=f"one with another {PRT_CONFIG_NAME}",
+            )
+        write_measurements(reward, self.measurements(), name=self.reward)
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        derived = {"verdict": {name: {"worth_porting": w, "reasons": r} for name, (w, r) in self.verdict().items()}}
+        places = {"source": _place_to_dict(self.source), "targets": [_place_to_dict(p) for p in self.targets.values()]}
+        return vars(self) | {"config": json.loads(self.config.to_json_string())} | places | derived
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, config: RewardConfig) -> "PortabilityReport | None":
+        """What `report.json` holds, None where there is none.
+
+        Args:
+            config: of the reward.
+
+        Raises:
+            RewardFileError: it cannot be read.
+        """
+        path = Path(folder) / REPORT
+        if not path.is_file():
+            return None
+        try:
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            del entries["verdict"]
+            source, targets = _place_from_dict(entries["source"]), map(_place_from_dict, entries["targets"])
+            places = {"config": config, "source": source, "targets": {place.name: place for place in targets}}
+            return cls(**entries | places)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RewardFileError(
+                f"{path} cannot be read: {type(error).__name__}: {error}",
+                expected="the report of an earlier evaluation",
+                remedy="delete it, or name another folder",
+            ) from error
+
+    def _section(self, title: str, cell: Callable[[Figures], str]) -> str:
+        rows = []
+        for method in self.methods:
+            figures = [place.figures.get(method) for place in self.places]
+            rows.append([METHODS[method], *("" if each is None else cell(each) for each in figures)])
+        return markdown_table(title, ["", *self._heads()], rows)
+
+    def _distances(self) -> str:
+        measured = [place.portability for place in self.places]
+        recovered = [None, *(self.gain_recovered(name) for name in self.targets)]
+        entropies = [place.figures["prt"].entropy if "prt" in place.figures else None for place in self.places]
+        rows = {
+            "eps = KL(source, target), nats": [p and f"{p.eps:.4g}" for p in measured],
+            "C, mean (largest)": [p and f"{p.c_mean:.4g} ({p.c_max:.4g})" for p in measured],
+            "entropy with the reward, nats": [None if e is None else f"{e:.3f}" for e in entropies],
+            "gain recovered": [None if r is None else f"{r:.0%}" for r in recovered],
+        }
+        kept = [[name, *(cell or "" for cell in cells)] for name, cells in rows.items() if any(cells)]
+        return markdown_table("Source and targets (Prop. 3.2)", ["", *self._heads()], kept) if kept else ""
+
+    def _words(self) -> str:
+        lines = ["## Worth porting?", ""]
+        for place, head in zip(self.targets.values(), self._heads()[1:], strict=True):
+            worth, reasons = self.verdict()[place.name]
+            lines += [f"- {head}: {_VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
+        return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
+
+    def _heads(self) -> list[str]:
+        names = [short_name(place.name) for place in self.places]
+        if len(set(names[1:])) < len(names[1:]):
+            names = [place.name for place in self.places]
+        return [f"`{name}`" + (" (source)" if index == 0 else "") for index, name in enumerate(names)]
+
+
+def write_measurements(reward: str | Path | RewardModel, measurements: Sequence[Measurement], *, name: str) -> None:
+    """Put figures into a reward's card, in the place of those that were there; users' own words stay.
+
+    Args:
+        reward: its folder, or the reward, whose `card` is saved with it.
+        name: that the card calls a reward in memory.
+
+    Raises:
+        RewardFileError: no reward there.
+    """
+    config = _config_of(reward)
+    if isinstance(reward, RewardModel):
+        card = render_card(config, name, measurements=measurements)
+        reward.card = card if reward.card is None else merge_cards(reward.card, card)
+        return
+    folder = Path(reward)
+    card, earlier = render_card(config, folder.absolute().name, measurements=measurements), read_card(folder)
+    write_card(folder, card if earlier is None else merge_cards(earlier, card))
+
+
+def _config_of(reward: str | Path | RewardModel) -> RewardConfig:
+    if isinstance(reward, RewardModel):
+        return reward.config
+    return RewardConfig.from_json_file(Path(reward) / PRT_CONFIG_NAME)
+
+
+def _place_to_dict(place: Place) -> dict:
+    portability = place.portability and place.portability.to_dict()
+    figures = {method: to_json_numbers(asdict(figures)) for method, figures in place.figures.items()}
+    return vars(place) | {"figures": figures, "portability": portability}
+
+
+def _place_from_dict(entries: dict) -> Place:
+    portability = entries["portability"] and Portability.from_dict(entries["portability"])
+    figures = {method: _figures(each) for method, each in entries["figures"].items()}
+    return Place(**entries | {"figures": figures, "portability": portability})
+
+
+def _figures(entries: dict) -> Figures:
+    entries = from_json_numbers(entries)
+    return Figures(**entries | {name: Estimate(*entries[name]) for name in (NLL, ACCURACY)})
+
+
+def _interval(estimate: Estimate, scale: float, digits: int) -> str:
+    value, low, high = (f"{scale * each:.{digits}f}" for each in estimate)
+    return f"{value} [{low}, {high}]"
