@@ -91,6 +91,9 @@ def test_rows_and_methods_are_chosen(folder, capsys):
     found = json.loads(evaluate(capsys, "reward", "--targets", "one", "--data", "texts.jsonl", *options).out)
     assert (found["rows"], found["positions"], found["notes"]) == (3, 27, [])
     assert list(found["targets"][0]["figures"]) == ["pretrained", "prt"]
+    options = (*options, "--max_length", 5)
+    found = json.loads(evaluate(capsys, "reward", "--targets", "one", "--data", "texts.jsonl", *options).out)
+    assert found["positions"] == 3 * (5 - 1)
     assert not Path("out").exists()
 
 

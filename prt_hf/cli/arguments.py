@@ -31,17 +31,23 @@ def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int) -> 
     add_option(group, "token", help="for the Hub; default: the one that `hf auth login` saved")
 
 
-def add_evaluation_data(parser: argparse.ArgumentParser, *, longest: int, samples: int) -> None:
+def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> None:
     parser.add_argument(
         "--data",
         help="Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt) of the task; columns: text, prompt and "
-        f"completion, messages or input_ids; for classifiers text or image, and label. Texts are cut off at {longest} "
-        "tokens, or what the models can read",
+        "completion, messages or input_ids; for classifiers text or image, and label",
     )
     add_option(parser, "split", help="of the data; default: test, else validation, else the first")
     for name in COLUMNS:
         add_option(parser, f"{name}_column", help=f"of the data, instead of `{name}`")
     add_option(parser, "samples", type=positive(int), default=samples, help="rows of the data; default: %(default)s")
+    add_option(
+        parser,
+        "max_length",
+        type=positive(int),
+        default=1024,
+        help="tokens at which a text is cut off, or earlier, where a model can read less; default: %(default)s",
+    )
 
 
 def evaluation_rows(args: argparse.Namespace):

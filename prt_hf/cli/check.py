@@ -21,7 +21,6 @@ _WAYS = {
     "reward by itself": ("reward_only", "reward_only"),
 }
 _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
-LONGEST = 1024  # tokens of a text that are read
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -34,7 +33,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("reward", help="Hub id or folder of a reward")
     parser.add_argument("backbone", help="Hub id or folder of a backbone")
-    add_evaluation_data(parser, longest=LONGEST, samples=100)
+    add_evaluation_data(parser, samples=100)
     parser.add_argument("--json", action="store_true", help="print one object")
     add_loading_options(parser, batch_size=8)
     return parser
@@ -80,7 +79,7 @@ def _measure(args, fit):
     backbones = [source_backbones(reward, **kwargs)[0], Backbone(reward, args.backbone, **kwargs | config_kwargs(args))]
     for backbone in backbones:
         backbone.load()
-    length = min([LONGEST, *filter(None, (fit.backbone_context, fit.reward_context))])
+    length = min([args.max_length, *filter(None, (fit.backbone_context, fit.reward_context))])
     read = batches(rows, reward, args.batch_size, length, backbones)
     found = measure_portability(reward, backbones[1], read, source=backbones[0])
     return found, len(rows) - found.rows

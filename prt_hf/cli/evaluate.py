@@ -22,7 +22,6 @@ EXAMPLES = """examples:
 
 --output_dir gets report.json, report.md and report.png (the paper's bar chart). It is kept up after each backbone:
 after an interruption the same command goes on where it was, and with more --targets it measures only those."""
-SAMPLES = 500
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -35,7 +34,7 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("reward", help="Hub id or folder of a reward")
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
-    add_evaluation_data(parser, longest=1024, samples=SAMPLES)
+    add_evaluation_data(parser, samples=500)
     add_option(parser, "methods", nargs="+", help="pretrained eft prt reward_only finetuned; default: all")
     add_option(parser, "eft", help="the fine-tuned source: Hub id or folder of a model, or of its LoRA adapter")
     add_option(parser, "finetuned", nargs="+", help="the targets, fine-tuned: as many as --targets, in that order")
@@ -102,6 +101,7 @@ def _measure(args: argparse.Namespace, reward):
         eft=args.eft,
         finetuned=dict(zip(args.targets, args.finetuned, strict=True)) if args.finetuned else None,
         batch_size=args.batch_size,
+        length=args.max_length,
         reward_name=args.reward,
         dataset_name=args.data,
         output_dir=args.output_dir,

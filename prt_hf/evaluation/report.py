@@ -30,7 +30,6 @@ from .results import Figures, Place, PortabilityReport
 from .tally import ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, TUNED_TARGET, Tally
 from .tuned import TunedModel
 
-LONGEST = 1024  # tokens of a text that are read
 _AT_TARGET = {
     "pretrained": "target",
     "eft": "eft_target",
@@ -62,7 +61,7 @@ def portability_report(
     source: PreTrainedModel | None = None,
     strength: float | None = None,
     batch_size: int = 8,
-    length: int = LONGEST,
+    length: int = 1024,
     reward_name: str | None = None,
     dataset_name: str | None = None,
     output_dir: str | Path | None = None,
