@@ -200,3 +200,45 @@ def test_an_unknown_task_is_told_with_the_nearest(tasks, capsys):
     assert "found: 'wordz'\n  remedy: did you mean words" in evaluate(capsys, *given, "words", "wordz", status=1).err
     printed = evaluate(capsys, *given[:3], status=1)
     assert "There is nothing to evaluate on.\n  expected: --data, or --tasks, or both" in printed.err
+
+
+PERPLEXITY = """\
+task: far
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: " w3 w4"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+"""
+
+
+def test_stdout_is_json_alone_and_changed_tasks_are_asked_again(tasks, capsys):
+    """The harness prints while it bootstraps."""
+    (tasks / "tasks" / "far.yaml").write_text(PERPLEXITY.format(file=tasks / "questions.jsonl"))
+    given = ("reward", "--targets", "one", "--include_path", "tasks", "--output_dir", "out", "--tasks")
+    printed = evaluate(capsys, *given, "far", "words", "--json")
+    before = json.loads(printed.out, parse_constant=pytest.fail)["tasks"]["one"]["prt"]
+    assert before["far"]["perplexity"][0] > 1
+    words = tasks / "tasks" / "words.yaml"
+    words.write_text(words.read_text().replace("{{answer}}", "{{1 - answer}}"))
+    after = json.loads(evaluate(capsys, *given, "words", "--json").out)["tasks"]["one"]["prt"]
+    assert after["words"]["acc"][0] == pytest.approx(1 - before["words"]["acc"][0])
+
+
+def test_damaged_scores_and_targets_of_one_name_are_told(tasks, capsys):
+    given = ("reward", "--targets", "one", "--include_path", "tasks", "--tasks", "words")
+    Path("out").mkdir()
+    for text in (
+        '{"one pretrained words": 3}',
+        '{"one pretrained words": {"key": "", "scores": {"acc": 1}}}',
+        "[1]",
+        "{",
+    ):
+        Path("out/tasks.json").write_text(text)
+        message = evaluate(capsys, *given, "--output_dir", "out", status=1).err
+        assert "out/tasks.json cannot be read: " in message and "Traceback" not in message
+    assert "'one' more than once" in evaluate(capsys, *given[:3], *given[2:], status=1).err
+    assert "questions.jsonl is a file" in evaluate(capsys, *given, "--output_dir", "questions.jsonl", status=1).err

@@ -55,6 +55,9 @@ def test_exact_match_leaves_out_what_it_is_told_to(made):
         ("a loss of -5", -5),
         ("a loss of -$5 or $-6", -6),
         ("from 10-5", 5),
+        ("a loss of \u22125", -5),
+        ("1.5e3 or 2E-2", "0.02"),
+        ("9e9999", 9999),
         ("20 - 8", 8),
         ("half is .5", ".5"),
         ("50%", 50),
@@ -91,6 +94,12 @@ def test_perplexity_weighs_tokens_alike(made):
     assert made(Perplexity).compute(predictions=[1e6], references=[1])["perplexity"] == math.inf
     with pytest.raises(PRTValueError, match="There are no tokens"):
         made(Perplexity).compute(predictions=[0.0], references=[0])
+
+
+@pytest.mark.parametrize("kind", [Accuracy, ExactMatch, GSM8K])
+def test_nothing_to_compare_is_told(made, kind):
+    with pytest.raises(PRTValueError, match="There is nothing to compare"):
+        made(kind).compute(predictions=[], references=[])
 
 
 def test_they_combine(made):

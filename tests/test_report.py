@@ -25,6 +25,7 @@ from prt_hf.errors import (
 )
 from prt_hf.evaluation import PortabilityReport, measure_portability, portability_report
 from prt_hf.evaluation.batches import batches
+from prt_hf.evaluation.figure import Bar, draw
 from prt_hf.evaluation.tally import Z, wilson
 from prt_hf.model_card import METHODS, Measurement
 
@@ -325,6 +326,64 @@ def test_what_was_interrupted_goes_on_where_it_was(places, monkeypatch):
     assert passes == ["one: fine-tuned"]
 
 
+def test_fewer_rows_at_a_time_are_the_same_evaluation(places):
+    """What ran out of memory goes on with smaller batches."""
+    before = evaluate(["two"])
+    report = evaluate(["one", "two"], batch_size=1)
+    assert report.targets["two"] == before.targets["two"] and list(report.targets) == ["two", "one"]
+
+
+def test_figures_of_weights_that_are_gone_are_left_out(places):
+    """Whatever is asked for now: a column of the table is of one model."""
+    evaluate(["one", "two"])
+    saved("one", tiny.gpt2(9))
+    report = evaluate(["one"], methods=("prt",))
+    assert set(report.targets["one"].figures) == {"reward_only", "finetuned", "prt"}
+    assert list(report.targets["two"].figures) == ["pretrained", "eft", "prt", "reward_only"]
+
+    adapted(tiny.llama(1), 8).save_pretrained("other")
+    entries = json.loads(Path("other/adapter_config.json").read_text())
+    Path("other/adapter_config.json").write_text(json.dumps(entries | {"base_model_name_or_path": "source"}))
+    report = evaluate(["one"], eft="other")
+    assert list(report.targets["two"].figures) == ["pretrained", "prt", "reward_only"], "EFT there was of another"
+    assert figures_of(report)["one", "eft"] == figures_of(evaluate(["one"], eft="other", output_dir=None))["one", "eft"]
+
+
+def test_an_adapter_is_told_by_its_base_as_well(places):
+    adapted(tiny.gpt2(4), 3).save_pretrained("better")
+    with pytest.raises(RewardFileError, match="The adapter better does not name its base"):
+        evaluate(["one"], finetuned={"one": "better"})
+    entries = json.loads(Path("better/adapter_config.json").read_text())
+    Path("better/adapter_config.json").write_text(json.dumps(entries | {"base_model_name_or_path": "oracle"}))
+    before = evaluate(["one"], finetuned={"one": "better"}).targets["one"].figures["finetuned"]
+    saved("oracle", tiny.gpt2(5))
+    after = evaluate(["one"], finetuned={"one": "better"}).targets["one"].figures["finetuned"]
+    assert after.nll != before.nll
+
+
+def test_of_one_row_the_noise_is_not_known(places):
+    report = evaluate(["two"], rows=tiny.texts(1))
+    again = evaluate(["two"], rows=tiny.texts(1))
+    nll = report.targets["two"].figures["prt"].nll
+    assert nll[1:] == (-math.inf, math.inf) and again.targets["two"].figures["prt"].nll == nll
+    assert f"| PRT | {report.source.figures['prt'].nll.value:.3f} | {nll.value:.3f} |" in report.table()
+    assert again.verdict() == report.verdict() and report.verdict()["two"][0] is None
+    assert all(reason.startswith("the data does not rule out") for reason in report.verdict()["two"][1][1:])
+    json.loads(Path("report/report.json").read_text(), parse_constant=pytest.fail)
+    report.save("report")
+
+
+def test_infinite_bars_are_left_out(tmp_path):
+    bars = {"pretrained": Bar(3.0, 2.0, 4.0), "prt": Bar(math.inf, -math.inf, math.inf)}
+    names = {"pretrained": "pretrained", "prt": "PRT"}
+    draw([("source", bars), ("organisation/" + 40 * "name", {})], names, "nll", tmp_path / "all.png")
+    draw([("source", {"prt": bars["prt"]})], names, "nll", tmp_path / "none.png")
+    draw([("source", {"pretrained": bars["pretrained"]})], names, "nll", tmp_path / "finite.png")
+    for name in ("all", "none", "finite"):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            assert picture.size == (1125, 660)
+
+
 def test_a_report_grows_by_methods_and_targets(places):
     passes = []
 
@@ -445,6 +504,10 @@ def test_arguments_that_cannot_be_right_are_refused(places, tokenizer):
         ({"methods": ("prt", "finetune")}, "found: 'finetune'\n  remedy: did you mean 'finetuned'?"),
         ({"methods": ("prompting",)}, "expected: pretrained, eft, prt, reward_only, finetuned\n  found: 'prompting'$"),
         ({"methods": ()}, "There is nothing to measure"),
+        ({"methods": ("eft",), "eft": None}, "found: only the methods eft, without a model that they need"),
+        ({"strength": math.nan}, "The strength is no number"),
+        ({"output_dir": "one/config.json"}, "Nothing can be written into one/config.json"),
+        ({"output_dir": "one/config.json/report"}, "config.json is a file"),
         ({"targets": []}, "There are no targets"),
         ({"targets": ["one", "one"]}, "'one' more than once"),
         ({"targets": [tiny.gpt2(1), tiny.gpt2(2)]}, "'GPT2LMHeadModel' more than once"),

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from datasets import Dataset, Image, Value
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, default_data_collator
+from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
 from ..backbones import Backbone
@@ -110,8 +110,7 @@ def _classified(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[d
 
 def _images(rows: Dataset, reward: RewardModel, backbones: Sequence[Backbone]) -> tuple[Sequence[dict], Callable]:
     if PIXELS in rows.column_names:
-        pixels = [torch.as_tensor(values) for values in rows[PIXELS]]
-        return _labelled([{PIXELS: values} for values in pixels], rows, reward), default_data_collator
+        return _made_by_batch(rows, PIXELS, {PIXELS: torch.as_tensor}, reward)
     require_column(rows, IMAGE, "given")
     ours = reward.processing_class
     if ours is None:
@@ -127,14 +126,22 @@ def _images(rows: Dataset, reward: RewardModel, backbones: Sequence[Backbone]) -
             config = unwrap_adapter(backbone.network).config
             made[f"backbone_{index}_{PIXELS}"] = partial(pixel_values, image_processor=theirs, config=config)
 
+    return _made_by_batch(rows, IMAGE, made, reward)
+
+
+def _made_by_batch(
+    rows: Dataset, column: str, made: dict[str, Callable], reward: RewardModel
+) -> tuple[Dataset, Callable]:
+    """Name of an input -> what makes it of a row's `column`: never of all rows at once."""
+    is_labelled = LABEL in rows.column_names
+
     def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
         pixels = {
-            name: torch.stack([torch.as_tensor(make(row[IMAGE])) for row in batch]) for name, make in made.items()
+            name: torch.stack([torch.as_tensor(make(row[column])) for row in batch]) for name, make in made.items()
         }
         return pixels | ({"labels": torch.tensor([row["labels"] for row in batch])} if is_labelled else {})
 
-    is_labelled = LABEL in rows.column_names
-    prepared = rows.select_columns([IMAGE])
+    prepared = rows.select_columns([column])
     return prepared.add_column("labels", _labels(rows, reward)) if is_labelled else prepared, collate
 
 

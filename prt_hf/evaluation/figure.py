@@ -1,5 +1,7 @@
 """The paper's bar chart: for each backbone its methods side by side."""
 
+import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +9,12 @@ from typing import NamedTuple
 _COLOURS = {"pretrained": "#b8c0c8", "eft": "#e0a458", "prt": "#1f4e79", "finetuned": "#7a9e7e"}
 _REMARKS = {"finetuned": " (oracle)"}
 _WIDTH = 0.8  # of all bars of a backbone, which are 1 apart
+_LETTERS = 20  # of a line below a group
 CONTROL = "reward_only"
 
 
 class Bar(NamedTuple):
-    """A height, and the ends of its error bar."""
+    """A height, and the ends of its error bar, which is left out where they are infinite."""
 
     value: float
     low: float
@@ -34,14 +37,21 @@ def draw(
     figure = Figure(figsize=(max(7.5, 2.5 + 1.9 * len(groups)), 4.4), layout="constrained")
     axes = figure.add_subplot()
     width = _WIDTH / max(1, len(names))
-    digits = 1 if max(bar.value for _, bars in groups for bar in bars.values()) >= 10 else 2
+    # Infinite ones have no height, and would leave none to the others.
+    groups = [(name, {m: bar for m, bar in bars.items() if math.isfinite(bar.value)}) for name, bars in groups]
+    digits = 1 if max((bar.value for _, bars in groups for bar in bars.values()), default=0) >= 10 else 2
     for index, (method, name) in enumerate(names.items()):
         drawn = [(place, bars[method]) for place, (_, bars) in enumerate(groups) if method in bars]
+        if not drawn:
+            continue
         drawn_bars = axes.bar(
             [place - _WIDTH / 2 + (index + 0.5) * width for place, _ in drawn],
             [bar.value for _, bar in drawn],
             0.94 * width,
-            yerr=[[bar.value - bar.low for _, bar in drawn], [bar.high - bar.value for _, bar in drawn]],
+            yerr=[
+                [_length(bar.value - bar.low) for _, bar in drawn],
+                [_length(bar.high - bar.value) for _, bar in drawn],
+            ],
             color=_COLOURS[method],
             ecolor="#333333",
             capsize=3,
@@ -57,13 +67,25 @@ def draw(
             )
             if place == 0:
                 line.set_label("reward only (control)")
-    axes.set_xticks(range(len(groups)), [name for name, _ in groups])
+    axes.set_xticks(range(len(groups)), [_broken(name) for name, _ in groups])
+    axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel(label)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     handles, texts = axes.get_legend_handles_labels()
     in_order = sorted(zip(handles, texts, strict=True), key=lambda pair: "control" in pair[1])
-    figure.legend(
-        *zip(*in_order, strict=True), frameon=False, ncols=len(in_order), fontsize=9, loc="outside upper center"
-    )
+    if in_order:
+        figure.legend(
+            *zip(*in_order, strict=True), frameon=False, ncols=len(in_order), fontsize=9, loc="outside upper center"
+        )
     figure.savefig(path, dpi=150, format="png")
+
+
+def _broken(name: str) -> str:
+    """Into lines that are no wider than a group."""
+    lines = name.replace("/", "/\n").splitlines()
+    return "\n".join(textwrap.fill(line, _LETTERS) for line in lines)
+
+
+def _length(error: float) -> float:
+    return error if math.isfinite(error) else math.nan  # which is not drawn

@@ -4,6 +4,25 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ..errors import PRTValueError
+
+
+def check_folder(folder: str | Path) -> None:
+    """Before the work that is to be kept there. Nothing is made yet.
+
+    Raises:
+        PRTValueError: it cannot be written.
+    """
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise PRTValueError(
+            f"Nothing can be written into {folder}.",
+            expected="a folder that can be written, or made",
+            found=f"{there} is {'not writable' if there.is_dir() else 'a file'}",
+        )
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """What `write` writes takes the place of `path` once it is whole."""

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import math
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -13,13 +16,15 @@ from transformers import PreTrainedModel
 
 from ..backbones import Backbone
 from ..errors import PRTValueError, RewardFileError
-from ..fingerprints import weights_digest_of_model
+from ..fingerprints import file_digest, weights_digest_of_model
 from ..model_card import METHODS, Measurement
 from ..modeling import PRTForCausalLM
 from ..pretrained import TEXT_GENERATION
 from ..reward_model import RewardModel
-from .files import markdown_table, replace_text, short_name
-from .tally import Estimate, Z
+from .files import check_folder, markdown_table, replace_text, short_name
+from .portability import to_json_numbers
+from .report import check_names
+from .tally import Estimate
 
 TASKS_FILE, TASKS_TABLE = "tasks.json", "tasks.md"
 _METHODS = ("pretrained", "prt")  # the others are no model that the harness could ask
@@ -84,7 +89,7 @@ class TaskReport:
         return {
             target: {
                 method: {
-                    task: {metric: list(score.estimate) for metric, score in metrics.items()}
+                    task: {metric: to_json_numbers(score.estimate) for metric, score in metrics.items()}
                     for task, metrics in self.scores[target, method].items()
                 }
                 for method in _METHODS
@@ -128,21 +133,25 @@ def task_report(
         load_kwargs: for `from_pretrained` of the targets.
 
     Raises:
-        PRTValueError: no language reward, an unknown task (the nearest are shown), or `lm_eval` is not installed.
+        PRTValueError: no language reward, no targets or two of one name, an unknown task (the nearest are shown), an
+            `output_dir` that cannot be written, or `lm_eval` is not installed.
+        RewardFileError: what lies in `output_dir` cannot be read.
         VocabularyMismatchError: a target does not fit the reward.
     """
     if reward.config.task != TEXT_GENERATION:
         raise PRTValueError(
             "The tasks are asked of language models.", expected=f"a {TEXT_GENERATION} reward", found=reward.config.task
         )
+    check_names(targets)
     manager = _task_manager(tasks, include_path)
     store = _Store(output_dir)
+    asked = {"limit": limit, "own_tasks": _own_tasks(include_path)}
     report = TaskReport(reward_name, list(targets), list(tasks))
     parts = {"reward": weights_digest_of_model(reward.network), "strength": reward.config.strength}
     for target in targets:
         backbone = Backbone(reward, target, **load_kwargs)
         for method in _METHODS:
-            key = {"target": backbone.identity, "limit": limit} | (parts if method == "prt" else {})
+            key = {"target": backbone.identity} | asked | (parts if method == "prt" else {})
             scores, model = {}, None
             for task in tasks:
                 scores[task] = store.get(target, method, task, key)
@@ -176,7 +185,8 @@ def _scores(model, tokenizer, task: str, manager, limit: int | None, batch_size:
         device=str(model.device),
         batch_size=batch_size,
     )
-    results = simple_evaluate(model=harness, tasks=[task], task_manager=manager, limit=limit, log_samples=False)
+    with redirect_stdout(sys.stderr):  # where its words of progress belong; stdout is the caller's
+        results = simple_evaluate(model=harness, tasks=[task], task_manager=manager, limit=limit, log_samples=False)
     # A tag has no scores of its own, as a group has, but its tasks do.
     of_tasks = results["results"]
     found = {}
@@ -187,10 +197,9 @@ def _scores(model, tokenizer, task: str, manager, limit: int | None, batch_size:
             if not filtered or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
             error = of_tasks[name].get(f"{metric}_stderr,{filtered}")
-            error = Z * error if isinstance(error, Real) else 0.0
+            error = error if isinstance(error, Real) else 0.0
             called = [*([] if name == task else [name]), metric, *([] if filtered == "none" else [filtered])]
-            estimate = Estimate(value, value - error, value + error)
-            found[", ".join(called)] = Score(estimate, better.get(metric) is False)
+            found[", ".join(called)] = Score(Estimate.around(value, error), better.get(metric) is False)
     return found
 
 
@@ -217,16 +226,27 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None):
     return manager
 
 
+def _own_tasks(include_path: str | Path | None) -> str | None:
+    """What tells one's own tasks from those of the same names in another form."""
+    if include_path is None:
+        return None
+    return file_digest(*sorted(path for path in Path(include_path).rglob("*") if path.suffix in (".yaml", ".py")))
+
+
 class _Store:
     """`tasks.json`: target -> method -> task -> key and scores."""
 
     def __init__(self, folder: str | Path | None):
         self._path = None if folder is None else Path(folder) / TASKS_FILE
         self._entries: dict[str, dict] = {}
+        if folder is not None:
+            check_folder(folder)
         if self._path is not None and self._path.is_file():
             try:
-                self._entries = dict(json.loads(self._path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
+                self._entries = json.loads(self._path.read_text(encoding="utf-8"))
+                for entry in self._entries.values():
+                    _scores_of(entry)
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise RewardFileError(
                     f"{self._path} cannot be read: {type(error).__name__}: {error}",
                     expected="the scores of an earlier evaluation",
@@ -235,15 +255,19 @@ class _Store:
 
     def get(self, target: str, method: str, task: str, key: dict) -> dict[str, Score] | None:
         entry = self._entries.get(f"{target} {method} {task}")
-        if entry is None or entry["key"] != _digest(key):
+        if entry is None or entry.get("key") != _digest(key):
             return None
-        return {name: Score(Estimate(*estimate), is_lower) for name, (estimate, is_lower) in entry["scores"].items()}
+        return _scores_of(entry)
 
     def put(self, target: str, method: str, task: str, key: dict, scores: dict[str, Score]) -> None:
-        values = {name: [score.estimate, score.is_lower_better] for name, score in scores.items()}
+        values = {name: [to_json_numbers(score.estimate), score.is_lower_better] for name, score in scores.items()}
         self._entries[f"{target} {method} {task}"] = {"key": _digest(key), "scores": values}
         if self._path is not None:
-            replace_text(self._path, json.dumps(self._entries, indent=2) + "\n")
+            replace_text(self._path, json.dumps(self._entries, indent=2, allow_nan=False) + "\n")
+
+
+def _scores_of(entry: dict) -> dict[str, Score]:
+    return {name: Score(Estimate.from_json(numbers), is_lower) for name, (numbers, is_lower) in entry["scores"].items()}
 
 
 def _digest(key: dict) -> str:
@@ -252,4 +276,4 @@ def _digest(key: dict) -> str:
 
 def _cell(estimate: Estimate) -> str:
     value, low, high = (f"{each:.4g}" for each in estimate)
-    return value if low == high else f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if 0 < estimate.high - estimate.low < math.inf else value

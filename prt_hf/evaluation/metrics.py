@@ -15,8 +15,8 @@ import evaluate
 from ..errors import PRTValueError
 
 _NUMBER = re.compile(
-    r"(?P<minus>(?<![\w.)])-)?\$?(?P<minus_behind>(?<=\$)-)?"  # a minus behind a number subtracts
-    r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?P<minus>(?<![\w.)])[-\u2212])?\$?(?P<minus_behind>(?<=\$)[-\u2212])?"  # a minus behind a number subtracts
+    r"(?P<digits>(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3}(?!\w))?)"
 )
 _ANSWER_MARK = "####"
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -136,6 +136,8 @@ def last_number(text: str) -> Decimal | None:
 
 
 def _share(are_right, count: int) -> float:
+    if not count:
+        raise PRTValueError("There is nothing to compare.", expected="at least one prediction", found="none")
     return sum(are_right) / count
 
 

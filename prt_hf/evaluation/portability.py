@@ -87,7 +87,9 @@ class Portability:
         """Whether the target with the reward is better than `"target"`, `"prt_source"` or `"reward_only"`; None where
         the two are within two standard errors of each other."""
         advantage, error = self.advantage[rival], self.standard_error[rival]
-        return None if abs(advantage) <= _ERRORS * error and error else advantage > 0
+        if math.isnan(advantage) or math.isnan(error) or (error and abs(advantage) <= _ERRORS * error):
+            return None
+        return advantage > 0
 
     def to_dict(self) -> dict:
         """For JSON, which has no infinity: None in its place."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
@@ -23,6 +24,7 @@ from ..pretrained import CONFIG_KWARGS, TEXT_GENERATION, context_length, load_sk
 from ..reward_model import RewardModel
 from ..training_record import hub_ids
 from .batches import batches as batches_of
+from .files import check_folder
 from .fit import order_on
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
@@ -47,6 +49,7 @@ _AT_SOURCE = {
 }
 
 Model = str | PreTrainedModel | PeftModel
+Keys = dict[str, dict[str, str]]  # of methods, as in [`Place`]
 Progress = Callable[[DataLoader, str], Iterable[dict[str, torch.Tensor]]]
 
 
@@ -99,10 +102,15 @@ def portability_report(
         VocabularyMismatchError, LabelMismatchError: a backbone or a fine-tuned model does not fit the reward; all are
             looked at before the first is measured.
         BaseModelMismatchError: `eft` is an adapter on another model than the source.
-        PRTValueError: an unknown method, no targets or two of one name, no rows or labels, or an `output_dir` with the
-            report of another reward or other data.
+        PRTValueError: an unknown method, no targets or two of one name, no rows or labels, nothing to measure, or an
+            `output_dir` that cannot be written or has the report of another reward or other data.
     """
     methods = _known_methods(methods)
+    _check_models(methods, eft, finetuned)
+    if strength is not None and not math.isfinite(strength):
+        raise PRTValueError("The strength is no number.", expected="a finite one", found=str(strength))
+    if output_dir is not None:
+        check_folder(output_dir)
     reward_name = reward_name or _name_of(reward.network if isinstance(reward, RewardModel) else reward)
     if not isinstance(reward, RewardModel):
         reward = RewardModel.from_pretrained(reward, **load_kwargs)
@@ -125,7 +133,8 @@ def portability_report(
     else:
         limits.append(of_source.limit)
     limits.append(context_length(reward.network))
-    read = partial(batches_of, dataset, reward, batch_size, min([length, *filter(None, limits)]))
+    shortest = min([length, *filter(None, limits)])
+    read = partial(batches_of, dataset, reward, batch_size, shortest)
 
     on_hub = hub_ids(dataset)
     dataset_name = dataset_name or (on_hub[0] if len(on_hub) == 1 else "evaluation data")
@@ -141,7 +150,8 @@ def portability_report(
         settings={
             "reward": weights_digest_of_model(reward.network),
             "source": of_source.identity,
-            "data": _digest(read()),
+            # Row by row: how many are read at a time makes no other data.
+            "data": _digest(batches_of(dataset, reward, 1, shortest)),
             "strength": strength,
         },
     )
@@ -175,8 +185,13 @@ class _Run:
     ):
         self._reward, self._report, self._place = reward, report, place
         self._networks = {name: backbone for name, backbone in networks.items() if backbone is not None}
+        self._told = {name: _told(backbone.identity) for name, backbone in self._networks.items()}
+        place.forget(self._told)
+        of_all = {name: told for name, told in self._told.items() if name in (SOURCE, TUNED_SOURCE)}
+        for other in report.places:
+            other.forget(of_all)
 
-    def passes(self, methods: Sequence[str]) -> list[tuple[dict[str, str], dict[str, str]]]:
+    def passes(self, methods: Sequence[str]) -> list[tuple[Keys, Keys]]:
         """What is not in the report yet, as method -> key, at the target and at the source; what is read together."""
         at_target = self._missing(self._place, methods, _AT_TARGET)
         at_source = self._missing(self._report.source, methods, _AT_SOURCE)
@@ -185,8 +200,8 @@ class _Run:
 
     def measure(
         self,
-        at_target: dict[str, str],
-        at_source: dict[str, str],
+        at_target: Keys,
+        at_source: Keys,
         read: Callable[[Sequence[Backbone]], DataLoader],
         progress: Progress,
     ) -> None:
@@ -214,16 +229,17 @@ class _Run:
         finally:
             reading.unload()
 
-    def _missing(self, place: Place, methods: Sequence[str], way_of: Mapping[str, str]) -> dict[str, str]:
+    def _missing(self, place: Place, methods: Sequence[str], way_of: Mapping[str, str]) -> Keys:
         missing = {}
         for method in methods:
             names = TERMS[way_of[method]].keys() - {REWARD}
-            if names <= self._networks.keys():
-                identities = {name: self._networks[name].identity for name in sorted(names)}
-                key = hashlib.sha256(json.dumps(identities, sort_keys=True).encode()).hexdigest()
-                if place.keys.get(method) != key:
-                    missing[method] = key
+            if method not in place.figures and names <= self._networks.keys():
+                missing[method] = {name: self._told[name] for name in sorted(names)}
         return missing
+
+
+def _told(identity: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _figures(tally: Tally, reading: Reading, way: str) -> Figures:
@@ -253,12 +269,30 @@ def _known_methods(methods: Sequence[str]) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
+def _check_models(methods: Sequence[str], eft: Model | None, finetuned: Mapping | None) -> None:
+    needed = {"eft": eft is not None, "finetuned": eft is not None or bool(finetuned)}
+    if not any(needed.get(method, True) for method in methods):
+        raise PRTValueError(
+            "There is nothing to measure.",
+            expected="the fine-tuned models: `eft=` of the source, `finetuned=` of the targets",
+            found=f"only the methods {', '.join(methods)}, without a model that they need",
+        )
+
+
 def _named_targets(targets) -> dict[str, str | PreTrainedModel]:
     if isinstance(targets, str | Path | PreTrainedModel):
         targets = [targets]
     pairs = list(targets.items()) if isinstance(targets, Mapping) else [(_name_of(model), model) for model in targets]
-    names = [name for name, _ in pairs]
-    if not pairs:
+    check_names([name for name, _ in pairs])
+    return {name: str(model) if isinstance(model, Path) else model for name, model in pairs}
+
+
+def check_names(names: Sequence[str]) -> None:
+    """
+    Raises:
+        PRTValueError: no targets, or two of one name.
+    """
+    if not names:
         raise PRTValueError("There are no targets.", expected="at least one backbone", found="0")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise PRTValueError(
@@ -267,7 +301,6 @@ def _named_targets(targets) -> dict[str, str | PreTrainedModel]:
             found=f"{', '.join(map(repr, twice))} more than once",
             remedy="`targets={name: model, ...}`",
         )
-    return {name: str(model) if isinstance(model, Path) else model for name, model in pairs}
 
 
 def _of_targets(finetuned: Mapping, targets: Mapping[str, object]) -> dict[str, Model]:

@@ -1,7 +1,8 @@
 """A finished portability report: its figures, what they say in words, its table, its files, and its part of a card."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -51,13 +52,21 @@ class Place:
         name (`str`): id or folder.
         figures (`dict[str, Figures]`): by method.
         portability ([`~evaluation.Portability`], *optional*): of a target, where PRT was measured.
-        keys (`dict[str, str]`): by method, what tells the models that its figures were measured on.
+        keys (`dict[str, dict[str, str]]`): by method, what tells each network that its figures were measured on.
     """
 
     name: str
     figures: dict[str, Figures] = field(default_factory=dict)
     portability: Portability | None = None
-    keys: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def forget(self, known: Mapping[str, str]) -> None:
+        """Leave out what was measured on other networks than those that are known now."""
+        for method, key in list(self.keys.items()):
+            if any(known.get(name, told) != told for name, told in key.items()):
+                del self.keys[method], self.figures[method]
+                if method == "prt":
+                    self.portability = None
 
 
 @dataclass
@@ -314,10 +323,10 @@ def _place_from_dict(entries: dict) -> Place:
 
 
 def _figures(entries: dict) -> Figures:
-    entries = from_json_numbers(entries)
-    return Figures(**entries | {name: Estimate(*entries[name]) for name in (NLL, ACCURACY)})
+    estimates = {name: Estimate.from_json(entries[name]) for name in (NLL, ACCURACY)}
+    return Figures(**from_json_numbers(entries) | estimates)
 
 
 def _interval(estimate: Estimate, scale: float, digits: int) -> str:
     value, low, high = (f"{scale * each:.{digits}f}" for each in estimate)
-    return f"{value} [{low}, {high}]"
+    return f"{value} [{low}, {high}]" if math.isfinite(estimate.low) else value

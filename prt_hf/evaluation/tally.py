@@ -25,14 +25,26 @@ TERMS: dict[str, dict[str, int]] = {
 MEASURES = NLL, ACCURACY, ENTROPY = "nll", "accuracy", "entropy"
 
 Z = 1.959963984540054  # of a 95 % interval
+_INFINITE = math.inf, -math.inf, math.inf
+_UNKNOWN = _INFINITE[1:]
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 % confidence interval."""
+    """A figure and its 95 % confidence interval, infinite where the sampling error is not known."""
 
     value: float
     low: float
     high: float
+
+    @classmethod
+    def around(cls, value: float, error: float) -> "Estimate":
+        """With 1.96 standard errors on either side."""
+        return cls(value, value - Z * error, value + Z * error) if math.isfinite(error) else cls(value, *_UNKNOWN)
+
+    @classmethod
+    def from_json(cls, numbers: list[float | None]) -> "Estimate":
+        """Of JSON, which has None in the place of infinity."""
+        return cls(*(end if number is None else number for number, end in zip(numbers, _INFINITE, strict=True)))
 
 
 class Tally:
@@ -102,8 +114,7 @@ class Tally:
 
     def nll(self, way: str) -> Estimate:
         """Mean of -log pi(y* | x), nats."""
-        mean, error = self._ratio(self._sums[way, NLL])
-        return Estimate(mean, mean - Z * error, mean + Z * error)
+        return Estimate.around(*self._ratio(self._sums[way, NLL]))
 
     def accuracy(self, way: str) -> Estimate:
         """Of the likeliest token or label, from 0 to 1, with Wilson's interval.

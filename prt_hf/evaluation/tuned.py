@@ -26,7 +26,7 @@ class TunedModel(Backbone):
 
     Raises:
         PRTValueError: the id is a reward's.
-        RewardFileError: an adapter's weights are not in safetensors.
+        RewardFileError: an adapter's weights are not in safetensors, or it does not name its base.
     """
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | PeftModel | str, **load_kwargs):
@@ -48,11 +48,7 @@ class TunedModel(Backbone):
         if self._adapter is None:
             return super().identity
         files = [local_file(self._named, name, self._token) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-        return {
-            "adapter": file_digest(*files),
-            "base": str(self.base),
-            "dtype": str(self._load_kwargs.get("dtype", "auto")),
-        }
+        return {"adapter": file_digest(*files)} | Backbone(self._reward, self.base, **self._base_kwargs).identity
 
     def load(self) -> None:
         """
@@ -61,8 +57,7 @@ class TunedModel(Backbone):
         """
         if self.network is not None or self._adapter is None:
             return super().load()
-        pinned = {"revision": self._adapter.revision} if self._adapter.revision else {}
-        base = load_pretrained(self.base, **self._load_kwargs | pinned)
+        base = load_pretrained(self.base, **self._base_kwargs)
         network = PeftModel.from_pretrained(base, self._named, token=self._token)
         self._take(network, load_processing_class(self._named, self.task, token=self._token))
 
@@ -80,6 +75,10 @@ class TunedModel(Backbone):
                 found=str(self.reference),
                 remedy="`source=` that model, or an adapter of the reward's source backbone",
             )
+
+    @property
+    def _base_kwargs(self) -> dict:
+        return self._load_kwargs | ({"revision": self._adapter.revision} if self._adapter.revision else {})
 
     @property
     def _token(self) -> str | bool | None:
@@ -101,4 +100,12 @@ class TunedModel(Backbone):
                 found="no such file; pickled weights can run code and are not loaded",
                 remedy="convert the weights to safetensors",
             )
-        return PeftConfig.from_pretrained(place, token=self._token)
+        adapter = PeftConfig.from_pretrained(place, token=self._token)
+        if not adapter.base_model_name_or_path:
+            raise RewardFileError(
+                f"The adapter {place} does not name its base.",
+                expected=f"`base_model_name_or_path` in {ADAPTER_CONFIG}",
+                found="none, as of a base made in memory",
+                remedy="write the base's id or folder there, or give the PeftModel itself",
+            )
+        return adapter
