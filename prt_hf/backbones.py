@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .config import PRTConfig
-from .contract import PRT_CONFIG_NAME, ModelReference, contract_to_dict
+from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, contract_to_dict
 from .errors import PRTValueError
 from .fingerprints import weights_digest_of_files, weights_digest_of_model
 from .functional import IGNORE_INDEX, Projection
@@ -333,6 +333,12 @@ def source_backbones(reward: RewardModel, **load_kwargs) -> list[Backbone]:
     return [_earlier_source(reward, reference, load_kwargs) for reference in references]
 
 
+def is_own_base(config: RewardConfig, source: ModelReference) -> bool:
+    """Whether a source backbone of a reward is what the reward started from."""
+    base = config.reward_base
+    return source == base or (source.weights is not None and source.weights == base.weights)
+
+
 def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
     """A reward that exists, after checking that it can be tuned as the arguments say."""
     if peft_config is not None:
@@ -357,11 +363,10 @@ def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
 
 
 def _earlier_source(reward: RewardModel, reference: ModelReference, load_kwargs: dict) -> Backbone:
-    base = reward.config.reward_base
-    is_base = reference == base or (reference.weights is not None and reference.weights == base.weights)
+    is_base = is_own_base(reward.config, reference)
     if is_base and reward.config.is_adapter:
         return OwnBase(reward)
-    if is_base and weights_fingerprint(reward.network) == base.weights:  # a full reward that has not been tuned
+    if is_base and weights_fingerprint(reward.network) == reference.weights:  # a full reward that has not been tuned
         return Backbone(reward, copy.deepcopy(reward.network))
     if reference.id is None:
         raise PRTValueError(

@@ -1,5 +1,6 @@
 """The user's own data, of the Hub or in files: its splits, its columns, and what classifiers make of them."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -197,11 +198,15 @@ def classified_images(
     *,
     image_column: str,
     label_column: str,
-    config: PreTrainedConfig,
-    image_processor: BaseImageProcessor,
+    id2label: dict,
+    pixels: Mapping[str, Callable[[PILImage.Image], torch.Tensor]],
     is_lazy: bool,
 ) -> Dataset:
-    """Rows of an image classifier: `pixel_values`, made of the image whenever a row is asked for or once, and `labels`.
+    """Rows of an image classifier: pixels, made of the image whenever a row is asked for or once, and `labels`.
+
+    Args:
+        pixels: what makes each column of pixels ([`pixel_values`] of an image processor): `pixel_values` of the
+            classifier, and others of models that want others.
 
     Raises:
         PRTValueError: a column is missing, holds no images, or a label is none of the classifier's.
@@ -215,11 +220,11 @@ def classified_images(
         raise PRTValueError(
             f"The column {image_column!r} holds no images.", expected="images, or paths to them", found=str(feature)
         )
-    labelled = rows.select_columns([image_column]).add_column("labels", label_ids(rows, label_column, config.id2label))
+    labelled = rows.select_columns([image_column]).add_column("labels", label_ids(rows, label_column, id2label))
 
     def prepared(batch):
         images = batch.pop(image_column)
-        return batch | {"pixel_values": [pixel_values(image, image_processor, config) for image in images]}
+        return batch | {name: [make(image) for image in images] for name, make in pixels.items()}
 
     if is_lazy:
         return labelled.with_transform(prepared)

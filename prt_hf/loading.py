@@ -10,6 +10,7 @@ from transformers.utils import logging
 from .adapter import check_initialisation, wrap
 from .contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import BaseModelMismatchError, RewardFileError
+from .own_pixels import PRTImageProcessor, is_saved_apart
 from .pretrained import AUTO_CLASSES, CONFIG_KWARGS, check_bare, load_pretrained, reference_to
 from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
 
@@ -131,12 +132,21 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
         name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None
     }
     try:
-        return auto_class.from_pretrained(path_or_id, **kwargs)
+        found = auto_class.from_pretrained(path_or_id, **kwargs)
+        return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
     except (OSError, ValueError, KeyError):
         return None
     except ImportError as error:
         logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
         return None
+
+
+def save_processing_class(processing_class, folder: Path) -> None:
+    """Write a tokenizer or image processor, if there is one, so that [`load_processing_class`] finds it."""
+    if is_saved_apart(processing_class):
+        processing_class = PRTImageProcessor(processing_class)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
 
 
 def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):

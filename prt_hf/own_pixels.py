@@ -20,12 +20,13 @@ from pathlib import Path
 
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
-from transformers.utils import IMAGE_PROCESSOR_NAME
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 
 from .errors import PRTValueError, UnsupportedError
 
 PIXELS = "pixel_values"
-_TELLING = ("size", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_TIMM = "data_config"  # all that timm's processors say of their pixels
+_TELLING = ("size", "crop_size", "crop_pct", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class PRTImageProcessor(BaseImageProcessor):
@@ -71,14 +72,20 @@ class PRTImageProcessor(BaseImageProcessor):
     def to_dict(self) -> dict:
         return {
             "image_processor_type": type(self).__name__,
-            "main": self.main.to_dict(),
-            "others": {owner: other.to_dict() for owner, other in self.others.items()},
+            "main": _entries(self.main),
+            "others": {owner: _entries(other) for owner, other in self.others.items()},
         }
 
 
 def is_same_pixels(ours: BaseImageProcessor | None, theirs: BaseImageProcessor | None) -> bool:
     """Whether two image processors make the same of an image; an unknown one is taken to be the other."""
     return ours is None or theirs is None or _told(ours) == _told(theirs)
+
+
+def is_saved_apart(processor) -> bool:
+    """Whether an image processor does not save itself: transformers leaves timm's in the model's configuration, which
+    an adapter has not."""
+    return isinstance(getattr(processor, _TIMM, None), dict)
 
 
 def split_inputs(inputs: dict, role: str, count: int) -> tuple[dict, list[dict]]:
@@ -108,7 +115,7 @@ def missing_pixels(
 ) -> UnsupportedError:
     """The error where one model would get the other's pixels; `theirs` are those of the `role`."""
     ours, theirs = _told(ours), _told(theirs)
-    differing = [name for name in _TELLING if ours[name] != theirs[name]]
+    differing = [name for name in ours if ours[name] != theirs[name]]
     return UnsupportedError(
         "Reward and backbone want other pixels, and get the same.",
         expected=f"`{role}_{index}_{PIXELS}` with " + ", ".join(f"{name}={theirs[name]}" for name in differing),
@@ -120,14 +127,20 @@ def missing_pixels(
 def _told(processor: BaseImageProcessor) -> dict[str, str]:
     """As in files, where tuples are lists."""
     entries = processor.to_dict()
-    return {name: json.dumps(entries.get(name), sort_keys=True, default=str) for name in _TELLING}
+    return {name: json.dumps(entries.get(name), sort_keys=True, default=str) for name in (*_TELLING, _TIMM)}
+
+
+def _entries(processor: BaseImageProcessor) -> dict:
+    entries = processor.to_dict()
+    return entries | {"pretrained_cfg": entries.pop(_TIMM)} if is_saved_apart(processor) else entries
 
 
 def _as_processor(processor: BaseImageProcessor | dict) -> BaseImageProcessor:
     if not isinstance(processor, dict):
         return processor
     with tempfile.TemporaryDirectory() as folder:  # the Auto class, which knows the types, reads files only
-        (Path(folder) / IMAGE_PROCESSOR_NAME).write_text(json.dumps(processor), encoding="utf-8")
+        name = CONFIG_NAME if "pretrained_cfg" in processor else IMAGE_PROCESSOR_NAME
+        (Path(folder) / name).write_text(json.dumps(processor), encoding="utf-8")
         return AutoImageProcessor.from_pretrained(folder)
 
 
@@ -136,5 +149,5 @@ def _coloured(images, processor: BaseImageProcessor):
         return [_coloured(image, processor) for image in images]
     if not isinstance(images, Image.Image):
         return images
-    mean = getattr(processor, "image_mean", None)
+    mean = processor.data_config["mean"] if is_saved_apart(processor) else getattr(processor, "image_mean", None)
     return images.convert("L" if isinstance(mean, Sequence) and len(mean) == 1 else "RGB")

@@ -43,6 +43,7 @@ _CLASS_NAMES = {
     IMAGE_CLASSIFICATION: set(modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()),
 }
 _OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
+_TIMM = "timm_wrapper"  # whose checkpoints name no class
 _SAMPLES_PER_TENSOR = 64
 # The name of the cache among the inputs and outputs of models, and of `generate`; another before transformers 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -368,6 +369,8 @@ def tie_parameters(network: nn.Module, base: nn.Module) -> None:
 
 
 def _task_of_config(config: PreTrainedConfig, model_id: str) -> str:
+    if not config.architectures and config.model_type == _TIMM and config.num_labels > 0:
+        return IMAGE_CLASSIFICATION
     return _task_of_class((config.architectures or ["unknown"])[0], model_id)
 
 

@@ -22,7 +22,7 @@ from .contract import (
 )
 from .errors import PRTValueError
 from .hub import local_folder
-from .loading import load_adapter, load_full, load_processing_class, processing_class_of
+from .loading import load_adapter, load_full, load_processing_class, processing_class_of, save_processing_class
 from .model_card import render_card
 from .pretrained import (
     IMAGE_CLASSIFICATION,
@@ -241,8 +241,7 @@ class RewardModel(Shareable):
                 _sort_lists(staged / ADAPTER_CONFIG)
             else:
                 self.network.save_pretrained(staged, state_dict=state_dict)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(staged)
+            save_processing_class(self.processing_class, staged)
             (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
             card = render_card(self.config, Path(folder).absolute().name)
             for earlier in (self.card, read_card(Path(folder))):

@@ -7,12 +7,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from packaging.version import Version
+from peft import PeftModel
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, TrainingArguments
 from trl.models import prepare_deepspeed
 
 from .errors import UnsupportedError
+from .pretrained import unwrap_adapter
 
 _ACCELERATE = Version("1.15")
 
@@ -56,6 +58,35 @@ def is_zero3(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def name_blocks(network: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
+    """For FSDP 2, leave two kinds of blocks out of those that a network says to keep together: those that it has not,
+    and those around the input embeddings, which accelerate divides later, and FSDP from within only.
+
+    Raises:
+        UnsupportedError: accelerate cannot divide the network, or not as it is loaded.
+    """
+    model = unwrap_adapter(network)
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            "accelerate looks for the input embeddings of a network that FSDP divides.",
+            expected="a network that names them",
+            found=type(model).__name__,
+            remedy="no FSDP",
+        ) from error
+    buffers = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
+    if buffers and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise UnsupportedError(
+            f"accelerate hands over parameters only, and {type(model).__name__} has saved buffers as well.",
+            expected="fsdp_cpu_ram_efficient_loading: false",
+            found=f"true, and {', '.join(sorted(buffers)[:3])}",
+        )
+    around = [module for module in model.modules() if embeddings in list(module.modules())[1:]]
+    there = {type(module).__name__ for module in model.modules()} - {type(module).__name__ for module in around}
+    model._no_split_modules = there.intersection(model._no_split_modules or ())
+
+
 def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
     """A frozen network in parts, a block of layers at a time whole, as the network that is trained.
 
@@ -68,6 +99,7 @@ def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
     kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
     # accelerate notes here what blocks are called: those of this network, and not of the one that is trained.
     plugin.transformer_cls_names_to_wrap = None
+    name_blocks(network, accelerator)
     try:
         network = fsdp2_prepare_model(accelerator, network)
     finally:

@@ -36,7 +36,7 @@ from .pretrained import (
     pretrained_parameters,
 )
 from .reward_model import RewardModel
-from .sharding import address, check_fsdp, is_sharding, is_zero3, sharded
+from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks, sharded
 from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
 from .trainer_hub import RewardSaver
 
@@ -129,6 +129,8 @@ class PRTTrainer(RewardSaver):
             **trainer_kwargs,
         )
         check_fsdp(args, self.accelerator)
+        if self.accelerator.is_fsdp2:
+            name_blocks(self.model, self.accelerator)
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted
         if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
             self.model.enable_input_require_grads()

@@ -10,10 +10,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType, gather_object
 from peft import LoraConfig
-from tiny import texts
+from tiny import images, texts
 from torch.distributed.fsdp import FSDPModule
 
-from prt_hf import PRTConfig, PRTTrainer, UnsupportedError
+from prt_hf import PRTConfig, PRTTrainer, UnsupportedError, zero_shot_classifier
 from prt_hf.backbones import Backbone
 from prt_hf.fingerprints import weights_digest_of_model
 
@@ -37,6 +37,16 @@ def another(folder):
     return tiny.gpt2(2)
 
 
+def of_all_layers():
+    return LoraConfig(r=4, target_modules="all-linear", exclude_modules=["classifier"])
+
+
+def zero_shot():
+    words = dict(zip(["w3", "w4", "w5", "w6"], tiny.COLOURS, strict=True))
+    tokenizer = tiny.tokenizer(changed=words, padding_side="right")
+    return zero_shot_classifier(tiny.clip(1), tiny.COLOURS, ["w40 {} w90 <eos>"], tokenizer)
+
+
 # What the trainer gets: the adapter, the backbone, arguments.
 CASES = {
     "own base": (adapter(), None, {}),
@@ -50,7 +60,10 @@ CASES = {
     "stored states": (adapter(), lambda folder: [None, tiny.gpt2(2)], {"precompute_backbone": True}),
     "bfloat16": (adapter(layers_to_transform=[1]), None, {"bf16": True}),
     "from disk": (adapter(), lambda folder: str(folder / "gpt2"), {}),
+    "images": (of_all_layers(), None, {}),
+    "zero-shot": (of_all_layers(), lambda folder: tiny.vit(2), {}),
 }
+IMAGE_MODELS = {"images": lambda: tiny.vit(1), "zero-shot": zero_shot}
 
 
 def made(name, folder, scale=1, **changes):
@@ -77,14 +90,15 @@ def made(name, folder, scale=1, **changes):
         entropy_coef=0.01,
         **arguments,
     )
-    model = str(folder / "llama") if name == "from disk" else tiny.llama(1)
+    model = str(folder / "llama") if name == "from disk" else IMAGE_MODELS.get(name, lambda: tiny.llama(1))()
+    rows = images if name in IMAGE_MODELS else texts
     torch.manual_seed(0)
     return PRTTrainer(
         model,
         args,
-        train_dataset=texts(16),
-        eval_dataset=texts(11, seed=1),
-        processing_class=None if name == "from disk" else tiny.tokenizer(),
+        train_dataset=rows(16),
+        eval_dataset=rows(11, seed=1),
+        processing_class=None if name in ("from disk", *IMAGE_MODELS) else tiny.tokenizer(),
         backbone=backbone and backbone(folder),
         peft_config=peft_config,
     )
@@ -125,8 +139,11 @@ def main(mode, folder):
     states = Backbone.states
     Backbone.states = lambda self, batch: (computed.append(len(batch.labels)), states(self, batch))[1]
     outcome = {"figures": {}}
-    left_out = {"bfloat16", "from disk"} if mode == "zero3" else set()  # see test_models_that_were_loaded_in_parts
+    # See test_models_that_were_loaded_in_parts.
+    left_out = {"bfloat16", "from disk", *IMAGE_MODELS} if mode == "zero3" else set()
     for name in [name for name in CASES if name not in left_out]:
+        if mode == "fsdp":  # see test_networks_that_accelerate_cannot_divide
+            os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = str(name != "zero-shot").lower()
         trainer, outcome["figures"][name] = trained(name, folder, **changes)
         if mode == "ddp":
             digests = gather_object([weights_digest_of_model(trainer.model)])

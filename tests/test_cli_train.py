@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from prt_hf import PRTConfig, PRTTrainer, RewardModel
+from prt_hf import PixelCollator, PRTConfig, PRTForImageClassification, PRTTrainer, RewardModel, zero_shot_classifier
 from prt_hf.adapter import default_peft_config
 from prt_hf.cli import main
 from prt_hf.cli.train_options import Options
@@ -110,13 +110,14 @@ def assert_same_weights(folder, other):
         assert torch.equal(value, theirs[name]), name
 
 
-def by_api(trainer_class, config_class, model, rows, processing_class, folder, **config):
+def by_api(trainer_class, config_class, model, rows, processing_class, folder, changes=None, **config):
     set_seed(42)
     if config_class is PRTSFTConfig:
         config["bf16"] = False
     args = config_class(str(folder), **COMMON | config)
     peft_config = default_peft_config(model)
-    trainer = trainer_class(model, args, train_dataset=rows, processing_class=processing_class, peft_config=peft_config)
+    given = {"train_dataset": rows, "processing_class": processing_class, "peft_config": peft_config}
+    trainer = trainer_class(model, args, **given | (changes or {}))
     trainer.train()
     trainer.save_model()
     return trainer
@@ -173,6 +174,51 @@ def test_states_of_an_image_backbone_can_be_stored(home, tmp_path, image_reward)
     found = weights(tmp_path / "out")
     for name, value in weights(image_reward).items():
         torch.testing.assert_close(found[name], value)
+
+
+def test_backbones_get_their_own_pixels(home, tmp_path):
+    reward, theirs = tmp_path / "reward", tmp_path / "large"
+    tiny.vit(2, names=SHUFFLED, num_channels=3, image_size=12).save_pretrained(theirs)
+    large = ViTImageProcessor(size={"height": 12, "width": 12}, image_mean=[0.4, 0.5, 0.6])
+    large.save_pretrained(theirs)
+    places = {"backbone": [home / "vit", theirs], "max_steps": 6}  # the fourth draws the second
+    assert train(home / "vit", home / "pictures.parquet", reward, **places) == 0
+    rows = Dataset.from_parquet(str(home / "pictures.parquet"))
+    rows = rows.map(lambda row: {"labels": tiny.COLOURS.index(SHUFFLED[row["label"]])}, remove_columns=["label"])
+    ours = AutoImageProcessor.from_pretrained(home / "vit")
+    changes = {"backbone": [None, str(theirs)], "data_collator": PixelCollator(ours, [None, large])}
+    network = AutoModelForImageClassification.from_pretrained(home / "vit")
+    by_api(PRTTrainer, PRTConfig, network, rows, ours, tmp_path / "api", changes, max_steps=6)
+    assert_same_weights(reward, tmp_path / "api")
+    # Tuned on, it meets the backbones that it was tuned on; states of each are stored of its own pixels.
+    stored = flags(precompute_backbone="true", backbone_cache_dir=tmp_path / "states")
+    for folder, more in (("again", []), ("stored", stored)):
+        assert train(reward, home / "pictures.parquet", tmp_path / folder, *more, max_steps=6) == 0
+    for name, value in weights(tmp_path / "again").items():
+        torch.testing.assert_close(weights(tmp_path / "stored")[name], value)
+
+
+def test_zero_shot_classifiers_in_folders(home, tmp_path, capsys):
+    words = dict(zip(["w3", "w4", "w5", "w6"], tiny.COLOURS, strict=True))
+    tokenizer = tiny.tokenizer(changed=words, padding_side="right")
+    for make, names, mean in ((tiny.clip, tiny.COLOURS, 0.5), (tiny.siglip, SHUFFLED, 0.4)):
+        folder = tmp_path / make.__name__
+        zero_shot_classifier(make(), names, ["w40 {} w90 <eos>"], tokenizer).save_pretrained(folder)
+        ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[mean], image_std=[0.5]).save_pretrained(folder)
+    data = home / "pictures.parquet"
+    for name, more in (("LoRA", []), ("full", ["--full"])):
+        reward = tmp_path / name
+        assert train(tmp_path / "clip", data, reward, *more, *flags(backbone=[tmp_path / "siglip"])) == 0
+        capsys.readouterr()
+        assert main(["check", str(reward), str(tmp_path / "siglip"), "--data", str(data), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["portability"]["nll"]["prt_target"]
+        backbone = AutoModelForImageClassification.from_pretrained(tmp_path / "siglip")
+        model = PRTForImageClassification.from_parts(backbone, [reward])
+        rows = Dataset.from_parquet(str(data))
+        with torch.no_grad():
+            log_probs = model(**model.processing_class(rows["image"][:], return_tensors="pt")).logits
+        assert found == pytest.approx(torch.nn.functional.nll_loss(log_probs, torch.tensor(rows["label"][:])).item())
+        assert model.processing_class.others.keys() == {"reward_0"}
 
 
 def test_folders_of_images_are_classes(home, tmp_path, capsys):

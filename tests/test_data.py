@@ -1,5 +1,7 @@
 """The user's own data: labels as a classifier's ids, and rows of classifiers."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
@@ -79,8 +81,8 @@ def test_images_become_pixels_in_the_colours_of_the_model(tmp_path, is_lazy, as_
         "rows",
         image_column="picture",
         label_column="label",
-        config=tiny.vit().config,
-        image_processor=processor,
+        id2label=ID2LABEL,
+        pixels={"pixel_values": partial(pixel_values, image_processor=processor, config=tiny.vit().config)},
         is_lazy=is_lazy,
     )
     assert torch.equal(

@@ -25,7 +25,7 @@ from prt_hf import PRTTrainer, RewardModel, UnsupportedError
 from prt_hf.backbones import Backbone
 from prt_hf.heads import why_not_projected
 from prt_hf.pretrained import reference_to
-from prt_hf.sharding import check_fsdp, sharded
+from prt_hf.sharding import check_fsdp, name_blocks, sharded
 
 pytestmark = pytest.mark.xdist_group("devices")  # every launch once
 
@@ -89,7 +89,7 @@ def outcome(request, folders, alone):
 
 @pytest.mark.parametrize("outcome", MODES, indirect=True)
 def test_processes_do_together_what_one_does(outcome, alone, folders):
-    assert outcome["figures"].keys() >= alone.keys() - {"bfloat16", "from disk"}
+    assert outcome["figures"].keys() >= alone.keys() - {"bfloat16", "from disk", *devices_script.IMAGE_MODELS}
     if rounded := outcome["figures"].pop("bfloat16", None):
         for figure in ("loss", "eval_loss"):
             assert rounded[figure] == pytest.approx(alone["bfloat16"][figure], rel=0.02)
@@ -173,11 +173,26 @@ def test_fsdp_as_rewards_need_it(monkeypatch):
 
 def test_backbones_that_stay_whole(monkeypatch):
     monkeypatch.setattr("prt_hf.sharding.fsdp2_prepare_model", lambda accelerator, network: network)
-    plugin = SimpleNamespace(auto_wrap_policy="policy", transformer_cls_names_to_wrap=["Block"])
+    plugin = SimpleNamespace(
+        auto_wrap_policy="policy", transformer_cls_names_to_wrap=["Block"], cpu_ram_efficient_loading=True
+    )
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
     with pytest.raises(UnsupportedError, match="(?s)whole of LlamaForCausalLM.*21 whole on every device"):
         sharded(tiny.llama(1), accelerator)
     assert (plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap) == ("policy", ["Block"])
+
+
+def test_networks_that_accelerate_cannot_divide():
+    plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
+    with pytest.raises(UnsupportedError, match="(?s)looks for the input embeddings.*found: ResNetForImage"):
+        name_blocks(tiny.resnet(), accelerator)
+    with pytest.raises(UnsupportedError, match="(?s)ZeroShot.* saved buffers as well.*: false.*classifier.weight"):
+        name_blocks(devices_script.zero_shot(), accelerator)
+    model = tiny.vit()
+    blocks = set(model._no_split_modules)
+    name_blocks(model, accelerator)
+    assert blocks - model._no_split_modules == {"ViTEmbeddings"} and model._no_split_modules == {"ViTLayer"}
 
 
 def test_models_that_were_loaded_in_parts():

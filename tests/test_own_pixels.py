@@ -11,6 +11,7 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
     CLIPImageProcessorPil,
+    ConvNextImageProcessorPil,
     Trainer,
     TrainingArguments,
     ViTImageProcessorPil,
@@ -138,6 +139,7 @@ def test_processors_that_make_the_same():
     assert is_same_pixels(GREY, None) and is_same_pixels(None, GREY)
     assert is_same_pixels(LARGE, ViTImageProcessorPil.from_dict(LARGE.to_dict()))
     assert not is_same_pixels(LARGE, GREY) and not is_same_pixels(CROPPED, GREY)
+    assert not is_same_pixels(ConvNextImageProcessorPil(crop_pct=0.9), ConvNextImageProcessorPil(crop_pct=0.8))
 
 
 def test_inputs_go_to_whom_they_belong():

@@ -398,6 +398,8 @@ def test_a_report_grows_by_methods_and_targets(places):
     whole = evaluate(output_dir=None)
     assert figures_of(report) == {key: value for key, value in figures_of(whole).items() if key in figures_of(report)}
     assert list(report.source.figures) == ["pretrained", "prt", "eft"]
+    later = evaluate(["two"], methods=("eft", "prt"), eft=None, progress=progress)
+    assert "eft" in later.targets["two"].figures and later.notes == [], "EFT is left out of nothing"
 
 
 def test_the_report_of_another_evaluation_is_not_touched(places):

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import shlex
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -206,12 +207,12 @@ def _trainer(options: Options, config, task: str, saved):
     except (ValueError, TypeError) as error:
         raise PRTValueError("The model refuses the options.", found=str(error)) from error
     network = model.network if saved else model
-    with config.main_process_first(desc="preparing the data"):
-        parts = _rows(options, config, task, network, processing_class)
     backbones = options.model.backbone
     if backbones and not saved:
         # The model itself is in memory: None stands for it.
         backbones = [None if name == options.model.model_name_or_path else name for name in backbones]
+    with config.main_process_first(desc="preparing the data"):
+        parts = _rows(options, config, task, network, processing_class, _places(backbones, saved))
     trainer_class = PRTSFTTrainer if task == TEXT_GENERATION else PRTTrainer
     try:
         return trainer_class(
@@ -265,7 +266,18 @@ def _required(processing_class, name: str, task: str):
     return processing_class
 
 
-def _rows(options: Options, config, task: str, network, processing_class) -> list:
+def _places(backbones: list[str | None] | None, saved) -> list[tuple[str | None, str | None]]:
+    """Id and revision of every source backbone; None for the model's own base, and for what was made in memory."""
+    from ..backbones import is_own_base
+
+    if backbones or not saved:
+        return [(name, None) for name in backbones or [None]]
+    sources = [saved.source_backbone or saved.reward_base, *saved.more_source_backbones]
+    is_own = [saved.is_adapter and is_own_base(saved, source) for source in sources]
+    return [(None if own else source.id, source.revision) for source, own in zip(sources, is_own, strict=True)]
+
+
+def _rows(options: Options, config, task: str, network, processing_class, backbones: list) -> list:
     """To tune on, and to evaluate on if that is asked for."""
     from ..data import load_data, require_split
 
@@ -273,10 +285,26 @@ def _rows(options: Options, config, task: str, network, processing_class) -> lis
     parts = load_data(data.dataset_name, data.dataset_config)
     splits = [data.dataset_train_split, *([data.dataset_test_split] if config.do_eval else [])]
     rows = [require_split(parts, split, data.dataset_name) for split in splits]
-    return [_prepared(part, data, config, task, network, processing_class) for part in rows]
+    return [_prepared(part, data, config, task, network, processing_class, backbones) for part in rows]
 
 
-def _prepared(rows, data: DataOptions, config, task: str, network, processing_class):
+def _pixels(config, processing_class, backbones: list) -> dict:
+    """What makes the columns of pixels: the reward's, and those of every backbone that wants others."""
+    from ..data import pixel_values
+    from ..loading import load_processing_class
+    from ..own_pixels import PIXELS, is_same_pixels
+    from ..pretrained import IMAGE_CLASSIFICATION, load_config
+
+    pixels = {PIXELS: partial(pixel_values, image_processor=processing_class, config=config)}
+    for index, (name, revision) in enumerate(backbones):
+        theirs = None if name is None else load_processing_class(name, IMAGE_CLASSIFICATION, revision=revision)
+        if not is_same_pixels(processing_class, theirs):
+            make = partial(pixel_values, image_processor=theirs, config=load_config(name, revision=revision))
+            pixels[f"backbone_{index}_{PIXELS}"] = make
+    return pixels
+
+
+def _prepared(rows, data: DataOptions, config, task: str, network, processing_class, backbones: list):
     """What the trainer takes: language models' rows as they are, classifiers' as inputs and labels."""
     from ..data import check_language_rows, classified_images, classified_texts
     from ..pretrained import IMAGE_CLASSIFICATION, TEXT_GENERATION, context_length, unwrap_adapter
@@ -289,8 +317,8 @@ def _prepared(rows, data: DataOptions, config, task: str, network, processing_cl
             data.dataset_name,
             image_column=data.image_column,
             label_column=data.label_column,
-            config=model_config,
-            image_processor=processing_class,
+            id2label=model_config.id2label,
+            pixels=_pixels(model_config, processing_class, backbones),
             is_lazy=not config.precompute_backbone,
         )
     limit = context_length(network)

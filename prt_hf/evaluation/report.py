@@ -157,7 +157,7 @@ def portability_report(
     )
     if output_dir is not None:
         report = _continued(report, output_dir)
-    report.notes = _left_out(methods, of_eft, of_tuned, of_targets)
+    report.notes = _left_out(methods, report, of_targets if of_eft else (), of_tuned, of_targets)
     for target, of_target in of_targets.items():
         networks = {SOURCE: of_source, TARGET: of_target, TUNED_SOURCE: of_eft, TUNED_TARGET: of_tuned.get(target)}
         run = _Run(reward, report, report.targets.setdefault(target, Place(target)), networks)
@@ -357,13 +357,18 @@ def _continued(report: PortabilityReport, output_dir: str | Path) -> Portability
     return earlier
 
 
-def _left_out(methods, of_eft, of_tuned: Mapping, of_targets: Mapping) -> list[str]:
+def _left_out(methods, report: PortabilityReport, with_eft, with_tuned, targets) -> list[str]:
+    """What neither this run nor an earlier one measures."""
+
+    def without(method: str, given) -> list[str]:
+        earlier = [name for name, place in report.targets.items() if method in place.figures]
+        return [name for name in targets if method in methods and name not in (*given, *earlier)]
+
     notes = []
-    if "eft" in methods and of_eft is None:
+    if without("eft", with_eft):
         notes.append("EFT is left out: it needs the fine-tuned source (`eft=`)")
-    without = [name for name in of_targets if name not in of_tuned]
-    if "finetuned" in methods and without:
-        notes.append(f"fine-tuned is left out, for want of the model (`finetuned=`), at: {', '.join(without)}")
+    if names := without("finetuned", with_tuned):
+        notes.append(f"fine-tuned is left out, for want of the model (`finetuned=`), at: {', '.join(names)}")
     return notes
 
 

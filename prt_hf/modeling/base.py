@@ -25,7 +25,7 @@ from ..contract import Contract, LabelContract, ModelReference, RewardConfig, Vo
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
 from ..hub import local_folder
-from ..loading import check_same_model, load_base, load_processing_class, processing_class_of
+from ..loading import check_same_model, load_base, load_processing_class, processing_class_of, save_processing_class
 from ..own_pixels import PRTImageProcessor
 from ..passes import MixedPass, Pass, bare_base, can_mix
 from ..pretrained import (
@@ -295,8 +295,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                     state = state_dict and _without_prefix(state_dict, f"reward_networks.{index}.")
                     entry = save_beside(reward, staged / name, folder / name, state)
                 config.reward_references[index] = entry | {"strength": float(strength)}
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(staged)
+            save_processing_class(self.processing_class, staged)
             if self.can_generate():
                 self.generation_config.save_pretrained(staged)
             if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
