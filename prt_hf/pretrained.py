@@ -382,5 +382,6 @@ def _task_of_class(class_name: str, model_id: str) -> str:
         f"{model_id or class_name} has no head that predicts tokens or class labels.",
         expected="a causal language model, a sequence classifier or an image classifier",
         found=class_name,
-        remedy="name a checkpoint that was trained for the task: a new head knows nothing that a reward could build on",
+        remedy="name a checkpoint that was trained for the task: a new head knows nothing that a reward could build "
+        "on. Of CLIP and its kin, `zero_shot_classifier` makes an image classifier",
     )

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
+from transformers import ViTImageProcessorPil
 
-from prt_hf import RewardModel
-from prt_hf.benchmark import train
+from prt_hf import PRTForImageClassification, RewardModel
+from prt_hf.benchmark import train, vision
 from prt_hf.benchmark.decode import (
     ASSISTED,
     BARE,
@@ -187,3 +188,79 @@ def test_bench_train_prints_one_object(capsys, monkeypatch):
     assert main([*arguments, "--growth"]) == 0
     out = capsys.readouterr().out
     assert all(f"{name} x 2" in out for name in ("length", "vocab_size", "batch_size"))
+
+
+# Images
+
+
+TINY = {"image_size": 8, "patch_size": 4, "num_labels": 5}
+SIZES = {
+    "COMMON": TINY,
+    "LARGE": {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 2},
+    "SMALL": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 1},
+}
+
+
+def test_vision_figures_by_hand():
+    """The fastest round of every row counts: bare 4 s, reward 1 s, source 3 s for 8 images."""
+    timings = vision.VisionTimings("float32", images=8)
+    seconds = {vision.BARE: 4.0, vision.PRT: 6.25, vision.EFT: 10.0, vision.REWARD: 1.0, vision.SOURCE: 3.0}
+    timings.rows = {row: [value + 1, value, value + 2] for row, value in seconds.items()}
+    assert set(seconds) == set(vision.ROWS)
+    assert timings.speed(vision.BARE) == 2 and timings.ratio(vision.PRT) == pytest.approx(4 / 6.25)
+    assert timings.limit == pytest.approx(4 / 5) and timings.eft_limit == pytest.approx(4 / 8)
+    assert timings.figures == pytest.approx({"prt_of_limit": 0.8, "prt_vs_eft": 1.6})
+
+
+@pytest.mark.parametrize("adapter", [None, LoraConfig(target_modules=["q_proj", "v_proj"])], ids=["full", "adapter"])
+def test_every_row_of_vision_runs_what_it_says(adapter):
+    """Two networks for PRT, three for EFT, each once; labels in another order and other pixels for the reward."""
+    names = tiny.COLOURS[::-1]
+    reward = RewardModel.from_base(tiny.vit(1, image_size=12), peft_config=adapter)
+    model = PRTForImageClassification.from_parts(tiny.resnet(2, names=names), [reward])
+    calls = []
+    for name, network in (("backbone", model.backbone), ("reward", reward.network)):
+        network.register_forward_hook(lambda *_, name=name: calls.append(name))
+    pixels = {"pixel_values": torch.randn(3, 1, 8, 8), "reward_0_pixel_values": torch.randn(3, 1, 12, 12)}
+    timings = vision.time_vision(model, pixels, rounds=2)
+    assert tuple(timings.rows) == vision.ROWS and timings.images == 3
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in timings.rows.values())
+    # The source of a full reward is a copy, hook and all; an adapter's is its bare base.
+    of_source = [] if adapter else ["reward"]
+    a_round = ["backbone", "backbone", "reward", *["reward", *of_source, "backbone"], "reward", *of_source]
+    assert calls == 3 * a_round
+
+
+def test_vision_times_one_reward_only():
+    rewards = [RewardModel.from_base(tiny.vit(seed)) for seed in (1, 2)]
+    model = PRTForImageClassification.from_parts(tiny.vit(3), rewards)
+    with pytest.raises(PRTValueError, match="one reward, 1 round or more\n  found: 2 rewards, 5 rounds"):
+        vision.time_vision(model, vision.pixels_for(model, 1, seed=0))
+
+
+def test_bench_vision_prints_one_object(capsys, monkeypatch):
+    for name, size in SIZES.items():
+        monkeypatch.setattr(vision, name, size)
+    arguments = ["bench", "vision", "--batch-size=2", "--rounds=1", "--dtype", "float32", "bfloat16"]
+    assert main([*arguments, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert set(record) == {"hardware", "versions", "settings", "timings", "figures"}
+    assert set(record["figures"]) == {"prt_of_limit", "prt_vs_eft"} and min(record["figures"].values()) > 0
+    assert [timing["dtype"] for timing in record["timings"]] == ["float32", "bfloat16"]
+    assert record["settings"]["pixels"] == {"pixel_values": [3, 8, 8]}
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "limits of PRT t_b / (t_b + t_r) = " in out and out.count("source by itself") == 2
+
+
+def test_bench_vision_with_models_that_want_other_pixels(tmp_path, capsys):
+    for name, size in (("backbone", 8), ("source", 12)):
+        tiny.vit(1, image_size=size, num_channels=3).save_pretrained(tmp_path / name)
+        ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(tmp_path / name)
+    RewardModel.from_base(str(tmp_path / "source")).save_pretrained(tmp_path / "reward")
+    own = ["--reward", str(tmp_path / "reward"), "--backbone", str(tmp_path / "backbone")]
+    assert main(["bench", "vision", "--json", *own, "--batch-size=2", "--rounds=1", "--dtype=float32"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["pixels"] == {"pixel_values": [3, 8, 8], "reward_0_pixel_values": [3, 12, 12]}
+    assert main(["bench", "vision", *own[:2]]) == 1
+    assert "expected: --reward and --backbone" in capsys.readouterr().err

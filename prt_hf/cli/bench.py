@@ -1,4 +1,4 @@
-"""`prt-hf bench`: what decoding and tuning cost, on this machine."""
+"""`prt-hf bench`: what decoding, classifying and tuning cost, on this machine."""
 
 import argparse
 import json
@@ -23,6 +23,11 @@ TRAIN_FIGURES = {
     "memory_vs_plain": "peak memory of the step, another backbone / plain",
 }
 
+VISION_FIGURES = {
+    "prt_of_limit": "PRT / bare, of its limit t_b / (t_b + t_r)",
+    "prt_vs_eft": "PRT / EFT",
+}
+
 
 def add_parser(commands) -> argparse.ArgumentParser:
     parser = commands.add_parser(
@@ -37,9 +42,6 @@ def add_parser(commands) -> argparse.ArgumentParser:
         description="Greedy decoding, one text at a time: bare backbone, PRT, PRT with speculation, EFT. Without "
         "models of your own, small ones are trained on the spot, and the new one is grown to 25 million parameters "
         "without changing its function; the whole takes about five minutes on two cores.",
-    )
-    decode.add_argument(
-        "--dtype", nargs="+", choices=("bfloat16", "float32", "float16"), default=["bfloat16", "float32"]
     )
     decode.add_argument("--new-tokens", type=positive(int), default=64, help="default: %(default)s")
     own = decode.add_argument_group("models of your own", "all of them")
@@ -61,7 +63,22 @@ def add_parser(commands) -> argparse.ArgumentParser:
     train.add_argument(
         "--growth", action="store_true", help="time twice the length, vocabulary and batch as well, each by itself"
     )
-    for kind, function in ((decode, _decode), (train, _train)):
+    vision = kinds.add_parser(
+        "vision",
+        help="image classification, a batch at a time",
+        description="Classify a batch of images: bare backbone, PRT, EFT. Without models of your own, random ones of "
+        "the shapes of ViT-B/16 and, for the reward, ViT-S/16, which take as long as trained ones; the whole takes a "
+        "minute or two.",
+    )
+    vision.add_argument("--batch-size", type=positive(int), default=4, help="images; default: %(default)s")
+    own = vision.add_argument_group("models of your own", "both of them; random images, in each one's own pixels")
+    own.add_argument("--reward", help="a reward for images: folder or Hub id")
+    own.add_argument("--backbone", help="the backbone to classify with: folder or Hub id")
+    for kind in (decode, vision):
+        kind.add_argument(
+            "--dtype", nargs="+", choices=("bfloat16", "float32", "float16"), default=["bfloat16", "float32"]
+        )
+    for kind, function in ((decode, _decode), (train, _train), (vision, _vision)):
         kind.add_argument("--rounds", type=positive(int), default=5, help="default: %(default)s")
         kind.add_argument("--device", default="cpu", help="default: %(default)s")
         kind.add_argument("--seed", type=int, default=0, help="of the models made here; default: %(default)s")
@@ -215,4 +232,74 @@ def _describe(record: dict, found: list) -> str:
         ]
         lines += [f"{row:<44}{timing.speed(row):>10.1f}{timing.ratio(row):>9.2f}" for row in timing.rows]
         lines += [f"{text:<53}{timing.figures[name]:>10.2f}" for name, text in DECODE_FIGURES.items()]
+    return "\n".join(lines)
+
+
+def _vision(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm.auto import tqdm
+    from transformers.utils import logging
+
+    from ..benchmark.machine import hardware, versions
+    from ..benchmark.vision import pixels_for, time_vision
+
+    logging.set_verbosity_error()
+    model = _image_model(args)
+    inputs = pixels_for(model, args.batch_size, args.seed)
+    found = []
+    for name in args.dtype:
+        found.append(
+            time_vision(
+                model.to(dtype=getattr(torch, name), device=args.device),
+                inputs,
+                rounds=args.rounds,
+                progress=lambda rounds, name=name: tqdm(rounds, desc=f"timing in {name}", unit="round"),
+            )
+        )
+    settings = {
+        "backbone_parameters": model.backbone.num_parameters(),
+        "reward_parameters": model.reward_networks[0].num_parameters(),
+        "batch_size": args.batch_size,
+        "pixels": {name: list(pixels.shape[1:]) for name, pixels in inputs.items()},
+        "rounds": args.rounds,
+        "device": args.device,
+    }
+    record = {"hardware": hardware(), "versions": versions(), "settings": settings}
+    if args.json:
+        timings = [vars(timing) | {"limit": timing.limit, "figures": timing.figures} for timing in found]
+        print(json.dumps(record | {"timings": timings, "figures": found[0].figures}))
+    else:
+        print(_describe_vision(record, found))
+
+
+def _image_model(args):
+    from ..benchmark.vision import random_model
+    from ..modeling import PRTForImageClassification
+
+    if not (args.reward or args.backbone):
+        return random_model(args.seed)
+    if not (args.reward and args.backbone):
+        raise PRTValueError(
+            "Models of your own are incomplete.", expected="--reward and --backbone", found=str(vars(args))
+        )
+    return PRTForImageClassification.from_parts(args.backbone, [args.reward])
+
+
+def _describe_vision(record: dict, found: list) -> str:
+    hardware, settings = record["hardware"], record["settings"]
+    pixels = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in settings["pixels"].items())
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in (hardware | record["versions"]).items()),
+        f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, reward "
+        f"{settings['reward_parameters'] / 1e6:.1f} M; {settings['batch_size']} images, {pixels}, "
+        f"fastest of {settings['rounds']} rounds",
+    ]
+    for timing in found:
+        lines += [
+            "",
+            f"{timing.dtype}: limits of PRT t_b / (t_b + t_r) = {timing.limit:.3f}, of EFT {timing.eft_limit:.3f}",
+            f"{'':<24}{'images/s':>10}{'/ bare':>9}",
+        ]
+        lines += [f"{row:<24}{timing.speed(row):>10.2f}{timing.ratio(row):>9.3f}" for row in timing.rows]
+        lines += [f"{text:<34}{timing.figures[name]:>9.3f}" for name, text in VISION_FIGURES.items()]
     return "\n".join(lines)

@@ -1,0 +1,155 @@
+"""Image classification, a batch at a time: bare backbone, PRT, EFT, side by side in one run.
+
+Every round times every row in turn. A figure is made of the fastest rounds, because other programs only ever add time.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import ViTConfig, ViTForImageClassification
+
+from ..errors import PRTValueError
+from ..functional import combine
+from ..modeling import PRTForImageClassification
+from ..own_pixels import PIXELS, split_inputs
+from ..passes import bare_base
+from ..reward_model import RewardModel
+from .machine import now
+
+BARE = "bare"
+PRT = "PRT"
+EFT = "EFT"
+REWARD = "reward by itself"
+SOURCE = "source by itself"
+ROWS = (BARE, PRT, EFT, REWARD, SOURCE)
+# ViT-S/16 and ViT-B/16: how fast a model runs depends on its shape only.
+SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}
+LARGE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
+COMMON = {"image_size": 224, "patch_size": 16, "num_labels": 1000}
+
+
+@dataclass
+class VisionTimings:
+    """
+    Attributes:
+        images: in a batch.
+        rows: seconds of a batch, by row and round.
+    """
+
+    dtype: str
+    images: int
+    rows: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ROWS})
+
+    def seconds(self, row: str) -> float:
+        return min(self.rows[row])
+
+    def speed(self, row: str) -> float:
+        """Images per second."""
+        return self.images / self.seconds(row)
+
+    def ratio(self, row: str, to: str = BARE) -> float:
+        return self.speed(row) / self.speed(to)
+
+    @property
+    def limit(self) -> float:
+        """What PRT could reach of the bare backbone: t_b / (t_b + t_r)."""
+        return self.seconds(BARE) / (self.seconds(BARE) + self.seconds(REWARD))
+
+    @property
+    def eft_limit(self) -> float:
+        """What EFT could reach, which runs the source as well."""
+        return self.seconds(BARE) / sum(map(self.seconds, (BARE, REWARD, SOURCE)))
+
+    @property
+    def figures(self) -> dict[str, float]:
+        return {"prt_of_limit": self.ratio(PRT) / self.limit, "prt_vs_eft": self.ratio(PRT, EFT)}
+
+
+@torch.no_grad()
+def time_vision(
+    model: PRTForImageClassification,
+    inputs: dict[str, torch.Tensor],
+    *,
+    rounds: int = 5,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> VisionTimings:
+    """A batch through every row.
+
+    Args:
+        model: with one reward. EFT takes the reward's network for the fine-tuned source, which has its shape.
+        inputs: pixels of model and reward, as `model.processing_class` makes them.
+        progress: wraps the rounds.
+
+    Raises:
+        PRTValueError: several rewards, of which EFT knows none.
+    """
+    if len(model.rewards) != 1 or rounds < 1:
+        raise PRTValueError(
+            "There is nothing to time.",
+            expected="a PRT model with one reward, 1 round or more",
+            found=f"{len(model.rewards)} rewards, {rounds} rounds",
+        )
+    model.eval()
+    backbone, reward = model.backbone, model.rewards[0]
+    is_adapter = reward.config.is_adapter
+    source = bare_base(reward.network) if is_adapter else copy.deepcopy(reward.network)
+    inputs = {name: pixels.to(backbone.device, backbone.dtype) for name, pixels in inputs.items()}
+    of_backbone, (own,) = split_inputs(inputs, "reward", 1)
+    of_reward = of_backbone | own
+
+    def eft() -> torch.Tensor:
+        """log pi_pt + log pi_ft_old - log pi_pt_old"""
+        tuned, pretrained = (
+            network(**of_reward).logits[..., model.orders[0]].float().log_softmax(-1)
+            for network in (reward.network, source)
+        )
+        return combine(backbone(**of_backbone).logits, tuned - pretrained)
+
+    ways = {
+        BARE: lambda: backbone(**of_backbone),
+        PRT: lambda: model(**inputs),
+        EFT: eft,
+        REWARD: lambda: reward.network(**of_reward),
+        SOURCE: lambda: source(**of_reward),
+    }
+    timings = VisionTimings(str(backbone.dtype).removeprefix("torch."), len(inputs[PIXELS]))
+    for round_ in progress(range(rounds + 1)):
+        for name, classify in ways.items():
+            start = now(backbone)
+            classify()
+            seconds = now(backbone) - start
+            if round_:  # the first one warms up
+                timings.rows[name].append(seconds)
+    return timings
+
+
+def random_model(seed: int) -> PRTForImageClassification:
+    """A reward of ViT-S/16's shape on a backbone of ViT-B/16's, with random weights; 1000 labels, 224 x 224 pixels."""
+    torch.manual_seed(seed)
+    backbone, base = (ViTForImageClassification(ViTConfig(**COMMON | size)).eval() for size in (LARGE, SMALL))
+    return PRTForImageClassification.from_parts(backbone, [RewardModel.from_base(base)])
+
+
+def pixels_for(model: PRTForImageClassification, count: int, seed: int) -> dict[str, torch.Tensor]:
+    """Of random images, as backbone and reward want them; their values do not matter.
+
+    Raises:
+        PRTValueError: nothing tells what pixels the backbone wants.
+    """
+    generator = np.random.default_rng(seed)
+    if model.processing_class is not None:
+        images = [Image.fromarray(generator.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(count)]
+        return dict(model.processing_class(images, return_tensors="pt"))
+    config = model.backbone.config
+    size = getattr(config, "image_size", None)
+    if not isinstance(size, int):
+        raise PRTValueError(
+            "The size of the backbone's images is unknown.",
+            expected="an image processor beside its weights, or `image_size` in its configuration",
+            found=repr(size),
+        )
+    return {PIXELS: torch.from_numpy(generator.standard_normal((count, config.num_channels, size, size))).float()}
