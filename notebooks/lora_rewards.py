@@ -9,11 +9,9 @@ Pairs: "prose" (the demo's two Llamas, pretrained here once), "stories" (stories
 
 import argparse
 import copy
-import importlib.util
 import json
 import math
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -26,8 +24,8 @@ from pathlib import Path
 import peft
 import torch
 import transformers
-from datasets import load_dataset
 from peft import LoraConfig, PeftModel
+from real_models import MILD, cifar10, hardware, resnets, story_models, text_rows, versions
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -39,7 +37,6 @@ from prt_hf.demo.text import TextSettings, bullet_lists, collator_of, llama
 from prt_hf.demo.training import Steps, fit
 
 IGNORED = -100
-STORY_LENGTH = 160  # tokens; the models have seen 256 at most
 MEASURES = {
     "prose": "nats per token, lower is better",
     "stories": "nats per token, lower is better",
@@ -260,37 +257,21 @@ def prose_pair(work: Path) -> Pair:
 
 
 def stories_pair(assets: Path) -> Pair:
-    names = {"source": "stories-old", "target": "stories260K"}
-    tokenizer = AutoTokenizer.from_pretrained(assets / names["source"])
-    models = {place: AutoModelForCausalLM.from_pretrained(assets / name) for place, name in names.items()}
-    sets = []
-    for split in ("train", "test"):
-        lines = (assets / "text" / f"bullet_stories_{split}.jsonl").read_text().splitlines()
-        ids = tokenizer([json.loads(line)["text"] for line in lines])["input_ids"]
-        sets.append([[*row, tokenizer.eos_token_id][:STORY_LENGTH] for row in ids])
+    models, tokenizer = story_models(assets)
+    sets = [text_rows(assets, tokenizer, f"bullet_stories_{split}") for split in ("train", "test")]
     return text_pair(models, tokenizer, *sets, steps=300, batch_size=16)
 
 
 def cifar_pair(assets: Path) -> Pair:
-    spec = importlib.util.spec_from_file_location("cifar_resnet", assets / "cifar_resnet.py")
-    cifar = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(cifar)
-    models = {"source": cifar.load_cifar_resnet("resnet20"), "target": cifar.load_cifar_resnet("resnet32")}
-    sets = []
-    for split, seed in (("train", 0), ("test", 1)):
-        data = load_dataset("parquet", data_files=str(assets / "cifar10" / f"{split}.parquet"), split="train")
-        images = torch.cat([cifar.preprocess(data[i : i + 500]["image"]) for i in range(0, len(data), 500)])
-        noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-        sets.append((images + 0.05 * 0.5 / 0.226 * noise, torch.tensor(data["label"])))
-    test = list(zip(*(part.split(250) for part in sets[1]), strict=True))
-    return Pair(models, None, *sets[0], test, hits, lr=3e-3, steps=234, batch_size=128)
+    train, test = (cifar10(assets, split, MILD) for split in ("train", "test"))
+    test = list(zip(*(part.split(250) for part in test), strict=True))
+    return Pair(resnets(assets), None, *train, test, hits, lr=3e-3, steps=234, batch_size=128)
 
 
 def measure(names: list[str], seeds: list[int], assets: Path, work: Path, output: Path) -> dict:
     """Run what the output does not hold yet; it is written after every run."""
     results = json.loads(output.read_text()) if output.exists() else {"pairs": {}}
-    results["machine"] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-    results["versions"] = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
+    results |= {"machine": hardware(), "versions": versions()}
     for name in names:
         pair = prose_pair(work) if name == "prose" else {"stories": stories_pair, "cifar": cifar_pair}[name](assets)
         entry = results["pairs"].setdefault(name, {"runs": []})
@@ -313,12 +294,6 @@ def measure(names: list[str], seeds: list[int], assets: Path, work: Path, output
                 output.write_text(json.dumps(results, indent=1) + "\n")
                 print(name, label, seed, done["figures"], entry["runs"][-1]["seconds"], flush=True)
     return results
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def table(results: dict) -> str:

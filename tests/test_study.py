@@ -1,25 +1,16 @@
 """What notebooks/lora_rewards.md says is what was measured."""
 
-import importlib.util
 import json
 import statistics
-import sys
 from pathlib import Path
 
+import lora_rewards
 import pytest
 import tiny
 
 from prt_hf import default_peft_config
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
-
-
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("lora_rewards", NOTEBOOKS / "lora_rewards.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+NOTEBOOKS = Path(lora_rewards.__file__).parent
 
 
 @pytest.fixture(scope="module")
@@ -27,17 +18,17 @@ def results():
     return json.loads((NOTEBOOKS / "lora_rewards.json").read_text())
 
 
-def test_the_tables_are_those_of_the_figures(study, results):
-    assert study.table(results).strip() in (NOTEBOOKS / "lora_rewards.md").read_text()
+def test_the_tables_are_those_of_the_figures(results):
+    assert lora_rewards.table(results).strip() in (NOTEBOOKS / "lora_rewards.md").read_text()
 
 
-def test_every_configuration_has_three_seeds(study, results):
+def test_every_configuration_has_three_seeds(results):
     for name, entry in results["pairs"].items():
         seeds = {
             label: sorted(run["seed"] for run in entry["runs"] if run["label"] == label)
             for label in entry_labels(entry)
         }
-        assert seeds == {label: [0, 1, 2] for label in study.configurations(name)}
+        assert seeds == {label: [0, 1, 2] for label in lora_rewards.configurations(name)}
 
 
 def test_the_default_is_the_recommended_one(results):
