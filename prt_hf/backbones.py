@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from .config import PRTConfig
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, contract_to_dict
-from .errors import PRTValueError
+from .errors import PRTValueError, UnsupportedError
 from .fingerprints import weights_digest_of_files, weights_digest_of_model
-from .functional import IGNORE_INDEX, Projection
+from .functional import IGNORE_INDEX
+from .fused import Projection
 from .heads import Head, last_hidden_state, projection, why_not_projected
 from .hub import commit_of, has_file
 from .loading import load_base, load_processing_class, processing_class_of
@@ -95,6 +96,7 @@ class Backbone:
     index = 0
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
+        _check_one_network(reward)
         self._reward, self.network, self._named, self._load_kwargs = reward, None, network, load_kwargs
         if isinstance(network, PreTrainedModel | PeftModel):
             check_bare(network)
@@ -223,6 +225,7 @@ class OwnBase(Backbone):
     one are computed once for both."""
 
     def __init__(self, reward: RewardModel):
+        _check_one_network(reward)
         self._reward, self._named, self._trunk = reward, None, None
         self.processing_class = reward.processing_class
         self.network: PeftModel = reward.network
@@ -379,6 +382,19 @@ def _earlier_source(reward: RewardModel, reference: ModelReference, load_kwargs:
 
 def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:
     return batch.chosen(last_hidden_state(network, batch.inputs))
+
+
+def _check_one_network(reward: RewardModel) -> None:
+    """Raises:
+    UnsupportedError: the reward is not what its network gives.
+    """
+    if reward.config.minus_base:
+        raise UnsupportedError(
+            "An adapter that was carried over is a reward of two networks, and neither tuned nor measured as one.",
+            expected="a reward that PRTTrainer made",
+            found="log pi_ft - log pi_pt",
+            remedy="PRTTrainer(base, distill_from=adapter) makes a reward of it; `prt-hf evaluate --eft` measures it",
+        )
 
 
 def inverse(order: list[int]) -> list[int]:

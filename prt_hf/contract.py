@@ -22,7 +22,8 @@ from .errors import LabelMismatchError, PRTValueError, RewardFileError, Vocabula
 logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
-FORMAT_VERSION = "1.1"  # 1.1: more_source_backbones
+FORMAT_VERSION = "1.2"  # 1.1: more_source_backbones; 1.2: distilled_from, minus_base
+MINUS_BASE_VERSION = "2.0"  # of rewards that readers of 1.1 would take for their networks' logits
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
@@ -266,6 +267,9 @@ class RewardConfig:
         kl_coef (`float`): lambda in training.
         entropy_coef (`float`): alpha of Eq. 12 in training.
         reward_init (`str`): `"pretrained"` (r starts as the base's logits, as in the paper) or `"zero"`.
+        minus_base (`bool`): r is the adapter's logits less its base's, log pi_ft - log pi_pt of emulated fine-tuning:
+            an ordinary adapter that was carried over.
+        distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to.
     """
 
     task: str
@@ -277,6 +281,8 @@ class RewardConfig:
     kl_coef: float = 1.0
     entropy_coef: float = 0.0
     reward_init: str = "pretrained"
+    minus_base: bool = False
+    distilled_from: ModelReference | None = None
     format_version: str = FORMAT_VERSION
 
     @property
@@ -286,7 +292,8 @@ class RewardConfig:
 
     def to_json_string(self) -> str:
         """In the present format, whichever it was read from."""
-        written = {"contract": contract_to_dict(self.contract), "format_version": FORMAT_VERSION}
+        version = MINUS_BASE_VERSION if self.minus_base else FORMAT_VERSION
+        written = {"contract": contract_to_dict(self.contract), "format_version": version}
         return json.dumps(vars(self) | written, indent=2, default=vars) + "\n"
 
     @classmethod
@@ -320,16 +327,16 @@ class RewardConfig:
     @classmethod
     def _from_dict(cls, entries: dict[str, Any]) -> "RewardConfig":
         version = str(entries["format_version"])
-        if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
+        if int(version.split(".")[0]) > int(MINUS_BASE_VERSION.split(".")[0]):
             raise RewardFileError(
                 "The reward was saved by a newer prt_hf.",
-                expected=f"format version {FORMAT_VERSION} or older",
+                expected=f"format version {MINUS_BASE_VERSION} or older",
                 found=version,
                 remedy="pip install --upgrade prt_hf",
             )
         known = _known(cls, entries)
         known["contract"] = contract = contract_from_dict(entries["contract"])
-        for name in ("reward_base", "source_backbone"):
+        for name in ("reward_base", "source_backbone", "distilled_from"):
             if known.get(name) is not None:
                 known[name] = _reference(known[name])
         known["more_source_backbones"] = tuple(map(_reference, entries.get("more_source_backbones", ())))
@@ -342,6 +349,8 @@ class RewardConfig:
             kl_coef=_is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
             entropy_coef=_is_number(config.entropy_coef) and config.entropy_coef >= 0,
             reward_init=isinstance(config.reward_init, str),
+            minus_base=config.minus_base is False
+            or (config.minus_base is True and config.is_adapter and config.task == TEXT_GENERATION),
         )
         return config
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .functional import Projection
+from .fused import Projection
 from .passes import ADAPTER, is_plain
 from .pretrained import unwrap_adapter
 

@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from .adapter import check_initialisation, wrap
-from .contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, ModelReference, RewardConfig
-from .errors import BaseModelMismatchError, RewardFileError
+from .contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig
+from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from .own_pixels import PRTImageProcessor, is_saved_apart
-from .pretrained import AUTO_CLASSES, CONFIG_KWARGS, check_bare, load_pretrained, reference_to
+from .passes import bare_base
+from .pretrained import AUTO_CLASSES, CONFIG_KWARGS, check_bare, load_pretrained, reference_to, task_of
 from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
 
 logger = logging.get_logger(__name__)
@@ -35,23 +36,100 @@ def load_adapter(
             base = load_pretrained(source, token=token, **load_kwargs)
         check_bare(base)
         check_same_model(config.reward_base, base)
-    peft_config = _read_peft_config(folder, config)
-    peft_config.inference_mode = False
-    network = wrap(base, peft_config)
-    weights = read_weights(folder / ADAPTER_WEIGHTS)
-    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    wrong = (expected.keys() ^ weights.keys()) | {
-        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
-    }
-    if wrong:
-        raise BaseModelMismatchError(
-            "The adapter's weights do not fit its base.",
-            expected=f"{len(expected)} tensors for {config.reward_base}",
-            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
-            remedy="load the reward on the base that it was tuned on",
-        )
-    set_peft_model_state_dict(network, weights)
+    network = _on_base(base, _read_peft_config(folder, config.reward_base.id), folder)
+    if config.minus_base:
+        check_switchable(network, base)
     return network, source
+
+
+def read_ordinary_adapter(folder: Path) -> PeftConfig:
+    """The configuration of a PEFT adapter that was not made as a reward, after a check that its weights can be loaded.
+
+    Raises:
+        PRTValueError: it is a reward.
+        RewardFileError: no adapter there, or a damaged or pickled one.
+        UnsupportedError: what it does depends on the text, or on other adapters.
+    """
+    if (folder / PRT_CONFIG_NAME).exists():
+        raise PRTValueError(
+            f"{folder} is a reward, and no ordinary adapter.",
+            expected="an adapter of a fine-tuned language model",
+            found=PRT_CONFIG_NAME,
+            remedy="RewardModel.from_pretrained",
+        )
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise RewardFileError(
+                f"{folder} holds no adapter that can be loaded.",
+                expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
+                found=f"no {name}; pickled weights can run code and are not loaded",
+                remedy="convert the weights to safetensors, or name another folder",
+            )
+    peft_config = _read_peft_config(folder, None)
+    is_of_text = bool(getattr(peft_config, "alora_invocation_tokens", None)) or peft_config.peft_type == PeftType.XLORA
+    if peft_config.is_prompt_learning or is_of_text:
+        raise UnsupportedError(
+            "The adapter does not change layers once and for all, so it cannot be switched on and off side by side.",
+            expected="an adapter of layers (LoRA and its kin)",
+            found=f"{peft_config.peft_type.value}{' with alora_invocation_tokens' if is_of_text else ''}",
+            remedy="fine-tune a LoRA adapter, or distil the fine-tuned model into a reward",
+        )
+    return peft_config
+
+
+def load_ordinary_adapter(
+    folder: Path, base_model: str | PreTrainedModel | None, token: str | bool | None, load_kwargs: dict
+) -> PeftModel:
+    """A PEFT adapter that was not made as a reward, on its base; by default the one that it names.
+
+    Raises:
+        PRTValueError: it names no base, or its base is no language model.
+        BaseModelMismatchError: its weights do not fit the base.
+        UnsupportedError: it cannot be switched off.
+        RewardFileError: no adapter there, or a damaged or pickled one.
+    """
+    peft_config = read_ordinary_adapter(folder)
+    base = base_model
+    if not isinstance(base, torch.nn.Module):
+        name, revision = str(base), None
+        if base is None:
+            name, revision = peft_config.base_model_name_or_path, peft_config.revision
+        if not name:
+            raise PRTValueError(
+                f"{folder / ADAPTER_CONFIG} names no base.",
+                expected="`base_model_name_or_path`",
+                found=repr(name),
+                remedy="`base_model=` the model that it was tuned on",
+            )
+        pinned = {"revision": revision} if revision else {}
+        base = load_pretrained(name, **{"token": token} | load_kwargs | pinned)
+    check_bare(base)
+    if task_of(base) != TEXT_GENERATION or peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise PRTValueError(
+            "Only adapters of causal language models are carried over.",
+            expected="a base for text-generation, and task_type CAUSAL_LM",
+            found=f"{type(base).__name__}, {peft_config.task_type}",
+        )
+    network = _on_base(base, peft_config, folder)
+    check_switchable(network, base)
+    return network.eval()
+
+
+def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
+    """Raises:
+    UnsupportedError: without its adapted layers the network is not the base.
+    """
+    off = bare_base(network)
+    kinds = [[(name, type(module)) for name, module in model.named_modules()] for model in (off, base)]
+    weights = [{name: value.data_ptr() for name, value in model.named_parameters()} for model in (off, base)]
+    changed = [name for name, place in weights[0].items() if place != weights[1].get(name)]
+    if kinds[0] != kinds[1] or changed:
+        raise UnsupportedError(
+            "The adapter changes its base's own weights or modules, so it cannot be switched off.",
+            expected="an adapter beside its base (LoRA with bias='none')",
+            found=f"{network.peft_config['default'].peft_type.value}, {changed[:3] or 'other modules'}",
+            remedy="distil the fine-tuned model into a reward",
+        )
 
 
 def load_full(
@@ -156,8 +234,42 @@ def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):
     return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
 
 
-def _read_peft_config(folder: Path, config: RewardConfig) -> PeftConfig:
+def _on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> PeftModel:
     """
+    Raises:
+        BaseModelMismatchError: the adapter's weights are another model's.
+    """
+    peft_config.inference_mode = False
+    network = wrap(base, peft_config)
+    weights = read_weights(folder / ADAPTER_WEIGHTS)
+    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    if weights.keys() - expected.keys():  # PEFT saves embeddings and head of the base beside an adapter of them
+        own = get_peft_model_state_dict(network, save_embedding_layers=True)
+        same = [name for name in own.keys() - expected.keys() if name in weights and _is_same(own[name], weights[name])]
+        weights = {name: value for name, value in weights.items() if name not in same}
+    wrong = (expected.keys() ^ weights.keys()) | {
+        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
+    }
+    if wrong:
+        raise BaseModelMismatchError(
+            "The adapter's weights do not fit its base.",
+            expected=f"{len(expected)} tensors for {reference_to(base)}",
+            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
+            remedy="load the adapter on the base that it was tuned on",
+        )
+    set_peft_model_state_dict(network, weights)
+    return network
+
+
+def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    return ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
+
+
+def _read_peft_config(folder: Path, base_id: str | None) -> PeftConfig:
+    """
+    Args:
+        base_id (*optional*): of the base that it must name, if it names any.
+
     Raises:
         RewardFileError: it cannot be read, or describes another adapter than the one that lies beside it.
     """
@@ -171,10 +283,10 @@ def _read_peft_config(folder: Path, config: RewardConfig) -> PeftConfig:
             remedy="download or save the reward again",
         ) from error
     named = peft_config.base_model_name_or_path
-    if config.reward_base.id is not None and named not in (None, config.reward_base.id):
+    if base_id is not None and named not in (None, base_id):
         raise RewardFileError(
             f"{path} and {PRT_CONFIG_NAME} name two bases, of which one is wrong.",
-            expected=config.reward_base.id,
+            expected=base_id,
             found=str(named),
             remedy="download or save the reward again",
         )

@@ -14,17 +14,27 @@ from huggingface_hub import CommitInfo
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME
+from transformers.utils import CONFIG_NAME, logging
 
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
 from .hub import Branch, local_folder
-from .loading import load_base
+from .loading import load_base, read_ordinary_adapter
 from .model_card import PRT_CLASSES, render_recipe_card
-from .pretrained import reference_to
+from .pretrained import load_pretrained, reference_to
 from .publishing import files_to_push, publish, shared_files, warn_of_local_base
-from .reward_files import RECIPE, RECIPE_TYPE, check_place, link_or_copy, recover, weights_digest
+from .reward_files import (
+    ADAPTER_CONFIG,
+    RECIPE,
+    RECIPE_TYPE,
+    check_place,
+    link_or_copy,
+    recover,
+    weights_digest,
+)
 from .reward_model import RewardModel
+
+logger = logging.get_logger(__name__)
 
 RECIPE_VERSION = "1.0"
 _BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
@@ -181,10 +191,17 @@ def push_recipe(folder: str | Path, repo_id: str, **where) -> CommitInfo:
 
 
 def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict):
-    """A reward, and where it lies on the Hub if it does; its base is taken from `bases`, or added to them."""
+    """A reward, and where it lies on the Hub if it does; its base is taken from `bases`, or added to them.
+
+    An ordinary adapter is carried over, and saved with the recipe: its own files do not pin the base.
+    """
     if isinstance(place, RewardModel):
         return place, None
     folder = local_folder(place, token=load_kwargs.get("token"))
+    if (folder / ADAPTER_CONFIG).exists() and not (folder / PRT_CONFIG_NAME).exists():
+        logger.warning(f"{place} has no {PRT_CONFIG_NAME}: taken for an ordinary adapter, log pi_ft - log pi_pt.")
+        base = _base_of_adapter(folder, bases, load_kwargs)
+        return RewardModel.from_adapter(folder, base_model=base, **load_kwargs), None
     config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     kwargs = load_kwargs
     if config.is_adapter:
@@ -198,6 +215,22 @@ def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], l
     if Path(place).is_dir():
         return reward, None
     return reward, {"id": str(place), "revision": folder.name, "weights": weights_digest(folder, config)}
+
+
+def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: dict) -> PreTrainedModel | None:
+    """Of an ordinary adapter: the one of `bases` that it names, else loaded and added; None where it names none."""
+    peft_config = read_ordinary_adapter(folder)
+    name, revision = peft_config.base_model_name_or_path, peft_config.revision
+    if not name:
+        return None
+    for base in bases:
+        found = reference_to(base)
+        is_there = Path(name).is_dir() and found.id == str(Path(name).absolute())
+        if is_there or (found.id == name and revision in (None, found.revision)):
+            return base
+    kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}
+    bases.append(load_pretrained(name, **kwargs | ({"revision": revision} if revision else {})))
+    return bases[-1]
 
 
 def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], load_kwargs: dict):

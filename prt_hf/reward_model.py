@@ -22,7 +22,14 @@ from .contract import (
 )
 from .errors import PRTValueError
 from .hub import local_folder
-from .loading import load_adapter, load_full, load_processing_class, processing_class_of, save_processing_class
+from .loading import (
+    load_adapter,
+    load_full,
+    load_ordinary_adapter,
+    load_processing_class,
+    processing_class_of,
+    save_processing_class,
+)
 from .model_card import render_card
 from .pretrained import (
     IMAGE_CLASSIFICATION,
@@ -187,6 +194,48 @@ class RewardModel(Shareable):
         reward._take_processing_class(folder, source, {"token": token} | load_kwargs)
         return reward
 
+    @classmethod
+    def from_adapter(
+        cls,
+        path_or_repo: str | Path,
+        revision: str | None = None,
+        base_model: str | PreTrainedModel | None = None,
+        *,
+        processing_class=None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        **load_kwargs,
+    ) -> "RewardModel":
+        """Carry an ordinary PEFT adapter of a language model over, without training: r = log pi_ft - log pi_pt, as in
+        emulated fine-tuning. The adapter switched on and off are two rows of one pass of its base. [`PRTTrainer`] makes
+        a reward of half the cost of it (`distill_from`).
+
+        Args:
+            path_or_repo: folder, or repository id, of a LoRA or another adapter of layers.
+            revision, token, subfolder: of the adapter, as in [`from_pretrained`].
+            base_model: what the adapter was tuned on, in memory or where it lies now; by default as
+                `adapter_config.json` names it.
+            processing_class (*optional*): the tokenizer that the adapter was tuned with, by default the one that lies
+                beside it, else its base's.
+            load_kwargs: for `from_pretrained` of the base.
+
+        Raises:
+            RewardFileError: no adapter there, or a damaged or pickled one.
+            BaseModelMismatchError: its weights do not fit its base.
+            UnsupportedError: an adapter that cannot be switched off (prompts, tuned biases of the base).
+            PRTValueError: a reward; or not of a causal language model; or no base, or no tokenizer is known.
+        """
+        folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
+        network = load_ordinary_adapter(folder, base_model, token, load_kwargs)
+        task = task_of(network)
+        if processing_class is None:
+            kwargs = {"token": token} | load_kwargs
+            processing_class = load_processing_class(folder, task, **kwargs | {"revision": None})
+            processing_class = processing_class or processing_class_of(network.get_base_model(), task, **kwargs)
+        contract = contract_of(network, processing_class)
+        config = RewardConfig(task, contract, reference_to(network), minus_base=True)
+        return cls(network, config, processing_class)
+
     @property
     def contract(self) -> Contract:
         return self.config.contract
@@ -220,7 +269,11 @@ class RewardModel(Shareable):
         """
         if "input_ids" in inputs:
             check_length(inputs["input_ids"].shape[1], context_length(self.network))
-        return self.network(**inputs).logits[..., self.columns]
+        logits = self.network(**inputs).logits[..., self.columns]
+        if not self.config.minus_base:
+            return logits
+        with torch.no_grad(), self.network.disable_adapter():
+            return logits - self.network(**inputs).logits[..., self.columns]
 
     def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write plain PEFT files (or those of a full model), the tokenizer or image processor, `prt_config.json`, and a
@@ -248,7 +301,13 @@ class RewardModel(Shareable):
                 card = merged_or_kept(earlier, card)
             write_card(staged, card)  # in the place of PEFT's template
 
-    def trained_with(self, *source_backbones: ModelReference, kl_coef: float, entropy_coef: float) -> None:
+    def trained_with(
+        self,
+        *source_backbones: ModelReference,
+        kl_coef: float,
+        entropy_coef: float,
+        distilled_from: ModelReference | None = None,
+    ) -> None:
         """Write down the training that `network` is about to get."""
         first, *others = source_backbones
         self.config = replace(
@@ -257,6 +316,7 @@ class RewardModel(Shareable):
             more_source_backbones=tuple(others),
             kl_coef=kl_coef,
             entropy_coef=entropy_coef,
+            distilled_from=distilled_from or self.config.distilled_from,
         )
 
     def order_for(self, backbone: PreTrainedModel, processing_class=None) -> slice | list[int]:

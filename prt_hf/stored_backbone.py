@@ -12,7 +12,7 @@ from .backbone_cache import BackboneCache, cache_folder, precompute
 from .backbones import Backbone, Batch, inverse
 from .contract import ModelReference, contract_from_dict
 from .errors import BackboneCacheError, UnsupportedError
-from .functional import Projection
+from .fused import Projection
 from .heads import Head
 from .pretrained import TEXT_GENERATION
 from .reward_model import RewardModel

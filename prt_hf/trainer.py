@@ -16,15 +16,8 @@ from .config import PRTConfig
 from .contract import unwrap_tokenizer
 from .errors import PRTValueError, UnsupportedError
 from .fingerprints import dataset_key
-from .functional import (
-    Projection,
-    check_supervised,
-    combine,
-    fused_prt_loss,
-    fused_prt_statistics,
-    prt_loss,
-    prt_statistics,
-)
+from .functional import check_supervised, combine, prt_loss, prt_statistics
+from .fused import Projection, fused_prt_loss, fused_prt_statistics
 from .heads import last_hidden_state, projection, why_not_projected
 from .own_pixels import PIXELS, split_inputs
 from .pretrained import (
@@ -39,6 +32,7 @@ from .reward_model import RewardModel
 from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks, sharded
 from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
 from .trainer_hub import RewardSaver
+from .tuned import teacher_of
 
 logger = logging.get_logger(__name__)
 
@@ -60,6 +54,10 @@ class PRTTrainer(RewardSaver):
             backbone in evaluation. By default the weights that the reward started from: the same model with the adapter
             switched off, or a frozen copy under a full reward; of a reward that was tuned before, what it was tuned on.
             Of several, every step draws one, and evaluation is the mean over them; None stands for the default.
+        distill_from (`str`, `PeftModel` or `PreTrainedModel`, *optional*): a model that was fine-tuned from the source
+            backbone, whole or as an adapter; folders and Hub ids of either are loaded. The reward is tuned to its
+            distribution: KL(pi_ft || pi_theta) takes the place of the likelihood, at all positions that are supervised,
+            and needs no labels but the text.
         peft_config (`PeftConfig`, *optional*): tunes a reward adapter, see [`default_peft_config`]; without, a full
             reward.
         trainer_kwargs: the Trainer's other arguments (`callbacks`, `compute_metrics`, `optimizers`, ...).
@@ -67,13 +65,15 @@ class PRTTrainer(RewardSaver):
 
     Raises:
         VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
+        BaseModelMismatchError: `distill_from` was tuned from another model than the source backbone.
         PRTValueError: an empty data set, or arguments that exclude each other.
         BackboneCacheError, UnsupportedError: states of the backbone cannot be stored, or those that are stored are
             damaged; or, with the first batch, pixels of a backbone are missing.
 
     Besides `loss`, these are logged (those of [`~prt_hf.functional.prt_statistics`], in training for the step that is
     logged): `accuracy`, `reward_accuracy`, `reward_entropy`, `reward_abs`, `kl`. `eval_loss` is the mean over all
-    supervised positions of the evaluation set, without the entropy term.
+    supervised positions of the evaluation set, without the entropy term; where a reward is distilled, that of KL to the
+    fine-tuned model.
     """
 
     # The loss is divided by `num_items_in_batch`, so accumulated micro-batches add up to the large batch.
@@ -89,6 +89,7 @@ class PRTTrainer(RewardSaver):
         processing_class=None,
         *,
         backbone: str | PreTrainedModel | list[str | PreTrainedModel | None] | None = None,
+        distill_from: str | PreTrainedModel | PeftModel | None = None,
         peft_config: PeftConfig | None = None,
         **trainer_kwargs,
     ):
@@ -117,6 +118,12 @@ class PRTTrainer(RewardSaver):
         if not args.precompute_backbone:
             for source in self._sources:
                 source.load()
+        elif distill_from is not None:
+            raise UnsupportedError(
+                "What a fine-tuned model gives is not stored, so it is distilled from with its backbone in memory.",
+                expected="precompute_backbone=False, or no `distill_from`",
+            )
+        self._teachers = [] if distill_from is None else [teacher_of(self.reward, self._sources, distill_from)]
         if data_collator is None and self._is_language_model:
             data_collator = self._default_collator(train_dataset, eval_dataset, processing_class)
         super().__init__(
@@ -131,6 +138,8 @@ class PRTTrainer(RewardSaver):
         check_fsdp(args, self.accelerator)
         if self.accelerator.is_fsdp2:
             name_blocks(self.model, self.accelerator)
+        if self._teachers and is_sharding(self.accelerator):
+            raise UnsupportedError("A reward is not distilled on models in parts.", expected="no FSDP, or DDP")
         self.model_accepts_loss_kwargs = True  # so that `num_items_in_batch` is counted
         if isinstance(self.model, PeftModel) and args.gradient_checkpointing:
             self.model.enable_input_require_grads()
@@ -144,7 +153,7 @@ class PRTTrainer(RewardSaver):
                 self._check_outputs_are_known()
             self._store_backbones()
         else:
-            for source in self._sources:
+            for source in (*self._sources, *self._teachers):
                 self._place(source)
 
     @property
@@ -163,9 +172,12 @@ class PRTTrainer(RewardSaver):
             self._check_outputs_are_known()
         is_fused = self._is_fused and not return_outputs
         backbones = [self._drawn_backbone()] if is_training else self.backbones
-        of_backbones, rewards = self._forward(model, batch, backbones, is_fused)
+        of_backbones, rewards = self._forward(model, batch, [*backbones, *self._teachers], is_fused)
+        of_teacher = of_backbones.pop() if self._teachers else None
         with self.accelerator.autocast():
-            losses = [self._loss(each, rewards, batch, is_training, num_items_in_batch) for each in of_backbones]
+            losses = [
+                self._loss(each, rewards, of_teacher, batch, is_training, num_items_in_batch) for each in of_backbones
+            ]
         loss = sum(losses) / len(losses)
         if is_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
@@ -206,6 +218,7 @@ class PRTTrainer(RewardSaver):
             *(source.reference for source in self.backbones),
             kl_coef=self.args.kl_coef,
             entropy_coef=self.args.entropy_coef,
+            distilled_from=self._teachers[0].origin if self._teachers else None,
         )
         return super().train(*args, **kwargs)
 
@@ -298,7 +311,8 @@ class PRTTrainer(RewardSaver):
 
     def _why_not_fused(self, network, batch: Batch) -> str | None:
         args = self.args
-        networks = [network, *(source.network for source in self.backbones if source.network is not None)]
+        others = [*self.backbones, *self._teachers]
+        networks = [network, *(source.network for source in others if source.network is not None)]
         devices = {str(value.device) for each in networks for value in each.parameters()}
         for problem, holds in {
             "fused_loss='never'": args.fused_loss == "never",
@@ -312,7 +326,7 @@ class PRTTrainer(RewardSaver):
                 return problem
         problems = [
             why_not_projected(network, batch.inputs),
-            *(each.why_not_projected(batch) for each in self.backbones),
+            *(each.why_not_projected(batch) for each in others),
         ]
         return next((problem for problem in problems if problem), None)
 
@@ -335,12 +349,13 @@ class PRTTrainer(RewardSaver):
         with self.accelerator.autocast():
             return of_backbones, projection(network, batch.chosen(hidden), self.reward.columns)
 
-    def _loss(self, of_backbone, rewards, batch: Batch, is_training: bool, num_items_in_batch) -> torch.Tensor:
-        """In training the objective, else the likelihood; adds up the figures that are logged."""
-        loss_of, statistics_of, arguments = _objective(of_backbone, rewards, batch)
+    def _loss(self, of_backbone, rewards, of_teacher, batch, is_training: bool, num_items_in_batch) -> torch.Tensor:
+        """In training the objective, else the likelihood, or the divergence from a teacher; adds up the figures that
+        are logged."""
+        loss_of, statistics_of, arguments, teacher = _objective(of_backbone, rewards, of_teacher, batch)
         kl_coef = self.args.kl_coef
         if not is_training or self._is_step_logged():
-            statistics = statistics_of(*arguments, kl_coef=kl_coef)
+            statistics = statistics_of(*arguments, kl_coef=kl_coef, **teacher)
             self._add("train" if is_training else "eval", statistics, batch)
         if not is_training:
             return statistics["loss"].sum() / max(1, len(batch.supervised_labels))
@@ -349,6 +364,7 @@ class PRTTrainer(RewardSaver):
             kl_coef=kl_coef,
             entropy_coef=self.args.entropy_coef,
             num_items_in_batch=num_items_in_batch,
+            **teacher,
         )
 
     def _drawn_backbone(self) -> Backbone:
@@ -460,10 +476,20 @@ class PRTTrainer(RewardSaver):
         return means
 
 
-def _objective(of_backbone: Projection | torch.Tensor, rewards: Projection | torch.Tensor, batch: Batch):
-    """The loss, the statistics, and the arguments of both."""
+def _objective(
+    of_backbone: Projection | torch.Tensor,
+    rewards: Projection | torch.Tensor,
+    of_teacher: Projection | torch.Tensor | None,
+    batch: Batch,
+):
+    """The loss, the statistics, and the arguments of both: those by position, and the teacher if there is one."""
     if isinstance(rewards, Projection):
-        return fused_prt_loss, fused_prt_statistics, (of_backbone, rewards, batch.supervised_labels)
+        arguments = (of_backbone, rewards, batch.supervised_labels)
+        teacher = {} if of_teacher is None else {"teacher": of_teacher}
+        return fused_prt_loss, fused_prt_statistics, arguments, teacher
     if isinstance(of_backbone, Projection):
-        return prt_loss, prt_statistics, (of_backbone.cast().logits(), batch.chosen(rewards), batch.supervised_labels)
-    return prt_loss, prt_statistics, (batch.aligned(of_backbone), batch.aligned(rewards), batch.labels)
+        arguments = (of_backbone.cast().logits(), batch.chosen(rewards), batch.supervised_labels)
+        return prt_loss, prt_statistics, arguments, {}
+    arguments = (batch.aligned(of_backbone), batch.aligned(rewards), batch.labels)
+    teacher = {} if of_teacher is None else {"teacher_logits": batch.aligned(of_teacher)}
+    return prt_loss, prt_statistics, arguments, teacher

@@ -7,6 +7,7 @@ import datasets
 import test_own_pixels
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
@@ -47,6 +48,8 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
     for model_id, model in MODELS.items():
         model.save_pretrained(model_id)
         tiny.tokenizer().save_pretrained(model_id)
+    base = MODELS["Qwen/Qwen2.5-0.5B"].from_pretrained("Qwen/Qwen2.5-0.5B")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).save_pretrained("user/any-lora")
     for (model_id, (model, config, size)), processor in zip(ENCODERS.items(), PROCESSORS, strict=True):
         encoders = {"text_config": tiny.TEXT_ENCODER, "vision_config": tiny.IMAGE_ENCODER | size}
         model(config(**encoders)).save_pretrained(model_id)
@@ -73,13 +76,14 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
         )
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, whole, shared, measured, images, zero_shot, chat = seen
+    text, generated, whole, existing, shared, measured, images, zero_shot, chat = seen
     assert hub.repositories["me/gsm8k-reward"].private
     with torch.no_grad():
         ids = shared["inputs"]["input_ids"]
         assert torch.equal(shared["reward"](input_ids=ids), generated["reward"](input_ids=ids))
         assert torch.equal(shared["model"](ids).logits, whole["model"](ids).logits)
     assert torch.equal(whole["output"], generated["output"]), "speculative or not, processor or model"
+    assert torch.equal(existing["carried_over"].generate(**existing["inputs"], max_new_tokens=64), existing["emulated"])
     assert text["trainer"].state.global_step > 0
     # The end token belongs to what is answered.
     assert (measured["report"].rows, measured["report"].positions) == (4, 4 * (3 + 1))

@@ -489,7 +489,7 @@ def test_targets_that_do_not_fit_are_refused_before_anything_is_measured(places)
     Path("tuned/adapter_model.safetensors").rename("tuned/adapter_model.bin")
     with pytest.raises(RewardFileError, match="no weights that can be loaded.\n  expected: adapter_model.safetensors"):
         evaluate(["one"], **kwargs)
-    with pytest.raises(BaseModelMismatchError, match="The adapter for EFT was tuned from another model"):
+    with pytest.raises(BaseModelMismatchError, match="The adapter was tuned from another model"):
         evaluate(["one"], eft=adapted(tiny.llama(5)))
     images = reward_on(tiny.vit(1))
     other, twice = tiny.resnet(2, names=[*tiny.COLOURS[:3], "black"]), ["red", "green", "red", "grey"]

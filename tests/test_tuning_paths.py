@@ -13,7 +13,7 @@ from test_heads import Bent, cohere, gemma2, gptj, granite
 from tiny import images, texts
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from prt_hf import PRTConfig, PRTTrainer, RewardModel, backbones, functional
+from prt_hf import PRTConfig, PRTTrainer, RewardModel, backbones, fused
 from prt_hf.collator import TokenCollator
 from prt_hf.errors import BackboneCacheError, PRTValueError, UnsupportedError
 from prt_hf.pretrained import weights_fingerprint
@@ -228,14 +228,14 @@ def test_a_decoder_that_is_called_in_part_is_trained_with_whole_logits(tuner):
 
 def test_products_with_the_head_are_made_in_autocasts_precision(tuner, monkeypatch):
     seen = set()
-    add = functional._Gradients.add
+    add = fused._Gradients.add
 
     def noting(self, part, of_logits):
         seen.update(weight.dtype for weight in self._reward.weights)
         assert of_logits.dtype == torch.float32
         add(self, part, of_logits)
 
-    monkeypatch.setattr(functional._Gradients, "add", noting)
+    monkeypatch.setattr(fused._Gradients, "add", noting)
     for peft_config in (LORA, None):
         tuner(tiny.llama(1), peft_config=peft_config, bf16=True, entropy_coef=0.1).train()
     assert seen == {torch.bfloat16}

@@ -19,7 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trl import SFTConfig, SFTTrainer
 
 from ..adapter import default_peft_config
-from ..functional import IGNORE_INDEX, Projection
+from ..functional import IGNORE_INDEX
+from ..fused import Projection
 from ..heads import last_hidden_state, projection
 from ..sft import PRTSFTConfig, PRTSFTTrainer
 from .machine import now

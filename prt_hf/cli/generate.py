@@ -42,9 +42,18 @@ def add_parser(commands) -> argparse.ArgumentParser:
     )
     parser.add_argument("backbone", help="Hub id or folder of the backbone, or of a recipe")
     many = {"nargs": "+", "action": "extend", "default": []}
-    parser.add_argument("--reward", **many, metavar="REWARD", help="Hub ids or folders; none with a recipe")
     parser.add_argument(
-        "--strength", **many, type=float, metavar="S", help="1 / lambda, one for each reward; default: as tuned"
+        "--reward",
+        **many,
+        metavar="REWARD",
+        help="Hub ids or folders, also of ordinary LoRA adapters, which are carried over; none with a recipe",
+    )
+    parser.add_argument(
+        "--strength",
+        **many,
+        type=float,
+        metavar="S",
+        help="1 / lambda, one for each reward, below 0 to take away what it was tuned for; default: as tuned",
     )
     prompts = parser.add_argument_group("prompts", "one of these; else standard input, which is one prompt as a whole")
     prompts.add_argument("--prompt", **many, metavar="TEXT", help="one or several")

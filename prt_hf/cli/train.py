@@ -222,6 +222,7 @@ def _trainer(options: Options, config, task: str, saved):
             eval_dataset=parts[1] if len(parts) > 1 else None,
             processing_class=processing_class,
             backbone=backbones,
+            distill_from=options.model.distill_from,
             peft_config=peft_config,
         )
     except PRTError:

@@ -47,6 +47,12 @@ class ModelOptions:
         default=None,
     )
 
+    distill_from: str | None = _option(
+        "A model that was fine-tuned from the source backbone, or a LoRA adapter of it, Hub id or folder: the reward "
+        "is tuned to its distribution on the texts.",
+        default=None,
+    )
+
     def __post_init__(self):
         self.backbone = _as_list(self.backbone)
         if self.dtype not in (None, *DTYPES):

@@ -10,7 +10,8 @@ from torch import nn
 from ..backbones import Backbone, Batch, OwnBase
 from ..benchmark.machine import now
 from ..errors import PRTValueError
-from ..functional import IGNORE_INDEX, Projection, check_finite
+from ..functional import IGNORE_INDEX, check_finite
+from ..fused import Projection
 from ..heads import last_hidden_state, projection, why_not_projected
 from ..own_pixels import split_inputs
 from ..pretrained import TEXT_GENERATION, check_length, context_length, pretrained_parameters

@@ -23,6 +23,7 @@ from ..model_card import METHODS
 from ..pretrained import CONFIG_KWARGS, TEXT_GENERATION, context_length, load_skeleton, unwrap_adapter
 from ..reward_model import RewardModel
 from ..training_record import hub_ids
+from ..tuned import TunedModel
 from .batches import batches as batches_of
 from .files import check_folder
 from .fit import order_on
@@ -30,7 +31,6 @@ from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
 from .tally import ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, TUNED_TARGET, Tally
-from .tuned import TunedModel
 
 _AT_TARGET = {
     "pretrained": "target",

@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from peft import PeftModel
@@ -11,11 +12,12 @@ from transformers.utils import logging
 
 from ..contract import VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
-from ..functional import check_finite, combine
+from ..functional import combine, strength_of_rows
 from ..loading import load_base
 from ..passes import can_mix
 from ..pretrained import contract_of, unwrap_adapter
 from ..reward_model import RewardModel
+from .difference import DifferenceState
 from .state import RewardState
 
 logger = logging.get_logger(__name__)
@@ -106,7 +108,7 @@ class _RewardProcessor(LogitsProcessor):
         self._contract.check_head(scores.shape[-1])
         size = self._contract.size
         rewards = self._rewards(input_ids, self._mask(input_ids))[:, :size].to(scores.device)
-        strength = self._per_row(self.strength, len(scores)).to(scores.device)
+        strength = strength_of_rows(self.strength, len(scores))[:, None].to(scores.device)
         output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
         output[:, :size] = combine(scores[:, :size], rewards, strength)
         return output
@@ -118,16 +120,6 @@ class _RewardProcessor(LogitsProcessor):
     @abstractmethod
     def _rewards(self, input_ids, attention_mask) -> torch.Tensor:
         """r(x, .) of shape `(batch_size, at least contract.size)`."""
-
-    def _per_row(self, strength, rows: int) -> torch.Tensor:
-        strength = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
-        if rows % len(strength):
-            raise PRTValueError(
-                "`strength` does not fit the batch.",
-                expected=f"one number, or one per prompt of a batch of {rows} rows",
-                found=f"{len(strength)} numbers",
-            )
-        return strength.repeat_interleave(rows // len(strength))[:, None]
 
     def _mask(self, input_ids):
         mask = self._inferred_mask(input_ids) if self.attention_mask is None else self._extended_mask(input_ids)
@@ -183,10 +175,11 @@ class PRTLogitsProcessor(_RewardProcessor):
     their content, so one object may be used again, for other prompts and batch sizes.
 
     Args:
-        reward ([`RewardModel`]): on any device, in any precision.
+        reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
+            each normalises, and what it takes off a row does not change what the next gives.
         tokenizer: the backbone's; must have the reward's vocabulary.
         strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned
-            with, 1 in the paper.
+            with, 1 in the paper. Below 0, what the reward was tuned for is taken away.
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to
             `generate`. By default left padding is inferred from the tokenizer's pad token.
         source_backbone (`PreTrainedModel`, *optional*): drafts for [`~prt_hf.speculative_decoding`] with a full reward;
@@ -226,7 +219,18 @@ class PRTLogitsProcessor(_RewardProcessor):
             reward.contract, tokenizer, reward.config.strength if strength is None else strength, attention_mask
         )
         self.reward = reward
-        self._state = RewardState(reward.network.eval(), compile_config=compile_config)
+        network = reward.network.eval()
+        if not reward.config.minus_base:
+            self._state = RewardState(network, compile_config=compile_config)
+        elif compile_config is None:
+            self._state = DifferenceState(network)
+        else:
+            raise UnsupportedError(
+                "The step of an adapter that was carried over cannot be compiled.",
+                expected="a reward of one network",
+                found="log pi_ft - log pi_pt, of two",
+                remedy="leave `compile_config` out, or distil it into a reward",
+            )
         self._source_backbone = source_backbone
         self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source, in speculative decoding
 
@@ -249,6 +253,8 @@ class PRTLogitsProcessor(_RewardProcessor):
     def _draft_states(self) -> tuple[RewardState, RewardState]:
         network, config = self.reward.network, self.reward.config
         self._is_mixed = can_mix(network)
+        if config.minus_base:
+            return self._state, self._state
         if self._is_mixed:
             return (RewardState(network, of="both"),) * 2
         if config.is_adapter:
@@ -270,10 +276,12 @@ class PRTLogitsProcessor(_RewardProcessor):
 class EFTLogitsProcessor(_RewardProcessor):
     r"""Emulated fine-tuning / proxy-tuning, the baseline with three models (Mitchell et al. 2024; Liu et al. 2024).
 
-    log pi_new + strength * (log pi_ft_old - log pi_pt_old), normalised.
+    log pi_new + strength * (log pi_ft_old - log pi_pt_old), normalised. Any LoRA of the Hub is carried over so, without
+    training: [`from_adapter`].
 
     Args:
-        finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. A `PeftModel` is run twice, its adapter on and off.
+        finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. Of a `PeftModel`, the adapter on and off are two rows
+            of one pass; two passes where it is no plain LoRA.
         tokenizer: shared by all three models.
         pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel`.
         strength, attention_mask: as for [`PRTLogitsProcessor`].
@@ -295,16 +303,37 @@ class EFTLogitsProcessor(_RewardProcessor):
                 found=type(finetuned).__name__,
             )
         super().__init__(contract_of(unwrap_adapter(finetuned), tokenizer), tokenizer, strength, attention_mask)
-        self._finetuned = RewardState(finetuned.eval())
-        self._pretrained = RewardState(finetuned, of="base") if pretrained is None else RewardState(pretrained.eval())
+        self._state = DifferenceState(finetuned.eval(), None if pretrained is None else pretrained.eval())
+
+    @classmethod
+    def from_adapter(
+        cls,
+        path_or_repo: str | Path,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        strength: float | torch.Tensor | list[float] = 1.0,
+        attention_mask: torch.LongTensor | None = None,
+        **load_kwargs,
+    ) -> "EFTLogitsProcessor":
+        """Carry an ordinary PEFT adapter of a language model over to any backbone with its base's vocabulary.
+
+        Args:
+            path_or_repo: folder, or repository id, of a LoRA or another adapter of layers; its base is loaded as
+                `adapter_config.json` names it.
+            tokenizer: the backbone's.
+            strength, attention_mask: as for [`PRTLogitsProcessor`].
+            load_kwargs: of [`RewardModel.from_adapter`]: `base_model`, `revision`, `token`, `subfolder`, `dtype`, ...
+
+        Raises:
+            VocabularyMismatchError: the tokenizer is another one than the adapter's.
+            Those of [`RewardModel.from_adapter`].
+        """
+        reward = RewardModel.from_adapter(path_or_repo, **load_kwargs)
+        reward.contract.check(VocabularyContract.from_tokenizer(unwrap_tokenizer(tokenizer)))
+        return cls(reward.network, tokenizer, strength=strength, attention_mask=attention_mask)
 
     def reset(self) -> None:
-        self._finetuned.reset()
-        self._pretrained.reset()
+        self._state.reset()
 
     def _rewards(self, input_ids, attention_mask):
-        tuned, base = (
-            check_finite(state(input_ids, attention_mask)[:, : self._contract.size]).float().log_softmax(-1)
-            for state in (self._finetuned, self._pretrained)
-        )
-        return tuned - base
+        return self._state(input_ids, attention_mask)

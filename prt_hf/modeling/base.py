@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from ..card_blocks import merged_or_kept, read_card, write_card
 from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, UnsupportedError
-from ..functional import combine
+from ..functional import combine, strength_of_rows
 from ..hub import local_folder
 from ..loading import check_same_model, load_base, load_processing_class, processing_class_of, save_processing_class
 from ..own_pixels import PRTImageProcessor
@@ -60,6 +60,7 @@ from ..reward_model import RewardModel
 
 logger = logging.get_logger(__name__)
 
+Strength = float | torch.Tensor
 # What Auto classes hand over besides the arguments of a load.
 _AUTO_KWARGS = ("_from_auto", "adapter_kwargs", "_commit_hash", "state_dict", "code_revision")
 
@@ -73,7 +74,9 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     Attributes:
         backbone (`PreTrainedModel`): pi_pt.
         rewards (`list[RewardModel]`): r_1, r_2, ...; their networks are sub-modules of the model.
-        strengths (`list[float]`): 1 / lambda of each, read at every forward pass.
+        strengths (`list`): 1 / lambda of each, read at every forward pass: a number, or one per prompt of the batch; or
+            a tensor of shape `(rewards, prompts)`. Below 0, what a reward was tuned for is taken away. Recipes keep
+            numbers.
         processing_class: tokenizer or image processor, saved with the recipe; where rewards want other pixels than the
             backbone, a [`PRTImageProcessor`], which makes those of all.
     """
@@ -110,11 +113,13 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 tie_parameters(reward.network, part)
         self.reward_networks = nn.ModuleList(reward.network for reward in rewards)
         self.orders = [reward.columns for reward in rewards]
-        self.bases = nn.ModuleList()
+        self._less_base = [index for index, reward in enumerate(rewards) if reward.config.minus_base]
+        # The last ones of the separate passes; mixed passes of other bases follow.
+        self.bases = nn.ModuleList(bare_base(rewards[index].network) for index in self._less_base)
         self._hub_digests = {}
         self._is_tuned = self._is_joint = False
         self._limits = [limit for network in self.reward_networks if (limit := context_length(network)) is not None]
-        self._separate = [Pass(network) for network in (backbone, *self.reward_networks)]
+        self._separate = [Pass(network) for network in (backbone, *self.reward_networks, *self.bases)]
         self._mixed, self._places = self._mixed_passes()
         self._is_stateful = any(
             getattr(unwrap_adapter(network), "_is_stateful", False) for network in (backbone, *self.reward_networks)
@@ -356,24 +361,35 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     def _mixed_passes(self) -> tuple[list[Pass], list[int]]:
         """The fewest passes: adapters of one base as blocks of one pass, together with the backbone if it is theirs.
         And where the backbone (0) and reward i (i) are among all blocks, one pass after the other."""
+        networks = [run.network for run in self._separate]
+        is_bare = [not 0 < index <= len(self.rewards) for index in range(len(networks))]
         groups: dict = {}
-        for index, network in enumerate([self.backbone, *self.reward_networks]):
+        for index, network in enumerate(networks):
             # Classifiers have no decoding to speed up, and some call layers on more than rows of the batch.
-            is_shared = self.task == TEXT_GENERATION and (index == 0 or can_mix(network))
+            is_shared = self.task == TEXT_GENERATION and (is_bare[index] or can_mix(network))
             groups.setdefault(_base_of(network) if is_shared else index, []).append(index)
         passes = []
         for first, *others in groups.values():
             if not others:
                 passes.append(self._separate[first])
                 continue
-            base = self.backbone
-            if first:
-                base = bare_base(self.reward_networks[first - 1])
-                self.bases.append(base)
-            blocks = [self.reward_networks[index - 1] if index else None for index in (first, *others)]
+            bases = [networks[index] for index in (first, *others) if is_bare[index]]
+            if not bases:
+                bases = [bare_base(networks[first])]
+                self.bases.extend(bases)
+            blocks = [None if is_bare[index] else networks[index] for index in (first, *others)]
+            base = bases[0]
             passes.append(MixedPass(base, blocks))
         order = [index for members in groups.values() for index in members]
         return passes, sorted(range(len(order)), key=order.__getitem__)
+
+    @property
+    def _factors(self) -> list[Strength]:
+        """Of the logits of the separate passes."""
+        strengths = [
+            each if isinstance(each, Real) else torch.as_tensor(each, dtype=torch.float32) for each in self.strengths
+        ]
+        return [1.0, *strengths, *(-strengths[index] for index in self._less_base)]
 
     @property
     def _passes(self) -> list[Pass]:
@@ -401,8 +417,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             given = inputs if cache is None else inputs | {CACHE: cache}
             if index > 0 and of_rewards:
                 given = given | of_rewards[index - 1]
-            # The backbone is frozen: no graph for it.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index > 0):
+            # The backbone and bases are frozen: no graph for them.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and 0 < index <= len(self.rewards)):
                 output = run(**given | (of_backbone if index == 0 else {}))
             blocks += run.split(output.logits)
             if index == 0:
@@ -416,15 +432,25 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         return [blocks[place] for place in places], beside
 
     def _combine(self, logits: list[torch.Tensor]) -> torch.Tensor:
-        """log pi over the backbone's labels, or the contract's tokens (Eq. 10); float32."""
-        backbone, *rewards = logits
+        """log pi over the backbone's labels, or the contract's tokens (Eq. 10); float32.
+
+        Raises:
+            PRTValueError: strengths for other rows.
+        """
+        backbone, *others = logits
         if isinstance(self.orders[0], slice):
             backbone = backbone[..., self.orders[0]]
+        orders = [*self.orders, *(self.orders[index] for index in self._less_base)]
         total = sum(
-            strength * reward[..., order].to(backbone.device).float()
-            for strength, order, reward in zip(self.strengths, self.orders, rewards, strict=True)
+            self._for_rows(factor, backbone) * other[..., order].to(backbone.device).float()
+            for factor, order, other in zip(self._factors[1:], orders, others, strict=True)
         )
         return combine(backbone, total)
+
+    def _for_rows(self, factor: Strength, logits: torch.Tensor) -> Strength:
+        if isinstance(factor, Real):
+            return factor
+        return strength_of_rows(factor, len(logits)).to(logits.device).view(-1, *[1] * (logits.ndim - 1))
 
 
 def _base_of(network: nn.Module) -> tuple:

@@ -4,6 +4,7 @@ softmax(log_softmax(b) + s r) = softmax(b + s r), so where b = h_b W_b^T and r =
 are [h_b, s h_r] [W_b, W_r]^T, up to a constant per context.
 """
 
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -40,14 +41,18 @@ class JointBase:
                 expected="a loss of log-probabilities alone",
                 remedy="router_aux_loss_coef=0.0",
             )
+        if not all(isinstance(factor, Real) for factor in model._factors):
+            raise UnsupportedError(
+                "One head serves all rows.", expected="one strength for each reward", found="strengths per row"
+            )
         inputs = {"input_ids": input_ids} | inputs | {"use_cache": False}
         if not model._is_joint:
             for run in model._separate:
                 _check_linear(run, inputs)
             model._is_joint = True
         hidden = []
-        for index, (run, strength) in enumerate(zip(model._separate, [1.0, *model.strengths], strict=True)):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index > 0):
+        for index, (run, strength) in enumerate(zip(model._separate, model._factors, strict=True)):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and 0 < index <= len(model.rewards)):
                 pieces = hidden_pieces(run.model, run.model.base_model(**run.prepare(inputs)).last_hidden_state)
             hidden += [(strength * piece).to(model.device) for piece in pieces]
         model._is_tuned |= model.training and torch.is_grad_enabled()
@@ -56,7 +61,7 @@ class JointBase:
 
 def joint_head(model: PRTPreTrainedModel) -> JointHead:
     weights, biases = [], []
-    for run, strength in zip(model._separate, [1.0, *model.strengths], strict=True):
+    for run, strength in zip(model._separate, model._factors, strict=True):
         of_network, bias = head_pieces(run.model)
         weights += [weight[: model.config.vocab_size].to(model.device) for weight in of_network]
         if bias is not None:

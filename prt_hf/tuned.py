@@ -1,19 +1,22 @@
-"""Fine-tuned models: what EFT shifts a target by, and the oracle that a ported reward is held against."""
+"""Fine-tuned models: what EFT shifts a target by, what a reward is distilled from or held against."""
 
+import os
 from functools import cached_property
+from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from ..backbones import Backbone
-from ..contract import PRT_CONFIG_NAME
-from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError
-from ..fingerprints import file_digest
-from ..hub import has_file, local_file
-from ..loading import load_processing_class
-from ..pretrained import load_pretrained
-from ..reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from ..reward_model import RewardModel
+from .backbones import Backbone
+from .contract import PRT_CONFIG_NAME, ModelReference
+from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
+from .fingerprints import file_digest
+from .hub import has_file, local_file
+from .loading import load_processing_class
+from .passes import bare_base
+from .pretrained import load_pretrained
+from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from .reward_model import RewardModel
 
 
 class TunedModel(Backbone):
@@ -32,7 +35,7 @@ class TunedModel(Backbone):
     def __init__(self, reward: RewardModel, network: PreTrainedModel | PeftModel | str, **load_kwargs):
         is_adapted = isinstance(network, PeftModel)
         super().__init__(reward, None if is_adapted else network, **load_kwargs)
-        self._adapter = None
+        self._adapter, self._is_adapted = None, is_adapted
         if is_adapted:
             self._take(network)
         elif isinstance(network, str):
@@ -57,12 +60,21 @@ class TunedModel(Backbone):
         """
         if self.network is not None or self._adapter is None:
             return super().load()
-        base = load_pretrained(self.base, **self._base_kwargs)
+        base = self._base_in_memory() or load_pretrained(self.base, **self._base_kwargs)
         network = PeftModel.from_pretrained(base, self._named, token=self._token)
         self._take(network, load_processing_class(self._named, self.task, token=self._token))
 
+    @property
+    def origin(self) -> ModelReference:
+        """What was tuned, not the base that it was tuned from."""
+        if self._adapter is None:
+            return ModelReference(architecture=self.reference.architecture) if self._is_adapted else self.reference
+        if Path(self._named).is_dir():
+            return ModelReference(os.path.abspath(self._named))
+        return ModelReference(self._named, local_file(self._named, ADAPTER_WEIGHTS, self._token).parent.name)
+
     def check_base(self, source: Backbone) -> None:
-        """Of EFT, once both are loaded: log pi_ft - log pi_pt is the tuning alone where pi_ft was tuned from pi_pt.
+        """Once both are loaded: log pi_ft - log pi_pt is the tuning alone where pi_ft was tuned from pi_pt.
 
         Raises:
             BaseModelMismatchError: an adapter sits on another model.
@@ -70,11 +82,35 @@ class TunedModel(Backbone):
         ours, theirs = self.reference.weights, source.reference.weights
         if isinstance(self.network, PeftModel) and ours and theirs and ours != theirs:
             raise BaseModelMismatchError(
-                "The adapter for EFT was tuned from another model than the reward.",
+                "The adapter was tuned from another model than the reward's source backbone.",
                 expected=str(source.reference),
                 found=str(self.reference),
-                remedy="`source=` that model, or an adapter of the reward's source backbone",
+                remedy="that model as the source backbone, or an adapter of the present one",
             )
+
+    def _take(self, network, processing_class=None) -> None:
+        if isinstance(network, PeftModel) and network.active_peft_config.is_prompt_learning:
+            raise UnsupportedError(
+                "The adapter puts tokens of its own before the text, so its positions are not those of other models.",
+                expected="an adapter of layers, or a fine-tuned model",
+                found=str(network.active_peft_config.peft_type),
+            )
+        super()._take(network, processing_class)
+
+    def _base_in_memory(self) -> PreTrainedModel | None:
+        """The base of the reward adapter, on the very same weights, where the adapter names that one."""
+        config, network = self._reward.config, self._reward.network
+        if not isinstance(network, PeftModel) or getattr(network.peft_config["default"], "bias", "none") != "none":
+            return None  # tuned biases are the base's own
+        names = {
+            os.path.abspath(name) if Path(name).is_dir() else name
+            for name in (self.base, config.reward_base.id)
+            if name
+        }
+        is_same = (
+            len(names) == 1 and config.reward_base.id and self._adapter.revision in (None, config.reward_base.revision)
+        )
+        return bare_base(network) if is_same else None
 
     @property
     def _base_kwargs(self) -> dict:
@@ -109,3 +145,24 @@ class TunedModel(Backbone):
                 remedy="write the base's id or folder there, or give the PeftModel itself",
             )
         return adapter
+
+
+def teacher_of(reward: RewardModel, sources: list[Backbone], network: PreTrainedModel | PeftModel | str) -> TunedModel:
+    """The loaded model that a reward is distilled from. Its base is the source backbone, so that log pi_pt + r can be
+    its distribution.
+
+    Raises:
+        PRTValueError: several source backbones, or a reward.
+        BaseModelMismatchError: it was tuned from another model.
+        VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
+    """
+    if len(sources) != 1:
+        raise PRTValueError(
+            "A reward is distilled on one backbone.",
+            expected="the base of the fine-tuned model",
+            found=f"{len(sources)} backbones",
+        )
+    teacher = TunedModel(reward, network)
+    teacher.load()
+    teacher.check_base(sources[0])
+    return teacher
