@@ -188,7 +188,11 @@ def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
     Raises:
         BaseModelMismatchError: it is another model, or another revision.
     """
-    found = reference_to(model)
+    check_same_reference(expected, reference_to(model))
+
+
+def check_same_reference(expected: ModelReference, found: ModelReference) -> None:
+    """As [`check_same_model`], of a model that is not in memory."""
     if found.weights and expected.weights:
         same = found.weights == expected.weights
     else:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import os
+from collections.abc import Iterable
 from itertools import chain
 
 import torch
@@ -304,8 +305,13 @@ def weights_fingerprint(network: nn.Module) -> str | None:
     bfloat16; without names, which change between versions of transformers. None where the values cannot be read
     (quantised or offloaded weights) or were rounded otherwise (float16).
     """
+    return fingerprint_of([*pretrained_parameters(network).values(), *_telling_buffers(network)])
+
+
+def fingerprint_of(tensors: Iterable[torch.Tensor]) -> str | None:
+    """The fingerprint of a model that is made of these tensors, see [`weights_fingerprint`]."""
     digests = []
-    for tensor in [*pretrained_parameters(network).values(), *_telling_buffers(network)]:
+    for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta:
             return None
         flat = tensor.detach().reshape(-1)

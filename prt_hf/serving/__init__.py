@@ -1,0 +1,18 @@
+"""PRT models inside vLLM, as an out-of-tree model: all networks' KV caches in the engine, no merged checkpoint on disk.
+
+vLLM finds [`register`] by the entry point `vllm.general_plugins`. Nothing here is imported without vLLM.
+"""
+
+ARCHITECTURE = "PRTForCausalLM"
+
+
+def register() -> None:
+    """Make vLLM know recipes, and their architecture. Called in each of its processes, maybe more than once."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from .engine_config import PRTEngineConfig
+
+    MODELS_CONFIG_MAP[ARCHITECTURE] = PRTEngineConfig
+    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(ARCHITECTURE, f"{__name__}.model:{ARCHITECTURE}")

@@ -1,0 +1,203 @@
+"""Strengths: of the recipe, and of single requests.
+
+The engine has two runners, each with an interface of its own for what looks at requests: V1 tells the rows before a
+step, V2 when the step's logits are there.
+"""
+
+import re
+from functools import lru_cache
+from math import isfinite
+from numbers import Real
+from weakref import WeakValueDictionary
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate
+from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as ProcessorV2
+
+from ..errors import PRTValueError
+
+ARGUMENT = "prt_strength"  # among `extra_args` of SamplingParams, `vllm_xargs` of a request
+_MOST = 1e4  # beyond it, float32 has no digits left for what the backbone says
+_Strengths = tuple[float, ...]
+
+# Model and logits processor of one engine know the same configuration, and nothing else of each other.
+_STEPS: "WeakValueDictionary[int, Steps]" = WeakValueDictionary()
+
+
+class Steps:
+    """Adds rewards to a backbone's logits, step after step.
+
+    Log-probabilities, as the PRT model of transformers has them: repetition penalties depend on what is added to a row.
+
+    Attributes:
+        next_rows (`dict[int, tuple]`): rows of the coming step that have strengths of their own.
+    """
+
+    def __init__(self, vllm_config: VllmConfig, strengths: list[float], size: int):
+        self.strengths = tuple(strengths)
+        self.size = size
+        self.next_rows: dict[int, _Strengths] = {}
+        self._logits: torch.Tensor | None = None
+        self._rewards: list[torch.Tensor] = []
+        _STEPS[id(vllm_config.model_config)] = self
+
+    @staticmethod
+    def of(vllm_config: VllmConfig) -> "Steps | None":
+        return _STEPS.get(id(vllm_config.model_config))
+
+    def combine(self, backbone: torch.Tensor, rewards: list[torch.Tensor]) -> torch.Tensor:
+        """log pi over the contract's tokens, without what pads the networks' heads; `(num_rows, size)`, float32."""
+        # The step's own rows come first, those of prompts that are scored as well after them.
+        rows, self.next_rows = self.next_rows, {}
+        logits = backbone[:, : self.size].to(torch.float32, copy=True)
+        self._rewards = [reward[:, : self.size].float() for reward in rewards]
+        for strength, reward in zip(self.strengths, self._rewards, strict=True):
+            logits += strength * reward
+        if rows:
+            self._change(logits, rows)
+        self._logits = logits.log_softmax(-1)
+        return self._logits
+
+    def change(self, logits: torch.Tensor, rows: dict[int, _Strengths]) -> None:
+        """Other strengths for rows of this step, in `logits`, of which sampling is about to choose, and in those that
+        [`combine`] returned, of which the engine makes log-probabilities."""
+        self._change(logits, rows)
+        self._change(self._logits, rows)
+        index = list(rows)
+        self._logits[index] = self._logits[index].log_softmax(-1)
+
+    def _change(self, logits: torch.Tensor, rows: dict[int, _Strengths]) -> None:
+        index = torch.tensor(list(rows), device=logits.device)
+        change = torch.tensor(list(rows.values())) - torch.tensor(self.strengths)
+        for column, reward in zip(change.T.to(logits.device), self._rewards, strict=True):
+            logits[index] += column[:, None] * reward[index]
+
+
+class _Requests:
+    """Reads `prt_strength`: a number, or one for each of `count` rewards."""
+
+    count: int
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """
+        Raises:
+            PRTValueError: no strengths for these rewards, or beside what the engine cannot give with them.
+        """
+        strengths = read(sampling_params)
+        if strengths is None:
+            return
+        is_usable = all(isinstance(value, Real) and isfinite(value) and abs(value) <= _MOST for value in strengths)
+        if not is_usable or len(strengths) != cls.count:
+            raise PRTValueError(
+                f"`{ARGUMENT}` is not usable.",
+                expected=f"{cls.count} of -{_MOST:g} ... {_MOST:g}, one for each reward",
+                found=str(sampling_params.extra_args[ARGUMENT])[:80],
+            )
+        # Prompts are scored by the recipe's strengths, and repetition may be punished before strengths are changed.
+        others = {
+            "prompt_logprobs": sampling_params.prompt_logprobs is not None,
+            "repetition_penalty": sampling_params.repetition_penalty != 1,
+        }
+        for name, is_asked in others.items():
+            if is_asked:
+                raise PRTValueError(
+                    f"The engine cannot change strengths and give `{name}`.",
+                    expected=f"`{name}` or `{ARGUMENT}`",
+                    found="both",
+                )
+
+
+class RequestStrengthsV1(_Requests, ProcessorV1):
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        self.vllm_config = vllm_config
+        self.of_rows: dict[int, _Strengths] = {}
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.of_rows, batch_update, lambda params, *_: read(params))
+        Steps.of(self.vllm_config).next_rows = dict(self.of_rows)
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+
+class RequestStrengthsV2(_Requests, ProcessorV2):
+    def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
+        self.vllm_config = vllm_config
+        self.of_slots: dict[int, _Strengths] = {}
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        self.of_slots.pop(req_idx, None)
+        strengths = read(sampling_params)
+        if strengths is not None:
+            self.of_slots[req_idx] = strengths
+        return strengths is not None
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
+        if self.of_slots.keys() & set(ctx.idx_mapping_np.tolist()):
+            slots = ctx.expanded_idx_mapping.tolist()
+            rows = {row: self.of_slots[slot] for row, slot in enumerate(slots) if slot in self.of_slots}
+            Steps.of(self.vllm_config).change(logits, rows)
+        return logits
+
+
+class RefusedStrengths(ProcessorV1, ProcessorV2):
+    """Refuses `prt_strength` where the engine takes no logits processors: in V1 with speculation. Of all that is
+    installed the engine asks only those that it finds by entry point; this one changes nothing, in any engine."""
+
+    is_active = False  # in this process, by the configuration of its engine
+
+    def __init__(self, *args):
+        pass
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        """
+        Raises:
+            PRTValueError: strengths of its own.
+        """
+        if cls.is_active and read(sampling_params) is not None:
+            raise PRTValueError(
+                f"vLLM's V1 model runner does not take `{ARGUMENT}` with speculation.",
+                remedy="leave out --speculative-config, or use the V2 model runner",
+            )
+
+    def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        pass
+
+    def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
+        return logits
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+
+def read(sampling_params: SamplingParams) -> _Strengths | None:
+    strengths = (sampling_params.extra_args or {}).get(ARGUMENT)
+    if strengths is None:
+        return None
+    return tuple(strengths) if isinstance(strengths, list | tuple) else (strengths,)
+
+
+def processor_name(vllm_config: VllmConfig, count: int) -> str:
+    """How the engine finds the processor for `count` rewards."""
+    return f"{__name__}:RequestStrengthsV{2 if vllm_config.use_v2_model_runner else 1}Of{count}"
+
+
+@lru_cache
+def __getattr__(name: str) -> type[_Requests]:
+    """The engine gives a class requests to look at, but no configuration: it has to know how many rewards there are."""
+    if match := re.fullmatch(r"(RequestStrengthsV[12])Of(\d+)", name):
+        return type(name, (globals()[match[1]],), {"count": int(match[2])})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

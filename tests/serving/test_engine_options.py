@@ -1,0 +1,91 @@
+"""Ways of running the engine, each with an engine of its own: the texts stay those of transformers."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from prt_hf import PRTForCausalLM
+
+TOKENS = 24
+PROMPTS = [tiny.prompts(1, length, seed=length)[0].tolist() for length in (2, 20, 45, 90)]
+# Repeated words are what n-gram speculation finds; the engine must not take its drafts unseen.
+PROMPTS.append(PROMPTS[1] * 3)
+
+SCRIPT = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+if __name__ == "__main__":
+    model, prompts, tokens, settings = json.loads(sys.argv[1])
+    engine = LLM(model, dtype="float32", block_size=32, max_num_seqs=8, disable_log_stats=False, **settings)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_draft_tokens")
+    refused = None
+    if drafted:
+        try:
+            asked = SamplingParams(extra_args={"prt_strength": [1.0, 1.0]})
+            engine.generate({"prompt_token_ids": prompts[0]}, asked)
+        except VLLMValidationError as error:
+            refused = str(error)
+    print("RESULT", json.dumps([[output.outputs[0].token_ids for output in outputs], drafted, refused]))
+"""
+
+
+def run(model, environment=None, **settings):
+    """In a process of its own, which takes its engine along when it ends."""
+    arguments = json.dumps([model, PROMPTS, TOKENS, {"enforce_eager": True} | settings])
+    output = subprocess.run(
+        [sys.executable, "-c", SCRIPT, arguments],
+        env=os.environ | (environment or {}),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    (line,) = [line for line in output.splitlines() if line.startswith("RESULT ")]
+    return json.loads(line.removeprefix("RESULT "))
+
+
+@pytest.fixture(scope="module")
+def expected(served):
+    return [served.text(prompt, TOKENS) for prompt in PROMPTS]
+
+
+def test_drafts_of_n_grams(served, expected):
+    ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
+    texts, drafted, refused = run(served.recipe, speculative_config=ngram)
+    assert texts == expected and drafted > 0
+    assert refused.startswith("vLLM's V1 model runner does not take `prt_strength` with speculation.")
+
+
+@pytest.mark.slow
+def test_drafts_of_a_model(served):
+    """The engine groups layers by their kind of attention, and wants those of the draft model in one group."""
+    model = PRTForCausalLM.from_parts(served.backbone, [served.adapter])
+    model.save_pretrained(served.folder / "full-attention")
+    small = served.save("small", tiny.llama(1, head_dim=64, num_hidden_layers=1, initializer_range=0.2))
+    draft = {"method": "draft_model", "model": small, "num_speculative_tokens": 3}
+    texts, drafted, _ = run(str(served.folder / "full-attention"), speculative_config=draft)
+    ids = [torch.tensor([prompt]) for prompt in PROMPTS]
+    settings = {"do_sample": False, "min_new_tokens": TOKENS, "max_new_tokens": TOKENS}
+    expected = [model.generate(row, attention_mask=torch.ones_like(row), **settings) for row in ids]
+    assert texts == [text[0, row.shape[1] :].tolist() for text, row in zip(expected, ids, strict=True)]
+    assert drafted > 0
+
+
+@pytest.mark.slow
+def test_compiled(served, expected):
+    texts, _, _ = run(served.recipe, {"TORCH_COMPILE_DISABLE": "0"}, enforce_eager=False)
+    assert texts == expected
+
+
+@pytest.mark.slow
+def test_divided_among_two_ranks(served, expected):
+    texts, _, _ = run(served.recipe, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2)
+    assert texts == expected
