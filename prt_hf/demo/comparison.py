@@ -17,7 +17,7 @@ from ..pretrained import unwrap_adapter
 PRETRAINED, EFT, PRT, REWARD_ONLY, FINE_TUNED = METHODS = ("Pretrained", "EFT", "PRT", "reward only", "fine-tuned")
 PLACES = ("source", "target")
 
-# Of one model or another, at the target; EFT with an adapter runs its old model twice, with it and without.
+# Of one model or another, at the target; EFT reads with the adapter on and off, be it in one pass of two rows.
 FORWARDS = {PRETRAINED: 1, EFT: 3, PRT: 2, REWARD_ONLY: 1, FINE_TUNED: 1}
 
 # log-probabilities (..., size), labels (...) -> one number for each label that is not -100
