@@ -1,6 +1,7 @@
 """The benchmark times what it says, and computes its ratios as it says. No test is about how fast anything is."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import tiny
@@ -264,3 +265,12 @@ def test_bench_vision_with_models_that_want_other_pixels(tmp_path, capsys):
     assert settings["pixels"] == {"pixel_values": [3, 8, 8], "reward_0_pixel_values": [3, 12, 12]}
     assert main(["bench", "vision", *own[:2]]) == 1
     assert "expected: --reward and --backbone" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is here")
+def test_bench_serve_says_what_it_needs(capsys):
+    assert main(["bench", "serve", "recipe"]) == 1
+    assert (
+        "vLLM is not installed.\n  expected: vllm 0.32\n  found: none\n  remedy: pip install vllm"
+        in capsys.readouterr().err
+    )

@@ -84,6 +84,18 @@ def add_parser(commands) -> argparse.ArgumentParser:
         kind.add_argument("--seed", type=int, default=0, help="of the models made here; default: %(default)s")
         kind.add_argument("--json", action="store_true", help="print one object with every raw timing")
         kind.set_defaults(measure=function)
+    serve = kinds.add_parser(
+        "serve",
+        help="batches of requests in vLLM",
+        description="Answer a batch of requests in vLLM's engine: the recipe's backbone by itself, then the PRT model.",
+    )
+    serve.add_argument("recipe", help="folder of a saved PRT model")
+    serve.add_argument("--requests", type=positive(int), default=64, help="at a time; default: %(default)s")
+    serve.add_argument("--new-tokens", type=positive(int), default=64, help="of each; default: %(default)s")
+    serve.add_argument("--dtype", default="auto", help="default: as the backbone is stored")
+    serve.add_argument("--rounds", type=positive(int), default=3, help="default: %(default)s")
+    serve.add_argument("--json", action="store_true", help="print one object")
+    serve.set_defaults(measure=_serve)
     return parser
 
 
@@ -270,6 +282,26 @@ def _vision(args: argparse.Namespace) -> None:
         print(json.dumps(record | {"timings": timings, "figures": found[0].figures}))
     else:
         print(_describe_vision(record, found))
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from ..benchmark.machine import hardware, versions
+    from ..benchmark.serve import BARE, PRT, time_serving
+
+    settings = {name: getattr(args, name) for name in ("requests", "new_tokens", "rounds", "dtype")}
+    speeds = time_serving(args.recipe, **settings)
+    from vllm import __version__  # its distribution has several names
+
+    record = {"hardware": hardware(), "versions": versions() | {"vllm": __version__}, "settings": settings}
+    ratio = speeds[PRT] / speeds[BARE]
+    if args.json:
+        print(json.dumps(record | {"tokens_per_second": speeds, "figures": {"prt_vs_bare": ratio}}))
+        return
+    print(", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items()))
+    print(f"{args.requests} requests of {args.new_tokens} tokens, fastest of {args.rounds} rounds\n")
+    print(f"{'':<16}{'tokens/s':>10}{'/ bare':>9}")
+    for row, speed in speeds.items():
+        print(f"{row:<16}{speed:>10.1f}{speed / speeds[BARE]:>9.2f}")
 
 
 def _image_model(args):

@@ -10,6 +10,7 @@ import tiny
 import torch
 
 from prt_hf import PRTForCausalLM
+from prt_hf.cli import main
 
 TOKENS = 24
 PROMPTS = [tiny.prompts(1, length, seed=length)[0].tolist() for length in (2, 20, 45, 90)]
@@ -89,3 +90,12 @@ def test_compiled(served, expected):
 def test_divided_among_two_ranks(served, expected):
     texts, _, _ = run(served.recipe, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2)
     assert texts == expected
+
+
+@pytest.mark.slow
+def test_throughput_is_told_beside_the_bare_backbone(served, capsys):
+    arguments = ["--requests", "4", "--new-tokens", "8", "--rounds", "1", "--dtype", "float32", "--json"]
+    assert main(["bench", "serve", served.recipe, *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    speeds = found["tokens_per_second"]
+    assert found["figures"] == {"prt_vs_bare": speeds["PRT"] / speeds["bare backbone"]}
