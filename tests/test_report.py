@@ -14,7 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from peft import LoraConfig, PeftModel
 from PIL import Image
 
-from prt_hf import RewardModel
+from prt_hf import RewardConfig, RewardModel
 from prt_hf.adapter import wrap
 from prt_hf.errors import (
     BaseModelMismatchError,
@@ -533,3 +533,10 @@ def test_models_in_memory_and_adapters_by_folder_give_the_same(places):
         for measure in ("nll", "accuracy"):
             expected = getattr(whole.targets["one"].figures[method], measure)
             assert getattr(there.targets["one"].figures[method], measure) == pytest.approx(expected)
+
+
+def test_the_report_that_is_shown_is_that_of_its_figures(tmp_path):
+    folder = Path(__file__).parents[1] / "model_cards" / "report"
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((folder / "report.json").read_text())["config"]))
+    config = RewardConfig.from_json_file(tmp_path / "config.json")
+    assert PortabilityReport.from_folder(folder, config).table() == (folder / "report.md").read_text()
