@@ -1,13 +1,16 @@
 """`prt-hf evaluate` prints what `portability_report` gives, and goes on after an interruption."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import lm_eval.tasks
 import numpy as np
 import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig
 from transformers import ViTImageProcessorPil
 
@@ -160,6 +163,12 @@ def tasks(folder):
     return folder
 
 
+@pytest.fixture
+def own_tasks_alone(monkeypatch):
+    """The harness's own thousands are looked through anew for every evaluation, which takes seconds."""
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+
+
 @torch.no_grad()
 def share_right(log_probs_of):
     """Of the choices, the one with the larger log pi(choice | question)."""
@@ -174,7 +183,7 @@ def share_right(log_probs_of):
     return sum(right) / len(right)
 
 
-def test_the_harness_asks_the_backbone_and_the_prt_model(tasks, capsys):
+def test_the_harness_asks_the_backbone_and_the_prt_model(tasks, own_tasks_alone, capsys):
     arguments = ("reward", "--targets", "one", "--tasks", "words", "--include_path", "tasks", "--output_dir", "out")
     printed = evaluate(capsys, *arguments, "--write_card")
     reward, target = RewardModel.from_pretrained("reward"), tiny.gpt2(2)
@@ -215,7 +224,7 @@ metric_list:
 """
 
 
-def test_stdout_is_json_alone_and_changed_tasks_are_asked_again(tasks, capsys):
+def test_stdout_is_json_alone_and_changed_tasks_are_asked_again(tasks, own_tasks_alone, capsys):
     """The harness prints while it bootstraps."""
     (tasks / "tasks" / "far.yaml").write_text(PERPLEXITY.format(file=tasks / "questions.jsonl"))
     given = ("reward", "--targets", "one", "--include_path", "tasks", "--output_dir", "out", "--tasks")
@@ -228,7 +237,7 @@ def test_stdout_is_json_alone_and_changed_tasks_are_asked_again(tasks, capsys):
     assert after["words"]["acc"][0] == pytest.approx(1 - before["words"]["acc"][0])
 
 
-def test_damaged_scores_and_targets_of_one_name_are_told(tasks, capsys):
+def test_damaged_scores_and_targets_of_one_name_are_told(tasks, own_tasks_alone, capsys):
     given = ("reward", "--targets", "one", "--include_path", "tasks", "--tasks", "words")
     Path("out").mkdir()
     for text in (
