@@ -331,9 +331,7 @@ def source_backbones(reward: RewardModel, **load_kwargs) -> list[Backbone]:
     Raises:
         PRTValueError: one of them was made in memory.
     """
-    config = reward.config
-    references = [config.source_backbone or config.reward_base, *config.more_source_backbones]
-    return [_earlier_source(reward, reference, load_kwargs) for reference in references]
+    return [_earlier_source(reward, reference, load_kwargs) for reference in reward.config.sources]
 
 
 def is_own_base(config: RewardConfig, source: ModelReference) -> bool:

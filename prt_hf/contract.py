@@ -290,6 +290,11 @@ class RewardConfig:
         """1 / lambda, the strength at which the reward was tuned."""
         return 1 / self.kl_coef
 
+    @property
+    def sources(self) -> list[ModelReference]:
+        """What it was tuned on; before any training, the pretrained model that it starts from."""
+        return [self.source_backbone or self.reward_base, *self.more_source_backbones]
+
     def to_json_string(self) -> str:
         """In the present format, whichever it was read from."""
         version = MINUS_BASE_VERSION if self.minus_base else FORMAT_VERSION

@@ -1,6 +1,7 @@
 """The user's own data, of the Hub or in files: its splits, its columns, and what classifiers make of them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers.utils import logging
 from trl.data_utils import is_conversational, is_conversational_from_value
 
 from .errors import PRTValueError
+from .own_pixels import PIXELS, is_same_pixels
 
 logger = logging.get_logger(__name__)
 
@@ -246,6 +248,24 @@ def pixel_values(image, image_processor: BaseImageProcessor, config: PreTrainedC
             "An image's pixels have no known range.", expected="8 or 16 bits a channel", found=f"mode {image.mode}"
         )
     return image_processor(image.convert(colours), return_tensors="pt")["pixel_values"][0]
+
+
+def pixel_makers(
+    image_processor: BaseImageProcessor,
+    config: PreTrainedConfig,
+    backbones: Sequence[tuple[BaseImageProcessor | None, PreTrainedConfig | None]],
+) -> dict[str, Callable[[PILImage.Image], torch.Tensor]]:
+    """What makes `pixel_values` of an image, and `backbone_0_pixel_values`, ... of the backbones that want others.
+
+    Args:
+        image_processor, config: of the model whose pixels have the plain name.
+        backbones: image processor and configuration of each; None for those that take the plain ones.
+    """
+    made = {PIXELS: partial(pixel_values, image_processor=image_processor, config=config)}
+    for index, (theirs, their_config) in enumerate(backbones):
+        if not is_same_pixels(image_processor, theirs):
+            made[f"backbone_{index}_{PIXELS}"] = partial(pixel_values, image_processor=theirs, config=their_config)
+    return made
 
 
 def first_line(error: Exception) -> str:

@@ -233,15 +233,16 @@ def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: di
     return bases[-1]
 
 
-def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], load_kwargs: dict):
-    """
+def place_of_reward(folder: Path, entry: dict, token: str | bool | None) -> Path:
+    """Where a recipe's reward lies on this machine, fetched if it has to be.
+
     Raises:
         RewardFileError: the reward is gone, or not the one that the recipe was written with.
     """
     if entry["id"] is None:
         place = reward_folder(folder, entry)
     else:
-        place = local_folder(entry["id"], revision=entry["revision"], token=load_kwargs["token"])
+        place = local_folder(entry["id"], revision=entry["revision"], token=token)
     found = weights_digest(place, RewardConfig.from_json_file(place / PRT_CONFIG_NAME))
     if found != entry["weights"]:
         raise RewardFileError(
@@ -250,6 +251,15 @@ def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], lo
             found=f"{found} in {place}",
             remedy="use that reward with `from_parts`, if it is what you want",
         )
+    return place
+
+
+def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], load_kwargs: dict):
+    """
+    Raises:
+        RewardFileError: as of [`place_of_reward`].
+    """
+    place = place_of_reward(folder, entry, load_kwargs["token"])
     reward, _ = load_reward(place, bases, load_kwargs)
     return reward, None if entry["id"] is None else {name: entry[name] for name in ("id", "revision", "weights")}
 

@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import shlex
-from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -273,9 +272,8 @@ def _places(backbones: list[str | None] | None, saved) -> list[tuple[str | None,
 
     if backbones or not saved:
         return [(name, None) for name in backbones or [None]]
-    sources = [saved.source_backbone or saved.reward_base, *saved.more_source_backbones]
-    is_own = [saved.is_adapter and is_own_base(saved, source) for source in sources]
-    return [(None if own else source.id, source.revision) for source, own in zip(sources, is_own, strict=True)]
+    is_own = [saved.is_adapter and is_own_base(saved, source) for source in saved.sources]
+    return [(None if own else source.id, source.revision) for source, own in zip(saved.sources, is_own, strict=True)]
 
 
 def _rows(options: Options, config, task: str, network, processing_class, backbones: list) -> list:
@@ -291,18 +289,17 @@ def _rows(options: Options, config, task: str, network, processing_class, backbo
 
 def _pixels(config, processing_class, backbones: list) -> dict:
     """What makes the columns of pixels: the reward's, and those of every backbone that wants others."""
-    from ..data import pixel_values
+    from ..data import pixel_makers
     from ..loading import load_processing_class
-    from ..own_pixels import PIXELS, is_same_pixels
     from ..pretrained import IMAGE_CLASSIFICATION, load_config
 
-    pixels = {PIXELS: partial(pixel_values, image_processor=processing_class, config=config)}
-    for index, (name, revision) in enumerate(backbones):
-        theirs = None if name is None else load_processing_class(name, IMAGE_CLASSIFICATION, revision=revision)
-        if not is_same_pixels(processing_class, theirs):
-            make = partial(pixel_values, image_processor=theirs, config=load_config(name, revision=revision))
-            pixels[f"backbone_{index}_{PIXELS}"] = make
-    return pixels
+    theirs = [
+        (None, None)
+        if name is None
+        else (load_processing_class(name, IMAGE_CLASSIFICATION, revision=at), load_config(name, revision=at))
+        for name, at in backbones
+    ]
+    return pixel_makers(processing_class, config, theirs)
 
 
 def _prepared(rows, data: DataOptions, config, task: str, network, processing_class, backbones: list):

@@ -12,9 +12,9 @@ from trl.data_utils import is_conversational, is_conversational_from_value, mayb
 from ..backbones import Backbone
 from ..collator import IMAGE, MASKS, TokenCollator
 from ..contract import unwrap_tokenizer
-from ..data import label_ids, pixel_values, require_column, require_texts
+from ..data import label_ids, pixel_makers, require_column, require_texts
 from ..errors import PRTValueError
-from ..own_pixels import PIXELS, is_same_pixels
+from ..own_pixels import PIXELS
 from ..pretrained import IMAGE_CLASSIFICATION, TEXT_GENERATION, unwrap_adapter
 from ..reward_model import RewardModel
 
@@ -38,11 +38,25 @@ def batches(
     Raises:
         PRTValueError: the columns are none of these, a text has no tokens to predict, or a label is not the reward's.
     """
+    return prepared(rows, reward, length)(batch_size, backbones)
+
+
+def prepared(rows: Dataset, reward: RewardModel, length: int) -> Callable[..., DataLoader]:
+    """[`batches`] as a function of `batch_size` and `backbones`, for rows that are read more than once: texts are
+    tokenized here."""
     if reward.config.task == IMAGE_CLASSIFICATION:
-        prepared, collate = _images(rows, reward, backbones)
+        inputs, collator_for = _images(rows, reward)
     else:
-        prepared, collate = (_texts if reward.config.task == TEXT_GENERATION else _classified)(rows, reward, length)
-    return DataLoader(prepared, batch_size, collate_fn=lambda batch: dict(collate(batch)))
+        inputs, collate = (_texts if reward.config.task == TEXT_GENERATION else _classified)(rows, reward, length)
+
+        def collator_for(backbones):
+            return collate
+
+    def loader(batch_size: int, backbones: Sequence[Backbone] = ()) -> DataLoader:
+        collate = collator_for(backbones)
+        return DataLoader(inputs, batch_size, collate_fn=lambda batch: dict(collate(batch)))
+
+    return loader
 
 
 def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict], Callable]:
@@ -108,41 +122,40 @@ def _classified(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[d
     return _labelled(encoded, rows, reward), partial(tokenizer.pad, return_tensors="pt")
 
 
-def _images(rows: Dataset, reward: RewardModel, backbones: Sequence[Backbone]) -> tuple[Sequence[dict], Callable]:
-    if PIXELS in rows.column_names:
-        return _made_by_batch(rows, PIXELS, {PIXELS: torch.as_tensor}, reward)
+def _images(rows: Dataset, reward: RewardModel) -> tuple[Dataset, Callable]:
+    """The rows, and backbones -> what makes a batch of some: never of all at once."""
+    column = PIXELS if PIXELS in rows.column_names else IMAGE
+    is_labelled = LABEL in rows.column_names
+
+    def collator_for(backbones: Sequence[Backbone]) -> Callable:
+        made = {PIXELS: torch.as_tensor}
+        if column == IMAGE:
+            theirs = [(each.processing_class, unwrap_adapter(each.network).config) for each in backbones]
+            made = pixel_makers(reward.processing_class, unwrap_adapter(reward.network).config, theirs)
+
+        def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
+            pixels = {
+                name: torch.stack([torch.as_tensor(make(row[column])) for row in batch]) for name, make in made.items()
+            }
+            return pixels | ({"labels": torch.tensor([row["labels"] for row in batch])} if is_labelled else {})
+
+        return collate
+
+    if column == IMAGE:
+        rows = _with_images(rows, reward)
+    inputs = rows.select_columns([column])
+    return inputs.add_column("labels", _labels(rows, reward)) if is_labelled else inputs, collator_for
+
+
+def _with_images(rows: Dataset, reward: RewardModel) -> Dataset:
     require_column(rows, IMAGE, "given")
-    ours = reward.processing_class
-    if ours is None:
+    if reward.processing_class is None:
         raise PRTValueError(
             "The reward has no image processor.", expected="one beside it or its base, or a column `pixel_values`"
         )
     if isinstance(rows.features[IMAGE], Value):
-        rows = rows.cast_column(IMAGE, Image())  # paths
-    made = {PIXELS: partial(pixel_values, image_processor=ours, config=unwrap_adapter(reward.network).config)}
-    for index, backbone in enumerate(backbones):
-        theirs = backbone.processing_class
-        if not is_same_pixels(ours, theirs):
-            config = unwrap_adapter(backbone.network).config
-            made[f"backbone_{index}_{PIXELS}"] = partial(pixel_values, image_processor=theirs, config=config)
-
-    return _made_by_batch(rows, IMAGE, made, reward)
-
-
-def _made_by_batch(
-    rows: Dataset, column: str, made: dict[str, Callable], reward: RewardModel
-) -> tuple[Dataset, Callable]:
-    """Name of an input -> what makes it of a row's `column`: never of all rows at once."""
-    is_labelled = LABEL in rows.column_names
-
-    def collate(batch: list[dict]) -> dict[str, torch.Tensor]:
-        pixels = {
-            name: torch.stack([torch.as_tensor(make(row[column])) for row in batch]) for name, make in made.items()
-        }
-        return pixels | ({"labels": torch.tensor([row["labels"] for row in batch])} if is_labelled else {})
-
-    prepared = rows.select_columns([column])
-    return prepared.add_column("labels", _labels(rows, reward)) if is_labelled else prepared, collate
+        return rows.cast_column(IMAGE, Image())  # paths
+    return rows
 
 
 def _tokenizer(reward: RewardModel) -> PreTrainedTokenizerBase:

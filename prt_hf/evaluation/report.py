@@ -24,7 +24,7 @@ from ..pretrained import CONFIG_KWARGS, TEXT_GENERATION, context_length, load_sk
 from ..reward_model import RewardModel
 from ..training_record import hub_ids
 from ..tuned import TunedModel
-from .batches import batches as batches_of
+from .batches import prepared
 from .files import check_folder
 from .fit import order_on
 from .portability import counted, portability_of
@@ -127,14 +127,13 @@ def portability_report(
     for tuned in (*of_tuned.values(), of_eft):
         if tuned is not None:
             limits.append(_limit(reward, tuned.base if tuned.network is None else tuned.network, load_kwargs))
-    named = reward.config.source_backbone or reward.config.reward_base
+    named = reward.config.sources[0]
     if of_source.network is None:
         limits.append(_limit(reward, named.id, load_kwargs | ({"revision": named.revision} if named.revision else {})))
     else:
         limits.append(of_source.limit)
     limits.append(context_length(reward.network))
-    shortest = min([length, *filter(None, limits)])
-    read = partial(batches_of, dataset, reward, batch_size, shortest)
+    read = prepared(dataset, reward, min([length, *filter(None, limits)]))
 
     on_hub = hub_ids(dataset)
     dataset_name = dataset_name or (on_hub[0] if len(on_hub) == 1 else "evaluation data")
@@ -151,7 +150,7 @@ def portability_report(
             "reward": weights_digest_of_model(reward.network),
             "source": of_source.identity,
             # Row by row: how many are read at a time makes no other data.
-            "data": _digest(batches_of(dataset, reward, 1, shortest)),
+            "data": _digest(read(1)),
             "strength": strength,
         },
     )
@@ -162,7 +161,7 @@ def portability_report(
         networks = {SOURCE: of_source, TARGET: of_target, TUNED_SOURCE: of_eft, TUNED_TARGET: of_tuned.get(target)}
         run = _Run(reward, report, report.targets.setdefault(target, Place(target)), networks)
         for at_target, at_source in run.passes(methods):
-            run.measure(at_target, at_source, read, progress)
+            run.measure(at_target, at_source, partial(read, batch_size), progress)
             if output_dir is not None:
                 report.save_figures(output_dir)
     return report
@@ -257,12 +256,8 @@ def _known_methods(methods: Sequence[str]) -> list[str]:
     """In the order of the paper's figures."""
     for method in methods:
         if method not in METHODS:
-            near = get_close_matches(method, METHODS, n=1)
             raise PRTValueError(
-                "Unknown method.",
-                expected=", ".join(METHODS),
-                found=repr(method),
-                remedy=f"did you mean {near[0]!r}?" if near else None,
+                "Unknown method.", expected=", ".join(METHODS), found=repr(method), remedy=_nearest(method, METHODS)
             )
     if not methods:
         raise PRTValueError("There is nothing to measure.", expected=f"methods: {', '.join(METHODS)}", found="none")
@@ -307,14 +302,18 @@ def _of_targets(finetuned: Mapping, targets: Mapping[str, object]) -> dict[str, 
     found = {str(name): str(model) if isinstance(model, Path) else model for name, model in finetuned.items()}
     for name in found:
         if name not in targets:
-            near = get_close_matches(name, targets, n=1)
             raise PRTValueError(
                 "A fine-tuned model is of no target.",
                 expected=f"one of the targets: {', '.join(targets)}",
                 found=repr(name),
-                remedy=f"did you mean {near[0]!r}?" if near else None,
+                remedy=_nearest(name, targets),
             )
     return found
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    near = get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else None
 
 
 def _check_rows(dataset: Dataset, reward: RewardModel) -> None:

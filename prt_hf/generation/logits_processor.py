@@ -261,7 +261,7 @@ class PRTLogitsProcessor(_RewardProcessor):
             return self._state, RewardState(network, of="base")
         source = self._source_backbone
         if source is None:
-            source = load_base(config.source_backbone or config.reward_base, dtype=self.reward.dtype)
+            source = load_base(config.sources[0], dtype=self.reward.dtype)
         return self._state, RewardState(source.to(self.reward.device).eval())
 
     def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:

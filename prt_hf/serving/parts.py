@@ -15,8 +15,8 @@ from ..errors import PRTValueError, RewardFileError, UnsupportedError
 from ..hub import local_folder
 from ..loading import check_same_reference, load_processing_class
 from ..pretrained import fingerprint_of, load_config, load_skeleton
-from ..recipe import PRTModelConfig, check_complete, reward_folder
-from ..reward_files import check_files, recover, weights_digest
+from ..recipe import PRTModelConfig, check_complete, place_of_reward
+from ..reward_files import check_files, recover
 
 
 @dataclass(frozen=True)
@@ -72,20 +72,8 @@ def parts_of_recipe(
     backbone = _network_folder(ModelReference(**config.backbone_reference or {}), token)
     rewards = []
     for entry in config.reward_references:
-        if entry["id"] is None:
-            of_reward = reward_folder(folder, entry)
-        else:
-            of_reward = local_folder(entry["id"], revision=entry["revision"], token=token)
-        reward_config = RewardConfig.from_json_file(of_reward / PRT_CONFIG_NAME)
-        found = weights_digest(of_reward, reward_config)
-        if found != entry["weights"]:
-            raise RewardFileError(
-                "The recipe's reward has changed.",
-                expected=f"weights with SHA-256 {entry['weights']}",
-                found=f"{found} in {of_reward}",
-                remedy="save the recipe again, if that reward is what you want",
-            )
-        rewards.append((of_reward, reward_config, entry["strength"]))
+        of_reward = place_of_reward(folder, entry, token)
+        rewards.append((of_reward, RewardConfig.from_json_file(of_reward / PRT_CONFIG_NAME), entry["strength"]))
     return _checked(backbone, rewards, tokenizer, token)
 
 
