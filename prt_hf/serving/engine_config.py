@@ -13,6 +13,7 @@ from .parts import ServedParts, parts_by_name, parts_of_recipe
 from .strength import RefusedStrengths, processor_name
 
 PARTS = "prt_parts"  # entry of the configuration that the engine hands to its processes
+_ADAPTER_BASE = "prt_adapter_base"  # the user's, beside `prt_rewards`
 _SPECULATION = ("ngram", "ngram_gpu", "draft_model")  # methods that look at tokens alone
 
 
@@ -38,9 +39,15 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             folder = local_folder(model_config.model, **where)
             parts = parts_of_recipe(folder, config, model_config.tokenizer, token=where["token"])
             model_config.hf_config_path = str(folder)  # where the engine looks for the settings of generation
-        elif getattr(config, "prt_rewards", None) is not None:
-            strengths = getattr(config, "prt_strengths", None)
-            parts = parts_by_name(model_config.model, config.prt_rewards, strengths, model_config.tokenizer, **where)
+        elif any(getattr(config, name, None) is not None for name in ("prt_rewards", _ADAPTER_BASE)):
+            parts = parts_by_name(
+                model_config.model,
+                getattr(config, "prt_rewards", []),
+                getattr(config, "prt_strengths", None),
+                model_config.tokenizer,
+                adapter_base=getattr(config, _ADAPTER_BASE, None),
+                **where,
+            )
         else:
             raise PRTValueError(
                 "The model names no rewards.",
@@ -49,7 +56,7 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
                 found=f"{model_config.model} ({config.model_type})",
             )
         networks = [get_config(parts.backbone, trust_remote_code=False)]
-        networks += [get_config(reward.network, trust_remote_code=False) for reward in parts.rewards]
+        networks += [get_config(network.folder, trust_remote_code=False) for network in parts.networks.values()]
         for network in networks:
             _check_network(model_config, network)
         if model_config.disable_sliding_window and any(map(window_of, networks)):
@@ -77,6 +84,10 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
         speculation = vllm_config.speculative_config
         method = None if speculation is None else speculation.method
+        lora = vllm_config.lora_config
+        if lora is None:
+            _forget_adapters(model.hf_config)
+        parts = parts_of(model.hf_config)
         _, *rewards = network_configs(model.hf_config)
         refused = {
             "the rewards' decoders run beside the backbone's, not in stages": (
@@ -99,6 +110,18 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
                 method == "draft_model" and speculation.draft_model_config.architecture == model.architecture,
                 "a draft model with rewards",
             ),
+            "requests' own rewards are put on one base, and none is known": (
+                lora is not None and parts.adapter_base is None,
+                f"enable_lora, and no `{_ADAPTER_BASE}`",
+            ),
+            "requests' own rewards change their base, and all of it that they were tuned on": (
+                lora is not None and lora.target_modules is not None,
+                "lora_target_modules",
+            ),
+            "vLLM's V1 model runner does not tell which of the drafts' rows have rewards of their own": (
+                lora is not None and speculation is not None and not vllm_config.use_v2_model_runner,
+                "enable_lora with speculation",
+            ),
         }
         for reason, (is_asked, found) in refused.items():
             if is_asked:
@@ -108,26 +131,40 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
         if speculation is not None and not vllm_config.use_v2_model_runner:
             RefusedStrengths.is_active = True
         else:
-            model.logits_processors = [*(model.logits_processors or []), processor_name(vllm_config, len(rewards))]
+            processor = processor_name(vllm_config, len(parts.rewards), with_adapters=lora is not None)
+            model.logits_processors = [*(model.logits_processors or []), processor]
 
 
 def network_configs(config) -> list:
-    """Configurations of the backbone and of every reward, as the engine builds them, from that of the PRT model."""
+    """Configurations of the backbone and of what runs beside it, as the engine builds them, from the PRT model's."""
     backbone = copy.deepcopy(config)
     backbone.update(getattr(config, PARTS)["backbone_config"])
-    rewards = []
-    for reward in parts_of(config).rewards:
-        network = get_config(reward.network, trust_remote_code=False)
-        if reward.is_adapter:  # merged into the head, and into the head alone
-            network.tie_word_embeddings = network.get_text_config().tie_word_embeddings = False
-        rewards.append(network)
-    return [backbone, *rewards]
+    others = []
+    for network in parts_of(config).networks.values():
+        other = get_config(network.folder, trust_remote_code=False)
+        if network.is_adapted:
+            other.tie_word_embeddings = other.get_text_config().tie_word_embeddings = False
+        others.append(other)
+    return [backbone, *others]
 
 
 def parts_of(config) -> ServedParts:
     return ServedParts.from_dict(
         {name: value for name, value in getattr(config, PARTS).items() if name != "backbone_config"}
     )
+
+
+def _forget_adapters(config) -> None:
+    """Of an engine that takes no LoRA.
+
+    Raises:
+        PRTValueError: a base for adapters was given.
+    """
+    if getattr(config, _ADAPTER_BASE, None) is not None:
+        raise PRTValueError(
+            f"`{_ADAPTER_BASE}` is for rewards that requests name.", expected="--enable-lora", found="an engine without"
+        )
+    getattr(config, PARTS)["adapter_base"] = None
 
 
 def window_of(config) -> int | None:

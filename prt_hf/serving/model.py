@@ -8,44 +8,53 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader import DefaultModelLoader
+from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
 from vllm.transformers_utils.config import get_hf_text_config
 
 from ..errors import UnsupportedError
+from .adapters import RequestAdapters
 from .engine_config import network_configs, parts_of, window_of
+from .parts import ADAPTERS
 from .strength import Steps
-from .weights import merged_weights
+from .weights import merged_weights, weights_of_base
 
 
-class PRTForCausalLM(nn.Module):
+class PRTForCausalLM(nn.Module, SupportsLoRA):
     """Backbone and rewards over one batch of tokens, each with its own layers in the engine's paged cache.
 
     logits = log_softmax(b + sum_i strength_i r_i) over the contract's tokens, which is Eq. 10. A reward adapter is
-    merged into its base's weights while these are loaded, in memory only.
+    merged into its base's weights while these are loaded, in memory only; those that requests name are LoRAs of the
+    engine, on a network of their own.
     """
+
+    embedding_modules = {"lm_head": "output_embeddings"}
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.config = vllm_config.model_config.hf_config
         self.parts = parts_of(self.config)
-        backbone, *rewards = network_configs(self.config)
+        backbone, *others = network_configs(self.config)
         self.backbone = init_vllm_registered_model(
             vllm_config, prefix=maybe_prefix(prefix, "backbone"), hf_config=backbone
         )
         # Not a ModuleList: the engine takes the one number in a layer's name for its depth.
-        self._names = [f"reward_{index}" for index in range(len(rewards))]
-        for name, config in zip(self._names, rewards, strict=True):
+        self._networks = self.parts.networks
+        for name, config in zip(self._networks, others, strict=True):
             network = init_vllm_registered_model(
                 _own_cache_config(vllm_config, config), prefix=maybe_prefix(prefix, name), hf_config=config
             )
             setattr(self, name, network)
-        self._sizes = [config.get_text_config().hidden_size for config in (backbone, *rewards)]
+        self._sizes = [config.get_text_config().hidden_size for config in (backbone, *others)]
         self.secondary_weights = [
-            DefaultModelLoader.Source(reward.folder, revision=None, prefix=f"{name}.")
-            for name, reward in zip(self._names, self.parts.rewards, strict=True)
-            if not reward.is_adapter
+            DefaultModelLoader.Source(network.folder, revision=None, prefix=f"{name}.")
+            for name, network in self._networks.items()
+            if not network.is_adapted
         ]
         self._steps = Steps(vllm_config, [reward.strength for reward in self.parts.rewards], self.parts.vocab_size)
+        self.request_adapters = None
+        if ADAPTERS in self._networks:
+            self.request_adapters = RequestAdapters(self, vllm_config.lora_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.backbone.embed_input_ids(input_ids)
@@ -58,32 +67,42 @@ class PRTForCausalLM(nn.Module):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The last hidden states of all networks, side by side: `(num_tokens, sum of hidden sizes)`."""
-        return torch.cat([network(input_ids, positions) for network in self._networks], -1)
+        return torch.cat([network(input_ids, positions) for network in self._modules_in_order], -1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """`(num_rows, vocab_size)` in float32; None on ranks that do not sample."""
         hidden = hidden_states.split(self._sizes, -1)
-        backbone, *rewards = [
-            network.compute_logits(states.contiguous()) for network, states in zip(self._networks, hidden, strict=True)
+        backbone, *others = [
+            network.compute_logits(states.contiguous())
+            for network, states in zip(self._modules_in_order, hidden, strict=True)
         ]
-        return None if backbone is None else self._steps.combine(backbone, rewards)
+        if backbone is None:
+            return None
+        said = iter(others)
+        rewards = [
+            next(said).float() - next(said).float() if reward.minus_base else next(said)
+            for reward in self.parts.rewards
+        ]
+        if self.request_adapters is None:
+            return self._steps.combine(backbone, rewards)
+        return self._steps.combine(backbone, [*rewards, next(said)], self.request_adapters.strengths_of_rows())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        own = tuple(f"{name}." for name in self._networks)
         loaded = AutoWeightsLoader(self).load_weights(
-            (name if name.startswith(tuple(f"{own}." for own in self._names)) else f"backbone.{name}", tensor)
-            for name, tensor in weights
+            (name if name.startswith(own) else f"backbone.{name}", tensor) for name, tensor in weights
         )
-        for name, reward in zip(self._names, self.parts.rewards, strict=True):
-            if reward.is_adapter:
-                network = getattr(self, name)
-                _check_own_head(network)
-                of_reward = ((f"{name}.{key}", tensor) for key, tensor in merged_weights(reward))
-                loaded |= AutoWeightsLoader(self).load_weights(of_reward)
+        adapted = {f"reward_{index}": reward for index, reward in enumerate(self.parts.rewards) if reward.is_adapter}
+        for name, network in self._networks.items():
+            if network.is_adapted:
+                _check_own_head(getattr(self, name))
+                found = merged_weights(adapted[name]) if name in adapted else weights_of_base(network.folder)
+                loaded |= AutoWeightsLoader(self).load_weights((f"{name}.{key}", tensor) for key, tensor in found)
         return loaded
 
     @property
-    def _networks(self) -> list[nn.Module]:
-        return [self.backbone, *(getattr(self, name) for name in self._names)]
+    def _modules_in_order(self) -> list[nn.Module]:
+        return [self.backbone, *(getattr(self, name) for name in self._networks)]
 
 
 def _own_cache_config(vllm_config: VllmConfig, config) -> VllmConfig:

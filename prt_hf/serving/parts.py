@@ -18,6 +18,8 @@ from ..pretrained import fingerprint_of, load_config, load_skeleton
 from ..recipe import PRTModelConfig, check_complete, place_of_reward
 from ..reward_files import check_files, recover
 
+ADAPTERS = "adapters"  # the network that requests' own reward adapters are put on
+
 
 @dataclass(frozen=True)
 class ServedReward:
@@ -26,12 +28,37 @@ class ServedReward:
         folder: of the reward, as [`RewardModel.save_pretrained`] writes it.
         network: folder whose `config.json` describes the network: its base's, or its own.
         strength: 1 / lambda, of requests that name none.
+        minus_base: r is what the adapter adds to its base's logits, so that the base runs as well.
     """
 
     folder: str
     network: str
     is_adapter: bool
     strength: float
+    minus_base: bool = False
+
+
+@dataclass(frozen=True)
+class PretrainedFolder:
+    """
+    Attributes:
+        reference: to what lies there.
+    """
+
+    folder: str
+    reference: ModelReference
+
+
+@dataclass(frozen=True)
+class ServedNetwork:
+    """
+    Attributes:
+        folder: of its `config.json`, and of its weights if it is not adapted.
+        is_adapted: its head has weights of its own, those of the embeddings with an adapter's added to them.
+    """
+
+    folder: str
+    is_adapted: bool
 
 
 @dataclass(frozen=True)
@@ -40,18 +67,37 @@ class ServedParts:
     Attributes:
         backbone: folder of the backbone.
         vocab_size: tokens of the contract, and of the PRT model; heads may be padded beyond it.
+        tokenizer: folder or Hub id.
+        adapter_base: of the reward adapters that requests name; None if none can be named.
     """
 
     backbone: str
     rewards: list[ServedReward]
     vocab_size: int
+    tokenizer: str
+    adapter_base: PretrainedFolder | None
+
+    @property
+    def networks(self) -> dict[str, ServedNetwork]:
+        """Those that run beside the backbone, in this order, by the names of their modules."""
+        found = {}
+        for index, reward in enumerate(self.rewards):
+            found[f"reward_{index}"] = ServedNetwork(reward.network, reward.is_adapter)
+            if reward.minus_base:
+                found[f"reward_{index}_base"] = ServedNetwork(reward.network, False)
+        if self.adapter_base is not None:
+            found[ADAPTERS] = ServedNetwork(self.adapter_base.folder, True)
+        return found
 
     def to_dict(self) -> dict:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, entries: dict) -> "ServedParts":
-        return cls(**entries | {"rewards": [ServedReward(**reward) for reward in entries["rewards"]]})
+        rewards = [ServedReward(**reward) for reward in entries["rewards"]]
+        if (base := entries["adapter_base"]) is not None:
+            base = PretrainedFolder(base["folder"], ModelReference(**base["reference"]))
+        return cls(**entries | {"rewards": rewards, "adapter_base": base})
 
 
 def parts_of_recipe(
@@ -69,7 +115,7 @@ def parts_of_recipe(
     """
     recover(folder)
     check_complete(config)
-    backbone = _network_folder(ModelReference(**config.backbone_reference or {}), token)
+    backbone = _pretrained(ModelReference(**config.backbone_reference or {}), token).folder
     rewards = []
     for entry in config.reward_references:
         of_reward = place_of_reward(folder, entry, token)
@@ -83,22 +129,27 @@ def parts_by_name(
     strengths: list[float] | None,
     tokenizer: str,
     *,
+    adapter_base: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ServedParts:
     """
     Args:
-        backbone, rewards: folders or Hub ids.
+        backbone, rewards, adapter_base: folders or Hub ids.
         strengths: 1 / lambda of each reward, by default as it was tuned.
+        adapter_base: of the rewards of single requests, by default the base of `rewards`.
 
     Raises:
-        PRTValueError: no rewards, or not one strength for each.
+        PRTValueError: neither rewards nor a base for those of requests, or not one strength for each.
         RewardFileError: no reward there, or an incomplete one.
         BaseModelMismatchError, VocabularyMismatchError: as of [`parts_of_recipe`].
     """
-    if not isinstance(rewards, list) or not rewards or not all(isinstance(place, str) for place in rewards):
+    is_usable = isinstance(rewards, list) and all(isinstance(place, str) for place in rewards)
+    if not is_usable or not (rewards or adapter_base):
         raise PRTValueError(
-            "`prt_rewards` is not usable.", expected="a list with one folder or id or more", found=repr(rewards)
+            "`prt_rewards` is not usable.",
+            expected="a list of folders or ids, which only with `prt_adapter_base` may be empty",
+            found=repr(rewards),
         )
     folders = [local_folder(place, token=token) for place in rewards]
     configs = [RewardConfig.from_json_file(folder / PRT_CONFIG_NAME) for folder in folders]
@@ -115,39 +166,77 @@ def parts_by_name(
             found=str(strengths),
         )
     of_backbone = local_folder(backbone, revision=revision, token=token)
-    return _checked(of_backbone, list(zip(folders, configs, strengths, strict=True)), tokenizer, token)
+    base = None
+    if adapter_base is not None:
+        folder = local_folder(adapter_base, token=token)
+        base = PretrainedFolder(str(folder), _reference_to(folder, adapter_base, None))
+    return _checked(of_backbone, list(zip(folders, configs, strengths, strict=True)), tokenizer, token, base)
+
+
+def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
+    """The strength that a request's own reward was tuned with, once it is known that it can be served.
+
+    Raises:
+        RewardFileError: no reward there, or an incomplete one.
+        UnsupportedError: a reward that is not an adapter alone.
+        BaseModelMismatchError, VocabularyMismatchError: an adapter of another base, or for another vocabulary.
+    """
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    if not config.is_adapter or config.minus_base:
+        raise UnsupportedError(
+            "A request's own reward is put on the base that all of them share.",
+            expected="a LoRA reward",
+            found=f"{folder}: " + ("a LoRA that is carried over" if config.minus_base else "a full reward"),
+            remedy="name it in `prt_rewards`",
+        )
+    _check_reward(folder, config, _contract_of(parts.tokenizer, None))
+    check_same_reference(config.reward_base, parts.adapter_base.reference)
+    return config.strength
 
 
 def _checked(
-    backbone: Path, rewards: list[tuple[Path, RewardConfig, float]], tokenizer: str, token: str | bool | None
+    backbone: str | Path,
+    rewards: list[tuple[Path, RewardConfig, float]],
+    tokenizer: str,
+    token: str | bool | None,
+    adapter_base: PretrainedFolder | None = None,
 ) -> ServedParts:
-    served = []
+    of_tokenizer = _contract_of(tokenizer, token)
+    of_tokenizer.check_head(_vocab_size(backbone))
+    served, bases = [], {}
+    for folder, config, strength in rewards:
+        _check_reward(folder, config, of_tokenizer)
+        network = str(folder)
+        if config.is_adapter:
+            base = _pretrained(config.reward_base, token)
+            network = base.folder
+            bases[network] = base
+        of_tokenizer.check_head(_vocab_size(network), owner="reward")
+        served.append(ServedReward(str(folder), network, config.is_adapter, float(strength), config.minus_base))
+    if adapter_base is not None:
+        of_tokenizer.check_head(_vocab_size(adapter_base.folder), owner="base of reward adapters")
+    elif len(bases) == 1:
+        (adapter_base,) = bases.values()
+    return ServedParts(str(backbone), served, of_tokenizer.size, tokenizer, adapter_base)
+
+
+def _contract_of(tokenizer: str, token: str | bool | None) -> VocabularyContract:
     processing_class = load_processing_class(tokenizer, TEXT_GENERATION, token=token)
     if processing_class is None:
         raise PRTValueError("The vocabulary is told by the tokenizer.", expected="a tokenizer", found=tokenizer)
-    of_tokenizer = VocabularyContract.from_tokenizer(processing_class)
-    of_tokenizer.check_head(_vocab_size(backbone))
-    for folder, config, strength in rewards:
-        if config.task != TEXT_GENERATION:
-            raise PRTValueError(
-                "vLLM serves language models.", expected=f"a reward for {TEXT_GENERATION}", found=config.task
-            )
-        if config.minus_base:
-            raise UnsupportedError(
-                "A LoRA that is carried over needs its base beside it at every step, which the engine does not run.",
-                expected="rewards that were tuned or distilled",
-                found=str(folder),
-                remedy="`prt-hf train --distill_from` makes a reward of it",
-            )
-        check_files(folder, config)
-        network = _network_folder(config.reward_base, token) if config.is_adapter else folder
-        config.contract.check(of_tokenizer)
-        config.contract.check_head(_vocab_size(network), owner="reward")
-        served.append(ServedReward(str(folder), str(network), config.is_adapter, float(strength)))
-    return ServedParts(str(backbone), served, rewards[0][1].contract.size)
+    return VocabularyContract.from_tokenizer(processing_class)
 
 
-def _network_folder(reference: ModelReference, token: str | bool | None) -> Path:
+def _check_reward(folder: Path, config: RewardConfig, of_tokenizer: VocabularyContract) -> None:
+    if config.task != TEXT_GENERATION:
+        raise PRTValueError(
+            "vLLM serves language models.", expected=f"a reward for {TEXT_GENERATION}", found=config.task
+        )
+    check_files(folder, config)
+    config.contract.check(of_tokenizer)
+
+
+def _pretrained(reference: ModelReference, token: str | bool | None) -> PretrainedFolder:
     """Where a pretrained model that a file names lies, once its weights are checked against the fingerprint there.
 
     Raises:
@@ -162,14 +251,14 @@ def _network_folder(reference: ModelReference, token: str | bool | None) -> Path
             remedy="save it, load it from there, and put the PRT model together again",
         )
     folder = local_folder(reference.id, revision=reference.revision, token=token)
-    found = ModelReference(
-        reference.id,
-        reference.revision,
-        (load_config(str(folder)).architectures or [None])[0],
-        _weights_fingerprint(folder),
-    )
+    found = _reference_to(folder, reference.id, reference.revision)
     check_same_reference(reference, found)
-    return folder
+    return PretrainedFolder(str(folder), found)
+
+
+def _reference_to(folder: Path, name: str, revision: str | None) -> ModelReference:
+    architecture = (load_config(str(folder)).architectures or [None])[0]
+    return ModelReference(name, revision, architecture, _weights_fingerprint(folder))
 
 
 def _weights_fingerprint(folder: Path) -> str | None:

@@ -44,44 +44,62 @@ class Steps:
         self.next_rows: dict[int, _Strengths] = {}
         self._logits: torch.Tensor | None = None
         self._rewards: list[torch.Tensor] = []
+        self._of_rows: torch.Tensor | None = None
+        self._names_none: torch.Tensor | None = None
         _STEPS[id(vllm_config.model_config)] = self
 
     @staticmethod
     def of(vllm_config: VllmConfig) -> "Steps | None":
         return _STEPS.get(id(vllm_config.model_config))
 
-    def combine(self, backbone: torch.Tensor, rewards: list[torch.Tensor]) -> torch.Tensor:
-        """log pi over the contract's tokens, without what pads the networks' heads; `(num_rows, size)`, float32."""
+    def combine(
+        self, backbone: torch.Tensor, rewards: list[torch.Tensor], of_named: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """log pi over the contract's tokens, without what pads the networks' heads; `(num_rows, size)`, float32.
+
+        Args:
+            of_named: `(num_rows,)`, strengths of the last reward, which is another one for each row that names one; NaN
+                in rows that name none.
+        """
         # The step's own rows come first, those of prompts that are scored as well after them.
         rows, self.next_rows = self.next_rows, {}
-        logits = backbone[:, : self.size].to(torch.float32, copy=True)
         self._rewards = [reward[:, : self.size].float() for reward in rewards]
-        for strength, reward in zip(self.strengths, self._rewards, strict=True):
-            logits += strength * reward
+        self._of_rows = torch.tensor(self.strengths, device=backbone.device).expand(len(backbone), -1)
+        self._names_none = None if of_named is None else of_named.isnan()
+        if of_named is not None:
+            self._of_rows = torch.cat([self._of_rows, of_named.nan_to_num()[:, None]], 1)
         if rows:
-            self._change(logits, rows)
+            self._of_rows = self._changed(rows)
+        logits = backbone[:, : self.size].to(torch.float32, copy=True)
+        for strength, reward in zip(self._of_rows.T, self._rewards, strict=True):
+            logits += strength[:, None] * reward
         self._logits = logits.log_softmax(-1)
         return self._logits
 
     def change(self, logits: torch.Tensor, rows: dict[int, _Strengths]) -> None:
         """Other strengths for rows of this step, in `logits`, of which sampling is about to choose, and in those that
         [`combine`] returned, of which the engine makes log-probabilities."""
-        self._change(logits, rows)
-        self._change(self._logits, rows)
         index = list(rows)
+        difference = (self._changed(rows) - self._of_rows)[index]
+        for strength, reward in zip(difference.T, self._rewards, strict=True):
+            logits[index] += strength[:, None] * reward[index]
+            self._logits[index] += strength[:, None] * reward[index]
         self._logits[index] = self._logits[index].log_softmax(-1)
 
-    def _change(self, logits: torch.Tensor, rows: dict[int, _Strengths]) -> None:
-        index = torch.tensor(list(rows), device=logits.device)
-        change = torch.tensor(list(rows.values())) - torch.tensor(self.strengths)
-        for column, reward in zip(change.T.to(logits.device), self._rewards, strict=True):
-            logits[index] += column[:, None] * reward[index]
+    def _changed(self, rows: dict[int, _Strengths]) -> torch.Tensor:
+        """Strengths of all rows, `(num_rows, rewards)`."""
+        changed = self._of_rows.clone()
+        changed[list(rows)] = torch.tensor(list(rows.values()), dtype=changed.dtype, device=changed.device)
+        if self._names_none is not None:
+            changed[self._names_none, -1] = 0.0
+        return changed
 
 
 class _Requests:
-    """Reads `prt_strength`: a number, or one for each of `count` rewards."""
+    """Reads `prt_strength`: a number, or one for each of `count` rewards, the last of them that which requests name."""
 
     count: int
+    with_adapters: bool
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
@@ -89,6 +107,13 @@ class _Requests:
         Raises:
             PRTValueError: no strengths for these rewards, or beside what the engine cannot give with them.
         """
+        if cls.with_adapters and sampling_params.prompt_logprobs is not None:
+            raise PRTValueError(
+                "The engine scores prompts without the rewards that requests name.",
+                expected="no `prompt_logprobs`",
+                found=str(sampling_params.prompt_logprobs),
+                remedy="start it without --enable-lora",
+            )
         strengths = read(sampling_params)
         if strengths is None:
             return
@@ -96,7 +121,8 @@ class _Requests:
         if not is_usable or len(strengths) != cls.count:
             raise PRTValueError(
                 f"`{ARGUMENT}` is not usable.",
-                expected=f"{cls.count} of -{_MOST:g} ... {_MOST:g}, one for each reward",
+                expected=f"{cls.count} of -{_MOST:g} ... {_MOST:g}, one for each reward"
+                + (", the last for that which the request names" if cls.with_adapters else ""),
                 found=str(sampling_params.extra_args[ARGUMENT])[:80],
             )
         # Prompts are scored by the recipe's strengths, and repetition may be punished before strengths are changed.
@@ -190,14 +216,15 @@ def read(sampling_params: SamplingParams) -> _Strengths | None:
     return tuple(strengths) if isinstance(strengths, list | tuple) else (strengths,)
 
 
-def processor_name(vllm_config: VllmConfig, count: int) -> str:
-    """How the engine finds the processor for `count` rewards."""
-    return f"{__name__}:RequestStrengthsV{2 if vllm_config.use_v2_model_runner else 1}Of{count}"
+def processor_name(vllm_config: VllmConfig, count: int, *, with_adapters: bool) -> str:
+    """How the engine finds the processor for `count` rewards, and one more that each request may name."""
+    name = f"{__name__}:RequestStrengthsV{2 if vllm_config.use_v2_model_runner else 1}Of{count + with_adapters}"
+    return name + ("WithAdapters" if with_adapters else "")
 
 
 @lru_cache
 def __getattr__(name: str) -> type[_Requests]:
     """The engine gives a class requests to look at, but no configuration: it has to know how many rewards there are."""
-    if match := re.fullmatch(r"(RequestStrengthsV[12])Of(\d+)", name):
-        return type(name, (globals()[match[1]],), {"count": int(match[2])})
+    if match := re.fullmatch(r"(RequestStrengthsV[12])Of(\d+)(WithAdapters)?", name):
+        return type(name, (globals()[match[1]],), {"count": int(match[2]), "with_adapters": match[3] is not None})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

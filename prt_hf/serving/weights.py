@@ -1,4 +1,4 @@
-"""The weights of a reward adapter as those of a plain model."""
+"""Weights of reward adapters and of their bases as those of a plain model."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from ..pretrained import load_pretrained
 from ..reward_model import RewardModel
 from .parts import ServedReward
 
@@ -18,8 +19,18 @@ def merged_weights(reward: ServedReward) -> Iterator[tuple[str, torch.Tensor]]:
     loaded = RewardModel.from_pretrained(reward.folder, base_model=reward.network, dtype=torch.float32)
     network = loaded.network
     _untie(network.get_base_model())
-    merged = network.merge_and_unload()
-    yield from revert_weight_conversion(merged, merged.state_dict()).items()
+    yield from _as_in_a_checkpoint(network.merge_and_unload())
+
+
+def weights_of_base(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Of a base that adapters are put on while it is served: the head apart from the embeddings."""
+    network = load_pretrained(folder, dtype=torch.float32)
+    _untie(network)
+    yield from _as_in_a_checkpoint(network)
+
+
+def _as_in_a_checkpoint(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    return revert_weight_conversion(network, network.state_dict()).items()
 
 
 def _untie(model: nn.Module) -> None:

@@ -5,7 +5,7 @@ Not in a folder named `vllm`, which would be found as that package where it is n
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -33,7 +33,8 @@ CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }} {% endfor
 
 @dataclass
 class Served:
-    """A recipe of a backbone and two rewards, all of other sizes, with heads of other paddings.
+    """A recipe of a backbone and two rewards, all of other sizes, with heads of other paddings; and a third reward that
+    requests may name.
 
     The kernels of vLLM's CPU backend want heads of 32 numbers or more.
     """
@@ -54,40 +55,51 @@ class Served:
         self.recipe = str(self.folder / "recipe")
         self.model = PRTForCausalLM.from_parts(self.backbone, [self.adapter, self.full], strengths=[0.7, -0.4])
         self.model.save_pretrained(self.recipe)
+        self.named = str(self.folder / "named")
+        self.lora_reward(self.base, seed=5, kl_coef=0.8).save_pretrained(self.named)
+        self.with_named = PRTForCausalLM.from_parts(self.backbone, [self.adapter, self.full, self.named])
 
     def save(self, name, model, tokenizer=None) -> str:
         model.save_pretrained(self.folder / name)
         (tokenizer or self.tokenizer).save_pretrained(self.folder / name)
         return str(self.folder / name)
 
-    def lora_reward(self, base: str, seed=0) -> RewardModel:
+    def lora_reward(self, base: str, seed=0, kl_coef=1.0, **lora_kwargs) -> RewardModel:
         """A reward adapter on every layer and the head, that says something else than its base."""
+        lora_kwargs = {"r": 4} | lora_kwargs
         reward = RewardModel.from_base(
-            base, peft_config=default_peft_config(AutoModelForCausalLM.from_pretrained(base), r=4)
+            base, peft_config=default_peft_config(AutoModelForCausalLM.from_pretrained(base), **lora_kwargs)
         )
+        reward.config = replace(reward.config, kl_coef=kl_coef)
         torch.manual_seed(seed)
         for name, parameter in reward.network.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         return reward
 
+    @property
+    def strengths_with_named(self) -> list[float]:
+        """Of a request that names the third reward and no strengths."""
+        return [*self.model.strengths, 1 / 0.8]
+
     def text(self, prompt: list[int], tokens: int, strengths=None) -> list[int]:
         """Greedy, by transformers."""
-        ids = torch.tensor([prompt])
-        earlier, self.model.strengths = self.model.strengths, strengths or self.model.strengths
-        output = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens
-        )
-        self.model.strengths = earlier
-        return output[0, len(prompt) :].tolist()
+        return greedy(self._at(strengths), prompt, tokens)
 
     @torch.no_grad()
     def log_probs(self, tokens: list[int], strengths=None) -> torch.Tensor:
         """Of the token after each, by transformers."""
-        earlier, self.model.strengths = self.model.strengths, strengths or self.model.strengths
-        logits = self.model(torch.tensor([tokens])).logits[0]
-        self.model.strengths = earlier
-        return logits
+        return self._at(strengths)(torch.tensor([tokens])).logits[0]
+
+    def _at(self, strengths: list[float] | None) -> PRTForCausalLM:
+        self.with_named.strengths = [*(strengths or self.model.strengths), 0.0][:3]
+        return self.with_named
+
+
+def greedy(model: PRTForCausalLM, prompt: list[int], tokens: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="session")

@@ -5,9 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
@@ -144,12 +142,6 @@ def test_windows_of_single_layers_are_left_to_the_layers():
     assert window_of(mixed) is None
 
 
-def ordinary_lora(served, folder: Path) -> str:
-    base = AutoModelForCausalLM.from_pretrained(served.base)
-    get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder / "lora")
-    return str(folder / "lora")
-
-
 def changed(file: Path):
     weights = load_file(file)
     save_file({name: value + 1 for name, value in weights.items()}, file, metadata={"format": "pt"})
@@ -187,9 +179,6 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(served, tmp_path)
     other = served.save("other-words", tiny.llama(4, head_dim=32), tiny.tokenizer(changed={"w5": "w500"}))
     with pytest.raises(ValueError, match="The vocabulary of the backbone is not the reward's"):
         configure(other, **by_name(served.full))
-    RewardModel.from_adapter(ordinary_lora(served, tmp_path)).save_pretrained(tmp_path / "carried-over")
-    with pytest.raises(UnsupportedError, match="A LoRA that is carried over needs its base beside it"):
-        configure(served.backbone, **by_name(str(tmp_path / "carried-over")))
     states = served.save("states", tiny.mamba())
     with pytest.raises(UnsupportedError, match="MambaForCausalLM: state-space layers"):
         configure(states, **by_name(served.full))

@@ -21,12 +21,14 @@ SCRIPT = """
 import json, sys
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.lora.request import LoRARequest
 
 if __name__ == "__main__":
-    model, prompts, tokens, settings = json.loads(sys.argv[1])
+    model, prompts, tokens, names, settings = json.loads(sys.argv[1])
     engine = LLM(model, dtype="float32", block_size=32, max_num_seqs=8, disable_log_stats=False, **settings)
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
+    named = names and [folder and LoRARequest(folder, 1, folder) for folder in names]
+    outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, lora_request=named)
     drafted = sum(each.value for each in engine.get_metrics() if each.name == "vllm:spec_decode_num_draft_tokens")
     refused = None
     if drafted:
@@ -39,9 +41,9 @@ if __name__ == "__main__":
 """
 
 
-def run(model, environment=None, **settings):
+def run(model, environment=None, names=None, **settings):
     """In a process of its own, which takes its engine along when it ends."""
-    arguments = json.dumps([model, PROMPTS, TOKENS, {"enforce_eager": True} | settings])
+    arguments = json.dumps([model, PROMPTS, TOKENS, names, {"enforce_eager": True} | settings])
     output = subprocess.run(
         [sys.executable, "-c", SCRIPT, arguments],
         env=os.environ | (environment or {}),
@@ -56,6 +58,15 @@ def run(model, environment=None, **settings):
 @pytest.fixture(scope="module")
 def expected(served):
     return [served.text(prompt, TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def named(served):
+    """Every second request names a reward of its own: settings, and what is expected."""
+    names = [served.named if index % 2 else None for index in range(len(PROMPTS))]
+    strengths = [served.strengths_with_named if name else None for name in names]
+    texts = [served.text(prompt, TOKENS, value) for prompt, value in zip(PROMPTS, strengths, strict=True)]
+    return {"enable_lora": True, "names": names}, texts
 
 
 def test_drafts_of_n_grams(served, expected):
@@ -81,15 +92,19 @@ def test_drafts_of_a_model(served):
 
 
 @pytest.mark.slow
-def test_compiled(served, expected):
-    texts, _, _ = run(served.recipe, {"TORCH_COMPILE_DISABLE": "0"}, enforce_eager=False)
-    assert texts == expected
-
-
-@pytest.mark.slow
-def test_divided_among_two_ranks(served, expected):
-    texts, _, _ = run(served.recipe, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2)
-    assert texts == expected
+@pytest.mark.parametrize(
+    "environment, settings",
+    [
+        ({"TORCH_COMPILE_DISABLE": "0"}, {"enforce_eager": False}),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, {"tensor_parallel_size": 2}),
+    ],
+    ids=["compiled", "divided among two ranks"],
+)
+@pytest.mark.parametrize("with_adapters", [False, True])
+def test_texts_stay_what_they_are(served, expected, named, environment, settings, with_adapters):
+    more, texts = named if with_adapters else ({}, expected)
+    found, _, _ = run(served.recipe, environment, **settings, **more)
+    assert found == texts
 
 
 @pytest.mark.slow

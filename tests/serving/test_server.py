@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 TOKENS = 16
-STRENGTHS = [None, [1.0, 0.5], [0.0, 2.0]]
+STRENGTHS = [None, [1.0, 0.5, 0.0], [0.0, 2.0, 0.0]]
 
 
 class Server:
@@ -71,7 +71,10 @@ def server(served):
         "prt_rewards": [served.adapter, served.full],
         "prt_strengths": served.model.strengths,
     }
-    server = Server("--model", served.backbone, "--served-model-name", "prt", "--hf-overrides", json.dumps(overrides))
+    named = ["--enable-lora", "--lora-modules", f"named={served.named}"]
+    server = Server(
+        *("--model", served.backbone, "--served-model-name", "prt", "--hf-overrides", json.dumps(overrides)), *named
+    )
     yield server
     server.kill()
 
@@ -100,23 +103,24 @@ def test_a_streamed_chat_with_log_probabilities(served, server):
 
 
 def load(served, server, count, clients):
-    """Requests of different lengths and strengths, `clients` of them at a time; wrong answers by their index."""
+    """Requests of different lengths, strengths and rewards, `clients` at a time; wrong answers by their index."""
     prompts = [tiny.prompts(1, 1 + index % 60, seed=index % 90)[0].tolist() for index in range(count)]
-    strengths = [STRENGTHS[index % len(STRENGTHS)] for index in range(count)]
+    cases = [*(("prt", value, value) for value in STRENGTHS), ("named", None, served.strengths_with_named)]
+    cases = [cases[index % len(cases)] for index in range(count)]
 
     def answer(case):
-        prompt, value = case
-        body = server.ask("completions", model="prt", prompt=prompt, return_token_ids=True, **asked(value))
+        prompt, (model, value, _) = case
+        body = server.ask("completions", model=model, prompt=prompt, return_token_ids=True, **asked(value))
         return body["choices"][0]["token_ids"]
 
     with ThreadPoolExecutor(clients) as pool:
-        answers = list(pool.map(answer, zip(prompts, strengths, strict=True)))
+        answers = list(pool.map(answer, zip(prompts, cases, strict=True)))
     known = {}
-    for prompt, value in zip(prompts, strengths, strict=True):
+    for prompt, (_, _, value) in zip(prompts, cases, strict=True):
         key = (tuple(prompt), str(value))
         known[key] = known.get(key) or served.text(prompt, TOKENS, value)
-    cases = zip(answers, prompts, strengths, strict=True)
-    return [i for i, (found, prompt, value) in enumerate(cases) if found != known[tuple(prompt), str(value)]]
+    expected = [known[tuple(prompt), str(value)] for prompt, (_, _, value) in zip(prompts, cases, strict=True)]
+    return [index for index in range(count) if answers[index] != expected[index]]
 
 
 def test_no_answer_under_load_is_wrong(served, server):
@@ -125,10 +129,10 @@ def test_no_answer_under_load_is_wrong(served, server):
 
 def test_what_is_refused_leaves_the_server_up(served, server):
     body = {"model": "prt", "prompt": [5, 6, 7]}
-    expected = "`prt_strength` is not usable.\n  expected: 2 of -10000 ... 10000, one for each reward\n  found: "
-    for strengths, found in ((1.0, "1.0"), ([1.0, 1e6], "[1.0, 1000000.0]"), ("much", "much")):
+    for strengths, found in ((1.0, "1.0"), ([1.0, 1e6, 1.0], "[1.0, 1000000.0, 1.0]"), ("much", "much")):
         status, message = server.refusal("completions", **body, **asked(strengths))
-        assert status == 400 and expected + found in message
+        assert status == 400 and "`prt_strength` is not usable.\n  expected: 3 of -10000 ... 10000" in message
+        assert f"\n  found: {found}" in message
     status, message = server.refusal("completions", **body | {"model": "another-reward"})
     assert status == 404 and "`another-reward` does not exist" in message
     assert server.ask("completions", **body)["usage"]["completion_tokens"] == TOKENS

@@ -1,0 +1,102 @@
+"""Reward adapters that single requests name: LoRAs of the engine, on one base that runs beside the backbone."""
+
+from functools import wraps
+from math import nan
+from pathlib import Path
+
+import torch
+from torch import nn
+from vllm.config import LoRAConfig
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LoRAModelManager
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import WorkerLoRAManager
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.models import supports_lora
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.utils import get_packed_modules_mapping
+
+from ..errors import UnsupportedError
+from .parts import ADAPTERS, ServedParts, strength_of_adapter
+
+
+class RequestAdapters:
+    """Tells the engine which layers its LoRAs are for, checks each as a reward, and knows whose rows are whose.
+
+    Raises:
+        UnsupportedError: vLLM puts no LoRAs on this architecture.
+    """
+
+    def __init__(self, model: nn.Module, lora_config: LoRAConfig):
+        network = getattr(model, ADAPTERS)
+        if not supports_lora(network):
+            raise UnsupportedError(
+                f"vLLM puts no LoRAs on a {type(network).__name__}.",
+                remedy="name the rewards in `prt_rewards`",
+            )
+        lora_config.target_modules = [
+            name for name, module in model.named_modules() if name.startswith(f"{ADAPTERS}.") and _takes_lora(module)
+        ]
+        model.packed_modules_mapping = get_packed_modules_mapping(network)
+        names = getattr(network, "hf_to_vllm_mapper", None) or WeightsMapper()
+        model.hf_to_vllm_mapper = names | WeightsMapper(orig_to_new_prefix={"": f"{ADAPTERS}."})
+        self._model = model
+        self._strengths: dict[int, float] = {}
+
+    @property
+    def _manager(self) -> LoRAModelManager:
+        return self._model.lora_manager  # which the engine sets once the weights are loaded
+
+    def strengths_of_rows(self) -> torch.Tensor:
+        """1 / lambda of the reward that each row of the step names, NaN if it names none: `(num_rows,)`, float32."""
+        # Slots may hold what the engine warms up with. The slot of a row that names none is -1.
+        slots = [self._strengths.get(adapter, nan) for adapter in self._manager.lora_index_to_id] + [nan]
+        (of_batch,) = self._manager.punica_wrapper_mapping.values()
+        return torch.tensor(slots, device=of_batch.device)[of_batch.sampler_indices]
+
+    def load(self, request: LoRARequest, load_lora) -> LoRAModel:
+        """
+        Raises:
+            RewardFileError, UnsupportedError, BaseModelMismatchError, VocabularyMismatchError: as of
+                [`~prt_hf.serving.parts.strength_of_adapter`].
+        """
+        parts: ServedParts = self._model.parts
+        folder = Path(get_adapter_absolute_path(request.lora_path))
+        strength = strength_of_adapter(folder, parts) if folder.is_dir() else None  # else the engine says so
+        lora = load_lora(request)
+        if unknown := lora.loras.keys() - self._known_layers():
+            raise UnsupportedError(
+                "The reward changes layers that vLLM puts no LoRA on.", found=", ".join(sorted(unknown)[:3])
+            )
+        self._strengths[request.lora_int_id] = strength
+        return lora
+
+    def _known_layers(self) -> set[str]:
+        known = set(self._manager.modules)
+        for name in self._manager.modules:
+            parent, _, last = name.rpartition(".")
+            known |= {f"{parent}.{part}" for part in self._manager.packed_modules_mapping.get(last, ())}
+        return known
+
+
+def _takes_lora(module: nn.Module) -> bool:
+    return isinstance(module, LinearBase | ParallelLMHead)
+
+
+def _check_what_requests_name() -> None:
+    """The engine offers no place to look at a LoRA before it is used, and any one would pass for a reward."""
+    load_adapter = WorkerLoRAManager._load_adapter
+
+    @wraps(load_adapter)
+    def checked(self, lora_request: LoRARequest) -> LoRAModel:
+        adapters = getattr(self._adapter_manager.model, "request_adapters", None)
+        if not isinstance(adapters, RequestAdapters):
+            return load_adapter(self, lora_request)
+        return adapters.load(lora_request, lambda request: load_adapter(self, request))
+
+    WorkerLoRAManager._load_adapter = checked
+
+
+_check_what_requests_name()
