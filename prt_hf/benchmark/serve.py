@@ -1,24 +1,32 @@
-"""Throughput in vLLM: a recipe's backbone by itself and the PRT model, one engine after the other in one run."""
+"""Throughput in vLLM: a recipe's backbone and its PRT model, one engine after the other in one run."""
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
+from typing import get_args
 
+from peft import LoraConfig
 from transformers import AutoConfig
 
+from ..contract import PRT_CONFIG_NAME, RewardConfig
 from ..errors import PRTValueError, UnsupportedError
-from ..recipe import PRTModelConfig
+from ..recipe import PRTModelConfig, place_of_reward
+from ..serving import ARCHITECTURE
 
-BARE, PRT = "bare backbone", "PRT"
+BARE, PRT, NAMED = "bare backbone", "PRT", "PRT, named"
 PROMPT_LENGTH = 16
 _RESULT = "RESULT "
 
 
 def time_serving(recipe: str | Path, *, requests: int, new_tokens: int, rounds: int, dtype: str) -> dict[str, float]:
     """Tokens per second of a batch of requests, greedy, by row; of the fastest round.
+
+    Rows are the backbone, the PRT model, and, if its rewards are adapters of one base, the backbone with rewards that
+    requests name, these in turn.
 
     Args:
         recipe: folder of a PRT model, whose backbone's tokenizer and weights are on this machine.
@@ -34,8 +42,22 @@ def time_serving(recipe: str | Path, *, requests: int, new_tokens: int, rounds: 
     if not isinstance(config, PRTModelConfig):
         raise PRTValueError("The folder holds no recipe.", expected="a saved PRT model", found=config.model_type)
     settings = {"requests": requests, "new_tokens": new_tokens, "rounds": rounds, "dtype": dtype}
-    places = {BARE: config.backbone_reference["id"], PRT: str(recipe)}
-    return {row: _in_a_process(settings | {"model": place}) for row, place in places.items()}
+    backbone = config.backbone_reference["id"]
+    engines = {BARE: {"model": backbone}, PRT: {"model": str(recipe)}}
+    rewards = [place_of_reward(Path(recipe), entry, token=None) for entry in config.reward_references]
+    bases = {_base_of_adapter(reward) for reward in rewards}
+    if len(bases) == 1 and None not in bases:
+        engines[NAMED] = {
+            "model": backbone,
+            "adapter_base": bases.pop(),
+            "rewards": [str(reward) for reward in rewards],
+        }
+    return {row: _in_a_process(settings | engine) for row, engine in engines.items()}
+
+
+def _base_of_adapter(reward: Path) -> str | None:
+    config = RewardConfig.from_json_file(reward / PRT_CONFIG_NAME)
+    return config.reward_base.id if config.is_adapter and not config.minus_base else None
 
 
 def _in_a_process(settings: dict) -> float:
@@ -48,10 +70,26 @@ def _in_a_process(settings: dict) -> float:
     return float(results[-1].removeprefix(_RESULT))
 
 
-def _throughput(model: str, requests: int, new_tokens: int, rounds: int, dtype: str) -> float:
+def _throughput(
+    model: str,
+    requests: int,
+    new_tokens: int,
+    rounds: int,
+    dtype: str,
+    adapter_base: str | None = None,
+    rewards: Sequence[str] = (),
+) -> float:
     from vllm import LLM, SamplingParams
+    from vllm.config.lora import MaxLoRARanks
+    from vllm.lora.request import LoRARequest
 
-    engine = LLM(model, dtype=dtype, max_model_len=PROMPT_LENGTH + new_tokens, max_num_seqs=requests)
+    more = {}
+    if adapter_base is not None:
+        overrides = {"architectures": [ARCHITECTURE], "prt_adapter_base": adapter_base}
+        rank = max(LoraConfig.from_pretrained(reward).r for reward in rewards)
+        rank = min(each for each in get_args(MaxLoRARanks) if each >= rank)
+        more = {"hf_overrides": overrides, "enable_lora": True, "max_loras": len(rewards), "max_lora_rank": rank}
+    engine = LLM(model, dtype=dtype, max_model_len=PROMPT_LENGTH + new_tokens, max_num_seqs=requests, **more)
     size = engine.llm_engine.model_config.get_vocab_size()
     # Which tokens does not matter, as long as no prompt begins as another does.
     prompts = [
@@ -59,10 +97,12 @@ def _throughput(model: str, requests: int, new_tokens: int, rounds: int, dtype: 
         for i in range(requests)
     ]
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+    named = [LoRARequest(reward, index + 1, reward) for index, reward in enumerate(rewards)]
+    named = [named[i % len(named)] for i in range(requests)] if named else None
     seconds = []
     for _ in range(rounds + 1):  # the first one warms up
         start = perf_counter()
-        engine.generate(prompts, sampling, use_tqdm=False)
+        engine.generate(prompts, sampling, use_tqdm=False, lora_request=named)
         seconds.append(perf_counter() - start)
     return requests * new_tokens / min(seconds[1:])
 

@@ -87,7 +87,8 @@ def add_parser(commands) -> argparse.ArgumentParser:
     serve = kinds.add_parser(
         "serve",
         help="batches of requests in vLLM",
-        description="Answer a batch of requests in vLLM's engine: the recipe's backbone by itself, then the PRT model.",
+        description="Answer a batch of requests in vLLM's engine: the recipe's backbone, the PRT model, and, if the "
+        "rewards are adapters of one base, the backbone with rewards that requests name.",
     )
     serve.add_argument("recipe", help="folder of a saved PRT model")
     serve.add_argument("--requests", type=positive(int), default=64, help="at a time; default: %(default)s")
@@ -286,16 +287,17 @@ def _vision(args: argparse.Namespace) -> None:
 
 def _serve(args: argparse.Namespace) -> None:
     from ..benchmark.machine import hardware, versions
-    from ..benchmark.serve import BARE, PRT, time_serving
+    from ..benchmark.serve import BARE, NAMED, PRT, time_serving
 
     settings = {name: getattr(args, name) for name in ("requests", "new_tokens", "rounds", "dtype")}
     speeds = time_serving(args.recipe, **settings)
     from vllm import __version__  # its distribution has several names
 
     record = {"hardware": hardware(), "versions": versions() | {"vllm": __version__}, "settings": settings}
-    ratio = speeds[PRT] / speeds[BARE]
     if args.json:
-        print(json.dumps(record | {"tokens_per_second": speeds, "figures": {"prt_vs_bare": ratio}}))
+        keys = {PRT: "prt_vs_bare", NAMED: "prt_named_vs_bare"}
+        figures = {key: speeds[row] / speeds[BARE] for row, key in keys.items() if row in speeds}
+        print(json.dumps(record | {"tokens_per_second": speeds, "figures": figures}))
         return
     print(", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items()))
     print(f"{args.requests} requests of {args.new_tokens} tokens, fastest of {args.rounds} rounds\n")

@@ -108,9 +108,13 @@ def test_texts_stay_what_they_are(served, expected, named, environment, settings
 
 
 @pytest.mark.slow
-def test_throughput_is_told_beside_the_bare_backbone(served, capsys):
+def test_throughput_is_told_beside_the_bare_backbone(served, tmp_path, capsys):
+    PRTForCausalLM.from_parts(served.backbone, [served.adapter, served.named]).save_pretrained(tmp_path / "recipe")
     arguments = ["--requests", "4", "--new-tokens", "8", "--rounds", "1", "--dtype", "float32", "--json"]
-    assert main(["bench", "serve", served.recipe, *arguments]) == 0
+    assert main(["bench", "serve", str(tmp_path / "recipe"), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
-    speeds = found["tokens_per_second"]
-    assert found["figures"] == {"prt_vs_bare": speeds["PRT"] / speeds["bare backbone"]}
+    bare, *others = found["tokens_per_second"].values()
+    assert list(found["tokens_per_second"]) == ["bare backbone", "PRT", "PRT, named"]
+    assert found["figures"] == dict(
+        zip(("prt_vs_bare", "prt_named_vs_bare"), (speed / bare for speed in others), strict=True)
+    )
