@@ -72,3 +72,19 @@ def test_a_strength_alone_is_that_of_the_only_reward():
     processor.validate_params(asked(0.5))
     assert strengths_of.read(asked(0.5)) == (0.5,) and strengths_of.read(SamplingParams()) is None
     assert processor is strengths_of.RequestStrengthsV1Of1
+
+
+def test_the_last_strength_is_for_the_reward_that_a_request_names():
+    """Rows 0 and 2 name one, of strength 2; before the step (V1) and after it (V2)."""
+    config = SimpleNamespace(model_config=object())
+    model = strengths_of.Steps(config, [0.7], size=6)
+    of_named = torch.tensor([2.0, torch.nan, 2.0, torch.nan])
+    model.next_rows = {2: (0.0, 0.5), 3: (1.0, 0.5)}
+    logits = model.combine(BACKBONE.clone(), [FIRST, SECOND], of_named)
+    for row, strengths in enumerate([(0.7, 2.0), (0.7, 0.0), (0.0, 0.5), (1.0, 0.0)]):
+        torch.testing.assert_close(logits[row], expected(row, strengths))
+    chosen_from = logits.clone()
+    model.change(chosen_from, {0: (1.0, 1.0), 1: (1.0, 1.0)})
+    for row, strengths in enumerate([(1.0, 1.0), (1.0, 0.0)]):
+        torch.testing.assert_close(logits[row], expected(row, strengths))
+        torch.testing.assert_close(chosen_from[row].log_softmax(-1), expected(row, strengths))
