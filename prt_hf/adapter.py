@@ -23,7 +23,7 @@ from .pretrained import (
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
 # Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
 # these: the base, with the adapter off, is the source backbone.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 # Fused kernels read these layers' weights past an adapter, so PEFT refuses to adapt them.
 _FUSED_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _FUSED_LAYERS = {"conv1d", "out_proj"}
@@ -113,7 +113,18 @@ def check_initialisation(peft_config: PeftConfig) -> None:
             "The adapter's initialisation would change the base's weights.",
             expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
             found=repr(peft_config.init_lora_weights),
+            remedy="if it was tuned already: distil it (`distill_from`), or save it by PEFT as plain LoRA "
+            "(`path_initial_model_for_weight_conversion`)",
         )
+
+
+def changes_base(peft_config: PeftConfig) -> bool:
+    """Whether the adapter, switched off, leaves another model than the one it was tuned from."""
+    return (
+        getattr(peft_config, "bias", "none") != "none"
+        or getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS
+        or bool(getattr(peft_config, "layer_replication", None))
+    )
 
 
 def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:

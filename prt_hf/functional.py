@@ -5,6 +5,8 @@ arithmetic is done in float32. Wherever `backbone_logits` appear, log-probabilit
 not see a constant.
 """
 
+from numbers import Real
+
 import torch
 from torch.nn import functional as F
 
@@ -71,6 +73,26 @@ def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float
     """
     check_same_columns(backbone_logits.shape[-1], reward.shape[-1])
     return _log_probs(backbone_logits.float(), check_finite(reward).float(), strength)
+
+
+def as_strength(value: float | torch.Tensor | list[float]) -> float | torch.Tensor:
+    """1 / lambda of Eq. 10 as a number, or as a tensor with one per prompt.
+
+    Raises:
+        PRTValueError: neither, or not finite.
+    """
+    try:
+        numbers = torch.as_tensor(value, dtype=None if isinstance(value, torch.Tensor) else torch.float32)
+        is_usable = numbers.ndim <= 1 and numbers.numel() > 0 and bool(torch.isfinite(numbers).all())
+    except (TypeError, ValueError, RuntimeError):
+        is_usable = False
+    if not is_usable:
+        raise PRTValueError(
+            "`strength` is not usable.", expected="a finite number, or one per prompt", found=repr(value)
+        )
+    if isinstance(value, Real):
+        return value
+    return numbers if numbers.ndim else numbers.item()
 
 
 def strength_of_rows(strength: float | torch.Tensor | list[float], rows: int) -> torch.Tensor:

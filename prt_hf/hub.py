@@ -40,12 +40,12 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
     return Path(config).parent.name  # .../snapshots/<commit>/config.json
 
 
-def has_file(path_or_repo: str, name: str) -> bool:
+def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:
     """Whether a folder, or a repository that can be reached, holds a file."""
     if Path(path_or_repo).is_dir():
         return (Path(path_or_repo) / name).is_file()
     try:
-        hf_hub_download(path_or_repo, name)
+        hf_hub_download(path_or_repo, name, token=token)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
         return False  # what is wrong with the repository, loading it will tell
     return True

@@ -1,5 +1,6 @@
 """The networks that saved files name: a reward's own, and the pretrained model it sits on; checked to be those."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -36,10 +37,58 @@ def load_adapter(
             base = load_pretrained(source, token=token, **load_kwargs)
         check_bare(base)
         check_same_model(config.reward_base, base)
-    network = _on_base(base, _read_peft_config(folder, config.reward_base.id), folder)
+    peft_config = read_peft_config(folder, config.reward_base.id)
+    check_initialisation(peft_config)
+    network = on_base(base, peft_config, folder)
     if config.minus_base:
         check_switchable(network, base)
     return network, source
+
+
+def read_peft_config(folder: Path, base_id: str | None = None) -> PeftConfig:
+    """The configuration of the adapter in a folder, after a check that it claims no more memory than its weights take,
+    and no code of others.
+
+    Args:
+        base_id (*optional*): of the base that it must name, if it names any.
+
+    Raises:
+        RewardFileError: it cannot be read, or describes another adapter than the one that lies beside it.
+    """
+    path = folder / ADAPTER_CONFIG
+    try:
+        peft_config = PeftConfig.from_pretrained(folder)
+        ranks = _ranks(peft_config) if isinstance(peft_config, LoraConfig) else []
+        named = peft_config.base_model_name_or_path
+        if not isinstance(named, str | None):
+            raise TypeError(f"base_model_name_or_path = {named!r}")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RewardFileError(
+            f"{path} cannot be read: {type(error).__name__}: {error}",
+            expected="the configuration of a PEFT adapter",
+            remedy="download or save the adapter again",
+        ) from error
+    if base_id is not None and named not in (None, base_id):
+        raise RewardFileError(
+            f"{path} and {PRT_CONFIG_NAME} name two bases, of which one is wrong.",
+            expected=base_id,
+            found=str(named),
+            remedy="download or save the reward again",
+        )
+    if isinstance(peft_config, LoraConfig):
+        if peft_config.megatron_config is not None:  # PEFT would import the module that it names
+            raise RewardFileError(
+                f"{path} is for Megatron.", expected="no `megatron_config`", found=str(peft_config.megatron_config)[:80]
+            )
+        largest = max((max(shape) for shape in read_shapes(folder / ADAPTER_WEIGHTS).values() if shape), default=0)
+        if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
+            raise RewardFileError(
+                f"{path} describes larger weights than there are.",
+                expected=f"ranks 1 ... {largest}, the largest dimension in {ADAPTER_WEIGHTS}",
+                found=str(ranks),
+                remedy="download or save the adapter again",
+            )
+    return peft_config
 
 
 def read_ordinary_adapter(folder: Path) -> PeftConfig:
@@ -48,7 +97,7 @@ def read_ordinary_adapter(folder: Path) -> PeftConfig:
     Raises:
         PRTValueError: it is a reward.
         RewardFileError: no adapter there, or a damaged or pickled one.
-        UnsupportedError: what it does depends on the text, or on other adapters.
+        UnsupportedError: what it does depends on the text, or it is a prompt.
     """
     if (folder / PRT_CONFIG_NAME).exists():
         raise PRTValueError(
@@ -65,16 +114,24 @@ def read_ordinary_adapter(folder: Path) -> PeftConfig:
                 found=f"no {name}; pickled weights can run code and are not loaded",
                 remedy="convert the weights to safetensors, or name another folder",
             )
-    peft_config = _read_peft_config(folder, None)
-    is_of_text = bool(getattr(peft_config, "alora_invocation_tokens", None)) or peft_config.peft_type == PeftType.XLORA
-    if peft_config.is_prompt_learning or is_of_text:
+    peft_config = read_peft_config(folder)
+    check_is_of_layers(peft_config)
+    check_initialisation(peft_config)
+    return peft_config
+
+
+def check_is_of_layers(peft_config: PeftConfig) -> None:
+    """Raises:
+    UnsupportedError: what the adapter does depends on the text, or it is a prompt.
+    """
+    is_activated = bool(getattr(peft_config, "alora_invocation_tokens", None))
+    if peft_config.is_prompt_learning or is_activated or peft_config.peft_type == PeftType.XLORA:
         raise UnsupportedError(
             "The adapter does not change layers once and for all, so it cannot be switched on and off side by side.",
             expected="an adapter of layers (LoRA and its kin)",
-            found=f"{peft_config.peft_type.value}{' with alora_invocation_tokens' if is_of_text else ''}",
-            remedy="fine-tune a LoRA adapter, or distil the fine-tuned model into a reward",
+            found=f"{peft_config.peft_type.value}{' with alora_invocation_tokens' if is_activated else ''}",
+            remedy="distil the fine-tuned model into a reward" if is_activated else "fine-tune a LoRA adapter",
         )
-    return peft_config
 
 
 def load_ordinary_adapter(
@@ -110,7 +167,7 @@ def load_ordinary_adapter(
             expected="a base for text-generation, and task_type CAUSAL_LM",
             found=f"{type(base).__name__}, {peft_config.task_type}",
         )
-    network = _on_base(base, peft_config, folder)
+    network = on_base(base, peft_config, folder)
     check_switchable(network, base)
     return network.eval()
 
@@ -130,6 +187,43 @@ def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
             found=f"{network.peft_config['default'].peft_type.value}, {changed[:3] or 'other modules'}",
             remedy="distil the fine-tuned model into a reward",
         )
+
+
+def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> PeftModel:
+    """A saved adapter on its base.
+
+    Raises:
+        BaseModelMismatchError: its layers or its weights are another model's.
+        RewardFileError: its weights are damaged.
+    """
+    peft_config.inference_mode = False
+    try:
+        network = wrap(base, peft_config)
+    except (ValueError, TypeError, AttributeError, re.error) as error:
+        raise BaseModelMismatchError(
+            "The adapter cannot be put on its base.",
+            expected=f"the configuration of an adapter of {reference_to(base)}",
+            found=f"{folder / ADAPTER_CONFIG}: {str(error)[:200]}",
+            remedy="load the adapter on the base that it was tuned on",
+        ) from error
+    weights = read_weights(folder / ADAPTER_WEIGHTS)
+    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    if weights.keys() - expected.keys():  # PEFT saves embeddings and head of the base beside an adapter of them
+        own = get_peft_model_state_dict(network, save_embedding_layers=True)
+        same = [name for name in own.keys() - expected.keys() if name in weights and _is_same(own[name], weights[name])]
+        weights = {name: value for name, value in weights.items() if name not in same}
+    wrong = (expected.keys() ^ weights.keys()) | {
+        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
+    }
+    if wrong:
+        raise BaseModelMismatchError(
+            "The adapter's weights do not fit its base.",
+            expected=f"{len(expected)} tensors for {reference_to(base)}",
+            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
+            remedy="load the adapter on the base that it was tuned on",
+        )
+    set_peft_model_state_dict(network, weights)
+    return network
 
 
 def load_full(
@@ -238,75 +332,18 @@ def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):
     return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
 
 
-def _on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> PeftModel:
-    """
-    Raises:
-        BaseModelMismatchError: the adapter's weights are another model's.
-    """
-    peft_config.inference_mode = False
-    network = wrap(base, peft_config)
-    weights = read_weights(folder / ADAPTER_WEIGHTS)
-    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    if weights.keys() - expected.keys():  # PEFT saves embeddings and head of the base beside an adapter of them
-        own = get_peft_model_state_dict(network, save_embedding_layers=True)
-        same = [name for name in own.keys() - expected.keys() if name in weights and _is_same(own[name], weights[name])]
-        weights = {name: value for name, value in weights.items() if name not in same}
-    wrong = (expected.keys() ^ weights.keys()) | {
-        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
-    }
-    if wrong:
-        raise BaseModelMismatchError(
-            "The adapter's weights do not fit its base.",
-            expected=f"{len(expected)} tensors for {reference_to(base)}",
-            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
-            remedy="load the adapter on the base that it was tuned on",
-        )
-    set_peft_model_state_dict(network, weights)
-    return network
+def _ranks(peft_config: LoraConfig) -> list:
+    """Of AdaLoRA, which starts with another rank, the pattern has masks over that."""
+    patterns = (peft_config.rank_pattern or {}).values()
+    return [
+        getattr(peft_config, "init_r", peft_config.r),
+        *(len(each) if isinstance(each, list) else each for each in patterns),
+    ]
 
 
 def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    return ours.shape == theirs.shape and torch.equal(ours.cpu(), theirs.to(ours.dtype))
-
-
-def _read_peft_config(folder: Path, base_id: str | None) -> PeftConfig:
-    """
-    Args:
-        base_id (*optional*): of the base that it must name, if it names any.
-
-    Raises:
-        RewardFileError: it cannot be read, or describes another adapter than the one that lies beside it.
-    """
-    path = folder / ADAPTER_CONFIG
-    try:
-        peft_config = PeftConfig.from_pretrained(folder)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RewardFileError(
-            f"{path} cannot be read: {type(error).__name__}: {error}",
-            expected="the configuration of a PEFT adapter",
-            remedy="download or save the reward again",
-        ) from error
-    named = peft_config.base_model_name_or_path
-    if base_id is not None and named not in (None, base_id):
-        raise RewardFileError(
-            f"{path} and {PRT_CONFIG_NAME} name two bases, of which one is wrong.",
-            expected=base_id,
-            found=str(named),
-            remedy="download or save the reward again",
-        )
-    check_initialisation(peft_config)
-    if isinstance(peft_config, LoraConfig):
-        if peft_config.megatron_config is not None:  # PEFT would import the module that it names
-            raise RewardFileError(
-                f"{path} is for Megatron.", expected="no `megatron_config`", found=str(peft_config.megatron_config)[:80]
-            )
-        ranks = [peft_config.r, *(peft_config.rank_pattern or {}).values()]
-        largest = max((max(shape) for shape in read_shapes(folder / ADAPTER_WEIGHTS).values() if shape), default=0)
-        if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
-            raise RewardFileError(
-                f"{path} describes larger weights than there are.",
-                expected=f"ranks 1 ... {largest}, the largest dimension in {ADAPTER_WEIGHTS}",
-                found=str(ranks),
-                remedy="download or save the reward again",
-            )
-    return peft_config
+    """Up to the precision of either: an adapter is not always tuned in the one that its base is stored in."""
+    ours = ours.cpu()
+    return ours.shape == theirs.shape and any(
+        torch.equal(ours.to(dtype), theirs.to(dtype)) for dtype in (ours.dtype, theirs.dtype)
+    )

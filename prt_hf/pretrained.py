@@ -46,6 +46,8 @@ _CLASS_NAMES = {
 _OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 _TIMM = "timm_wrapper"  # whose checkpoints name no class
 _SAMPLES_PER_TENSOR = 64
+# Parameters that PEFT adds besides those with its prefix; the last is AdaLoRA's.
+_OF_ADAPTERS = (".modules_to_save.", ".trainable_tokens_", ".ranknum.")
 # The name of the cache among the inputs and outputs of models, and of `generate`; another before transformers 5.24.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # those that tokenizers and image processors take as well
@@ -327,7 +329,7 @@ def pretrained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in network.named_parameters()
-        if not (tuner and (tuner in name or ".modules_to_save." in name or ".trainable_tokens_" in name))
+        if not (tuner and any(part in name for part in (tuner, *_OF_ADAPTERS)))
     }
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from functools import partial
@@ -225,7 +226,7 @@ def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: di
         return None
     for base in bases:
         found = reference_to(base)
-        is_there = Path(name).is_dir() and found.id == str(Path(name).absolute())
+        is_there = Path(name).is_dir() and found.id == os.path.abspath(name)
         if is_there or (found.id == name and revision in (None, found.revision)):
             return base
     kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}

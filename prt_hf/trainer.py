@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -54,10 +55,10 @@ class PRTTrainer(RewardSaver):
             backbone in evaluation. By default the weights that the reward started from: the same model with the adapter
             switched off, or a frozen copy under a full reward; of a reward that was tuned before, what it was tuned on.
             Of several, every step draws one, and evaluation is the mean over them; None stands for the default.
-        distill_from (`str`, `PeftModel` or `PreTrainedModel`, *optional*): a model that was fine-tuned from the source
-            backbone, whole or as an adapter; folders and Hub ids of either are loaded. The reward is tuned to its
-            distribution: KL(pi_ft || pi_theta) takes the place of the likelihood, at all positions that are supervised,
-            and needs no labels but the text.
+        distill_from (`str`, `Path`, `PeftModel` or `PreTrainedModel`, *optional*): a model that was fine-tuned from
+            the source backbone, whole or as an adapter; folders and Hub ids of either are loaded. The reward is tuned
+            to its distribution: KL(pi_ft || pi_theta) takes the place of the likelihood, at all positions that are
+            supervised, and needs no labels but the text.
         peft_config (`PeftConfig`, *optional*): tunes a reward adapter, see [`default_peft_config`]; without, a full
             reward.
         trainer_kwargs: the Trainer's other arguments (`callbacks`, `compute_metrics`, `optimizers`, ...).
@@ -89,7 +90,7 @@ class PRTTrainer(RewardSaver):
         processing_class=None,
         *,
         backbone: str | PreTrainedModel | list[str | PreTrainedModel | None] | None = None,
-        distill_from: str | PreTrainedModel | PeftModel | None = None,
+        distill_from: str | Path | PreTrainedModel | PeftModel | None = None,
         peft_config: PeftConfig | None = None,
         **trainer_kwargs,
     ):
@@ -424,7 +425,7 @@ class PRTTrainer(RewardSaver):
         return numbered(dataset, self._places[data])
 
     def _check_what_is_trained(self):
-        """Something, and nothing of a backbone."""
+        """Something, and nothing of a backbone or of what is distilled."""
         trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
         if not trained:
             raise PRTValueError(
@@ -435,9 +436,10 @@ class PRTTrainer(RewardSaver):
             )
         networks = [source.network for source in self._sources if source.network is not None]
         frozen = {address(value) for network in networks for value in pretrained_parameters(network).values()}
+        frozen |= {address(value) for teacher in self._teachers for value in teacher.network.parameters()}
         if trained := [name for name, value in trained.items() if address(value) in frozen - {None}]:
             raise PRTValueError(
-                "The reward trains weights that belong to its backbone.",
+                "The reward trains weights that belong to its backbone, or to what it is distilled from.",
                 expected="an adapter that can be switched off",
                 found=f"trainable: {trained[:3]}",
                 remedy="freeze them (`bias='none'` in a LoraConfig), or pass `backbone=` another copy of the model",

@@ -1,20 +1,22 @@
 """Fine-tuned models: what EFT shifts a target by, what a reward is distilled from or held against."""
 
 import os
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from .adapter import changes_base
 from .backbones import Backbone
 from .contract import PRT_CONFIG_NAME, ModelReference
 from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from .fingerprints import file_digest
 from .hub import has_file, local_file
-from .loading import load_processing_class
+from .loading import load_processing_class, on_base, read_peft_config
 from .passes import bare_base
-from .pretrained import load_pretrained
+from .pretrained import load_pretrained, reference_to
 from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from .reward_model import RewardModel
 
@@ -24,15 +26,17 @@ class TunedModel(Backbone):
 
     Args:
         reward ([`RewardModel`]): whose tokens or labels it has.
-        network (`PreTrainedModel`, `PeftModel` or `str`): or the id or folder of either, not loaded before [`load`].
+        network (`PreTrainedModel`, `PeftModel`, `str` or `Path`): or the id or folder of either, not loaded before
+            [`load`].
         load_kwargs: for `from_pretrained` of an id.
 
     Raises:
         PRTValueError: the id is a reward's.
-        RewardFileError: an adapter's weights are not in safetensors, or it does not name its base.
+        RewardFileError: an adapter cannot be read, its weights are not in safetensors, or it does not name its base.
     """
 
-    def __init__(self, reward: RewardModel, network: PreTrainedModel | PeftModel | str, **load_kwargs):
+    def __init__(self, reward: RewardModel, network: PreTrainedModel | PeftModel | str | Path, **load_kwargs):
+        network = str(network) if isinstance(network, Path) else network
         is_adapted = isinstance(network, PeftModel)
         super().__init__(reward, None if is_adapted else network, **load_kwargs)
         self._adapter, self._is_adapted = None, is_adapted
@@ -50,19 +54,21 @@ class TunedModel(Backbone):
     def identity(self) -> dict[str, str]:
         if self._adapter is None:
             return super().identity
-        files = [local_file(self._named, name, self._token) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
-        return {"adapter": file_digest(*files)} | Backbone(self._reward, self.base, **self._base_kwargs).identity
+        return {"adapter": file_digest(*self._files)} | Backbone(self._reward, self.base, **self._base_kwargs).identity
 
     def load(self) -> None:
         """
         Raises:
             VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
+            BaseModelMismatchError, RewardFileError: an adapter does not fit its base, or its weights are damaged.
         """
         if self.network is not None or self._adapter is None:
             return super().load()
         base = self._base_in_memory() or load_pretrained(self.base, **self._base_kwargs)
-        network = PeftModel.from_pretrained(base, self._named, token=self._token)
+        reference = reference_to(base)  # before the adapter changes it, as some do
+        network = on_base(base, self._adapter, self._files[0].parent)
         self._take(network, load_processing_class(self._named, self.task, token=self._token))
+        self.reference = reference
 
     @property
     def origin(self) -> ModelReference:
@@ -71,7 +77,7 @@ class TunedModel(Backbone):
             return ModelReference(architecture=self.reference.architecture) if self._is_adapted else self.reference
         if Path(self._named).is_dir():
             return ModelReference(os.path.abspath(self._named))
-        return ModelReference(self._named, local_file(self._named, ADAPTER_WEIGHTS, self._token).parent.name)
+        return ModelReference(self._named, self._files[0].parent.name)
 
     def check_base(self, source: Backbone) -> None:
         """Once both are loaded: log pi_ft - log pi_pt is the tuning alone where pi_ft was tuned from pi_pt.
@@ -96,12 +102,16 @@ class TunedModel(Backbone):
                 found=str(network.active_peft_config.peft_type),
             )
         super()._take(network, processing_class)
+        if isinstance(network, PeftModel) and changes_base(network.active_peft_config):
+            self.reference = replace(self.reference, weights=None)  # those of the base are gone
 
     def _base_in_memory(self) -> PreTrainedModel | None:
         """The base of the reward adapter, on the very same weights, where the adapter names that one."""
         config, network = self._reward.config, self._reward.network
-        if not isinstance(network, PeftModel) or getattr(network.peft_config["default"], "bias", "none") != "none":
-            return None  # tuned biases are the base's own
+        if not isinstance(network, PeftModel):
+            return None
+        if changes_base(network.peft_config["default"]) or changes_base(self._adapter):
+            return None
         names = {
             os.path.abspath(name) if Path(name).is_dir() else name
             for name in (self.base, config.reward_base.id)
@@ -113,6 +123,11 @@ class TunedModel(Backbone):
         return bare_base(network) if is_same else None
 
     @property
+    def _files(self) -> list[Path]:
+        """Of the adapter, on this machine, in one folder."""
+        return [local_file(self._named, name, self._token) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+
+    @property
     def _base_kwargs(self) -> dict:
         return self._load_kwargs | ({"revision": self._adapter.revision} if self._adapter.revision else {})
 
@@ -121,22 +136,22 @@ class TunedModel(Backbone):
         return self._load_kwargs.get("token")
 
     def _adapter_at(self, place: str) -> PeftConfig | None:
-        if has_file(place, PRT_CONFIG_NAME):
+        if has_file(place, PRT_CONFIG_NAME, self._token):
             raise PRTValueError(
                 f"{place} is a reward, which is no model by itself.",
                 expected="a fine-tuned model, or an adapter that makes one of its base",
                 found=PRT_CONFIG_NAME,
             )
-        if not has_file(place, ADAPTER_CONFIG):
+        if not has_file(place, ADAPTER_CONFIG, self._token):
             return None
-        if not has_file(place, ADAPTER_WEIGHTS):
+        if not has_file(place, ADAPTER_WEIGHTS, self._token):
             raise RewardFileError(
                 f"The adapter {place} has no weights that can be loaded.",
                 expected=ADAPTER_WEIGHTS,
                 found="no such file; pickled weights can run code and are not loaded",
                 remedy="convert the weights to safetensors",
             )
-        adapter = PeftConfig.from_pretrained(place, token=self._token)
+        adapter = read_peft_config(self._files[0].parent)
         if not adapter.base_model_name_or_path:
             raise RewardFileError(
                 f"The adapter {place} does not name its base.",
@@ -147,7 +162,9 @@ class TunedModel(Backbone):
         return adapter
 
 
-def teacher_of(reward: RewardModel, sources: list[Backbone], network: PreTrainedModel | PeftModel | str) -> TunedModel:
+def teacher_of(
+    reward: RewardModel, sources: list[Backbone], network: PreTrainedModel | PeftModel | str | Path
+) -> TunedModel:
     """The loaded model that a reward is distilled from. Its base is the source backbone, so that log pi_pt + r can be
     its distribution.
 

@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from prt_hf import (
@@ -16,6 +18,7 @@ from prt_hf import (
     PRTSFTConfig,
     PRTSFTTrainer,
     PRTTrainer,
+    RewardFileError,
     RewardModel,
     UnsupportedError,
     fused,
@@ -25,6 +28,7 @@ from prt_hf.cli import main
 from prt_hf.errors import PRTValueError
 from prt_hf.functional import prt_statistics
 from prt_hf.fused import Projection, fused_prt_loss, fused_prt_statistics
+from prt_hf.tuned import TunedModel
 
 TOKENIZER = tiny.tokenizer()
 
@@ -154,6 +158,82 @@ def test_chunked_or_plain_the_trajectory_is_the_same(home, config):
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["olora", "biases"])
+def test_adapters_that_change_their_base_are_distilled_and_change_no_other(home, config, tmp_path, kind):
+    model, lora = base(home), {"init_lora_weights": "olora", "target_modules": ["q_proj"]}
+    if kind == "biases":
+        model = tiny.gpt2(2, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        lora = {"bias": "all", "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    model.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    model = type(model).from_pretrained(tmp_path / "base").eval()
+    before = copy.deepcopy(model)
+    network = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", r=2, **lora)).eval()
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn(parameter.shape)
+    network.save_pretrained(tmp_path / "lora")
+    for teacher in (tmp_path / "lora", network):
+        trainer = PRTTrainer(
+            model,
+            config(max_steps=1),
+            train_dataset=tiny.texts(),
+            eval_dataset=tiny.texts(5, seed=1),
+            processing_class=TOKENIZER,
+            distill_from=teacher,
+            peft_config=LoraConfig(r=2),
+        )
+        trainer.train()
+        found = trainer.evaluate()["eval_loss"]
+        assert found == pytest.approx(divergence(network, before, trainer.reward, tiny.texts(5, seed=1)), rel=1e-4)
+        assert all(torch.equal(*pair) for pair in zip(model.parameters(), before.parameters(), strict=True))
+
+
+def test_half_an_adapter_is_no_teacher(home, config, tmp_path):
+    def refused(kind, text):
+        with pytest.raises(kind, match=text):
+            PRTTrainer(
+                base(home),
+                config(),
+                train_dataset=tiny.texts(),
+                processing_class=TOKENIZER,
+                distill_from=tmp_path / "lora",
+                peft_config=LoraConfig(r=2),
+            )
+
+    shutil.copytree(home / "lora", tmp_path / "lora")
+    weights = load_file(home / "lora" / "adapter_model.safetensors")
+    gone = min(weights)
+    save_file(
+        {name: weights[name] for name in weights if name != gone}, tmp_path / "lora" / "adapter_model.safetensors"
+    )
+    refused(BaseModelMismatchError, f"do not fit its base(?s:.)*{gone}")
+    whole = (home / "lora" / "adapter_model.safetensors").read_bytes()
+    (tmp_path / "lora" / "adapter_model.safetensors").write_bytes(whole[:-1])
+    refused(RewardFileError, "adapter_model.safetensors is damaged")
+    (tmp_path / "lora" / "adapter_config.json").write_text("[]")
+    refused(RewardFileError, "adapter_config.json cannot be read")
+
+
+def test_a_private_adapter_is_a_teacher_with_a_token(home, hub, monkeypatch):
+    hub.put("me/lora", home / "lora", private=True)
+    monkeypatch.delenv("HF_TOKEN")
+    reward = RewardModel.from_base(str(home / "base"), peft_config=LoraConfig())
+    teacher = TunedModel(reward, "me/lora", token=hub.token)
+    teacher.load()
+    assert (teacher.origin.id, teacher.origin.revision) == ("me/lora", hub.repositories["me/lora"].resolve("main"))
+    with torch.no_grad():
+        found = teacher.network(ids := tiny.prompts()).logits
+        torch.testing.assert_close(found, tuned(home)(ids).logits, atol=2e-4, rtol=1e-4)
+
+
+def test_a_model_is_not_distilled_into_itself(home, config):
+    model = base(home)
+    trainer = PRTTrainer(model, config(), train_dataset=tiny.texts(), processing_class=TOKENIZER, distill_from=model)
+    with pytest.raises(PRTValueError, match="or to what it is distilled from"):
+        trainer.train()
 
 
 def test_a_reward_of_enough_capacity_becomes_the_fine_tuned_model(home, config, tmp_path):

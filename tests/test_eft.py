@@ -6,7 +6,8 @@ import shutil
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import LogitsProcessorList
 
 from prt_hf import (
@@ -96,6 +97,85 @@ def test_model_and_processor_are_emulated_fine_tuning(home, kind, tmp_path):
     assert all(torch.equal(text, texts["model"]) for text in texts.values())
 
 
+def test_adalora_is_carried_over_and_saved(home, tmp_path):
+    torch.manual_seed(0)
+    ranks = {"init_r": 6, "target_r": 2, "tinit": 1, "tfinal": 2, "total_step": 8}
+    config = AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], **ranks)
+    network, ids = get_peft_model(old(home), config), tiny.prompts()
+    for step in range(8):  # ranks are cut down on the way
+        network(ids, labels=ids).loss.backward()
+        torch.optim.SGD(network.parameters(), 0.5).step()
+        network.base_model.update_and_allocate(step)
+    network.save_pretrained(tmp_path / "adalora")
+    finetuned = PeftModel.from_pretrained(old(home), tmp_path / "adalora").eval()
+    model = PRTForCausalLM.from_parts(str(home / "new"), [tmp_path / "adalora"]).eval()
+    model.save_pretrained(tmp_path / "recipe")
+    with torch.no_grad():
+        expected = by_definition(new(home), finetuned, old(home), ids)
+        for each in (model, PRTForCausalLM.from_pretrained(tmp_path / "recipe")):
+            torch.testing.assert_close(each(ids).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_what_adapters_say_of_their_making_does_not_matter(home, tmp_path, monkeypatch):
+    shutil.copytree(home / "lora", tmp_path / "lora")
+    edited(tmp_path / "lora", init_lora_weights="eva", base_model_name_or_path="../old")
+    (home / "here").mkdir()
+    monkeypatch.chdir(home / "here")
+    model = PRTForCausalLM.from_parts(str(home / "old"), [tmp_path / "lora", home / "lora"], [1, -1]).eval()
+    assert [len(run.blocks) for run in model._mixed] == [5]  # one base for all
+    with torch.no_grad():
+        expected = old(home)(ids := tiny.prompts()).logits.log_softmax(-1)
+        torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_embeddings_beside_an_adapter_of_them_may_be_in_another_precision(home, tmp_path):
+    half = old(home).bfloat16()
+    config = LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, target_modules=["embed_tokens", "q_proj"])
+    network = get_peft_model(half, config)
+    network.save_pretrained(tmp_path)  # with the base's embeddings, rounded
+    reward = RewardModel.from_adapter(tmp_path)
+    with torch.no_grad():
+        difference = network.float().eval()(ids := tiny.prompts()).logits.log_softmax(-1)
+        found = (old(home)(ids).logits + reward(input_ids=ids)).log_softmax(-1)
+    assert float((found - difference).abs().mean()) < 0.1 < float(reward(input_ids=ids).abs().mean())
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    (name,) = (name for name in weights if name.endswith("embed_tokens.base_layer.weight"))
+    save_file(weights | {name: weights[name] + 1}, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(BaseModelMismatchError, match=f"do not fit its base(?s:.)*{name}"):
+        RewardModel.from_adapter(tmp_path)
+
+
+def test_heads_of_the_two_models_may_be_padded(home):
+    finetuned, pretrained, ids = tiny.llama(5, vocab_size=128), old(home), tiny.prompts()
+    scores = new(home)(ids).logits[:, -1].detach()
+    for first, second in ((finetuned, pretrained), (pretrained, finetuned)):
+        with torch.no_grad():
+            logits = [model(ids).logits[:, -1, : tiny.VOCABULARY] for model in (first, second)]
+        expected = (scores + logits[0] - logits[1]).log_softmax(-1)
+        processor = EFTLogitsProcessor(first, TOKENIZER, pretrained=second)
+        torch.testing.assert_close(processor(ids, scores), expected, atol=2e-5, rtol=1e-4)
+    with pytest.raises(VocabularyMismatchError, match="head has fewer rows(?s:.)*80"):
+        EFTLogitsProcessor(pretrained, TOKENIZER, pretrained=tiny.llama(2, vocab_size=80))
+
+
+def test_an_adapter_in_memory_that_has_changed_its_base_wants_it_beside_itself(home):
+    pissa = LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", target_modules=["q_proj"], r=2)
+    network = get_peft_model(old(home), pissa).eval()
+    torch.nn.init.normal_(network.get_base_model().model.layers[0].self_attn.q_proj.lora_B["default"].weight)
+    biases = LoraConfig(task_type="CAUSAL_LM", bias="all", target_modules=["c_attn"], fan_in_fan_out=True)
+    twice = LoraConfig(task_type="CAUSAL_LM", layer_replication=[[0, 2], [0, 2]], target_modules=["q_proj"])
+    for each in (network, get_peft_model(tiny.gpt2(), biases), get_peft_model(old(home), twice)):
+        with pytest.raises(UnsupportedError, match="has changed its base(?s:.)*pretrained="):
+            EFTLogitsProcessor(each, TOKENIZER)
+    processor = EFTLogitsProcessor(network, TOKENIZER, pretrained=old(home))
+    scores = new(home)(ids := tiny.prompts()).logits[:, -1].detach()
+    expected = by_definition(new(home), network, old(home), ids)[:, -1]
+    torch.testing.assert_close(processor(ids, scores), expected, atol=2e-5, rtol=1e-4)
+    prefix = get_peft_model(old(home), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(UnsupportedError, match="PREFIX_TUNING"):
+        EFTLogitsProcessor(prefix, TOKENIZER, pretrained=old(home))
+
+
 def test_on_and_off_are_two_rows_of_one_pass(home):
     reward = RewardModel.from_adapter(home / "lora")
     assert [len(run.blocks) for run in PRTForCausalLM.from_parts(new(home), [reward])._mixed] == [1, 2]
@@ -168,6 +248,17 @@ def test_strengths_per_prompt_are_those_of_each_prompt_by_itself(home, tmp_path)
         for index, row in enumerate(ids):
             model.strengths = strengths[:, index].tolist()
             assert torch.equal(model.generate(row[None], max_new_tokens=6, **kwargs)[0], together[index])
+    for wrong, text in (
+        ([1.0], r"expected: 2, one for each reward\s+found: \[1.0\]"),
+        (1.0, "expected: 2, one for each reward"),
+        ([float("nan"), 1.0], "expected: a finite number, or one per prompt\\s+found: nan"),
+        ([1.0, "0.5"], "found: '0.5'"),
+        (torch.ones(2, 3, 1), "a finite number, or one per prompt"),
+    ):
+        with pytest.raises(PRTValueError, match=text):
+            model.strengths = wrong
+    model.strengths = torch.tensor([1.0, 0.5])
+    assert model.strengths == [1.0, 0.5]
     model.strengths = [[1.0, 0.0], 0.5]
     with pytest.raises(PRTValueError, match="one per prompt of a batch of 3 rows"):
         model(ids)
@@ -226,7 +317,10 @@ def test_what_cannot_be_carried_over_is_refused(home, tmp_path):
         ({"alora_invocation_tokens": [5]}, UnsupportedError, "LORA with alora_invocation_tokens"),
         ({"task_type": "SEQ_CLS"}, PRTValueError, "task_type CAUSAL_LM"),
         ({"base_model_name_or_path": None}, PRTValueError, "names no base"),
-        ({"init_lora_weights": "pissa"}, PRTValueError, "would change the base's weights"),
+        ({"init_lora_weights": "pissa"}, PRTValueError, "would change the base's weights(?s:.)*distil it"),
+        ({"rank_pattern": [1]}, RewardFileError, "adapter_config.json cannot be read"),
+        ({"target_modules": "("}, BaseModelMismatchError, "cannot be put on its base"),
+        ({"target_modules": ["nothing"]}, BaseModelMismatchError, "cannot be put on its base(?s:.)*'nothing'"),
     ):
         shutil.copytree(home / "lora", tmp_path / "it")
         edited(tmp_path / "it", **changes)

@@ -559,7 +559,7 @@ def test_saving_over_something_else(model, base, recipe, tmp_path):
 
 def test_strengths_are_checked_before_saving(model, recipe):
     before = (recipe / "config.json").read_text()
-    model.strengths = [1.0]
+    model.strengths = [[1.0, 0.5], 1.0, 1.0, 1.0]  # of two prompts
     with pytest.raises(PRTValueError, match="(?s)`strengths` is not usable.*4 finite numbers"):
         model.save_pretrained(recipe)
     assert (recipe / "config.json").read_text() == before

@@ -29,14 +29,15 @@ class DifferenceState:
             state.reset()
 
     def __call__(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
-        """`(batch_size, vocab_size)`, float32.
+        """`(batch_size, vocab_size)`, float32; without columns that pad one of the heads alone.
 
         Raises:
             UnsupportedError: the adapter was merged into its base.
             ContextLengthError: more tokens than a network can read.
         """
         tuned, base = self.blocks(input_ids, attention_mask)
-        return tuned.float() - base.to(tuned.device).float()
+        size = min(tuned.shape[-1], base.shape[-1])
+        return tuned[:, :size].float() - base[:, :size].to(tuned.device).float()
 
     def blocks(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None

@@ -10,12 +10,13 @@ from peft import PeftModel
 from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..adapter import changes_base
 from ..contract import VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
-from ..functional import combine, strength_of_rows
-from ..loading import load_base
+from ..functional import as_strength, combine, strength_of_rows
+from ..loading import check_is_of_layers, load_base
 from ..passes import can_mix
-from ..pretrained import contract_of, unwrap_adapter
+from ..pretrained import contract_of
 from ..reward_model import RewardModel
 from .difference import DifferenceState
 from .state import RewardState
@@ -57,14 +58,7 @@ class _RewardProcessor(LogitsProcessor):
 
     @strength.setter
     def strength(self, value):
-        if isinstance(value, list | tuple):
-            value = torch.tensor(value, dtype=torch.float32)
-        values = torch.as_tensor(value)
-        if not torch.isfinite(values).all() or values.ndim > 1 or not values.numel():
-            raise PRTValueError(
-                "`strength` is not usable.", expected="a finite number, or one per prompt", found=str(value)
-            )
-        self._strength = value
+        self._strength = as_strength(value)
 
     @property
     def attention_mask(self) -> torch.LongTensor | None:
@@ -283,8 +277,15 @@ class EFTLogitsProcessor(_RewardProcessor):
         finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. Of a `PeftModel`, the adapter on and off are two rows
             of one pass; two passes where it is no plain LoRA.
         tokenizer: shared by all three models.
-        pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel`.
+        pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel` that leaves
+            its base as it was.
         strength, attention_mask: as for [`PRTLogitsProcessor`].
+
+    Raises:
+        VocabularyMismatchError: one of the models has no logit for some of the tokens.
+        UnsupportedError: an adapter of prompts, or one that depends on the text; without `pretrained`, one that has
+            changed its base.
+        PRTValueError: neither `pretrained` nor a `PeftModel`.
     """
 
     def __init__(
@@ -302,7 +303,21 @@ class EFTLogitsProcessor(_RewardProcessor):
                 expected="`pretrained=`, or a PeftModel whose adapter can be switched off",
                 found=type(finetuned).__name__,
             )
-        super().__init__(contract_of(unwrap_adapter(finetuned), tokenizer), tokenizer, strength, attention_mask)
+        for peft_config in finetuned.peft_config.values() if isinstance(finetuned, PeftModel) else ():
+            check_is_of_layers(peft_config)
+            if pretrained is None and changes_base(peft_config):
+                raise UnsupportedError(
+                    "The adapter has changed its base, which is not the old model any more without it.",
+                    expected="`pretrained=`, or an adapter beside its base (LoRA with bias='none')",
+                    found=", ".join(
+                        f"{name}={getattr(peft_config, name, None)!r}"
+                        for name in ("bias", "init_lora_weights", "layer_replication")
+                    ),
+                    remedy="pretrained=AutoModelForCausalLM.from_pretrained(...)",
+                )
+        super().__init__(contract_of(finetuned, tokenizer), tokenizer, strength, attention_mask)
+        if pretrained is not None:
+            contract_of(pretrained, tokenizer)
         self._state = DifferenceState(finetuned.eval(), None if pretrained is None else pretrained.eval())
 
     @classmethod

@@ -23,7 +23,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS
 from ..card_blocks import merged_or_kept, read_card, write_card
 from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, UnsupportedError
-from ..functional import combine, strength_of_rows
+from ..functional import as_strength, combine, strength_of_rows
 from ..hub import local_folder
 from ..loading import check_same_model, load_base, load_processing_class, processing_class_of, save_processing_class
 from ..own_pixels import PRTImageProcessor
@@ -74,9 +74,9 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     Attributes:
         backbone (`PreTrainedModel`): pi_pt.
         rewards (`list[RewardModel]`): r_1, r_2, ...; their networks are sub-modules of the model.
-        strengths (`list`): 1 / lambda of each, read at every forward pass: a number, or one per prompt of the batch; or
-            a tensor of shape `(rewards, prompts)`. Below 0, what a reward was tuned for is taken away. Recipes keep
-            numbers.
+        strengths (`list`): 1 / lambda of each, read at every forward pass: a number, or one per prompt of the batch;
+            also set by a tensor of shape `(rewards, prompts)`. Below 0, what a reward was tuned for is taken away.
+            Recipes keep numbers.
         processing_class: tokenizer or image processor, saved with the recipe; where rewards want other pixels than the
             backbone, a [`PRTImageProcessor`], which makes those of all.
     """
@@ -325,6 +325,20 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 norm.eval()
         return self
 
+    @property
+    def strengths(self) -> list[Strength]:
+        return self._strengths
+
+    @strengths.setter
+    def strengths(self, values):
+        if not isinstance(values, list | tuple | torch.Tensor) or len(values) != len(self.rewards):
+            raise PRTValueError(
+                "`strengths` is not usable.",
+                expected=f"{len(self.rewards)}, one for each reward",
+                found=str(values),
+            )
+        self._strengths = [as_strength(each) for each in values]
+
     def init_weights(self) -> None:
         """Nothing: the parts have their weights."""
 
@@ -386,7 +400,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     @property
     def _factors(self) -> list[Strength]:
         """Of the logits of the separate passes."""
-        strengths = [
+        strengths = [  # some may have been set one by one
             each if isinstance(each, Real) else torch.as_tensor(each, dtype=torch.float32) for each in self.strengths
         ]
         return [1.0, *strengths, *(-strengths[index] for index in self._less_base)]
