@@ -71,7 +71,6 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             config = backbone
         setattr(config, PARTS, parts.to_dict() | {"backbone_config": own})
         config.architectures, config.vocab_size = [model_config.architecture], parts.vocab_size
-        model_config.model, model_config.revision = parts.backbone, None
         model_config.hf_config, model_config.hf_text_config = config, get_hf_text_config(config)
         model_config.model_arch_config = model_config.get_model_arch_config()
 
@@ -82,6 +81,9 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             UnsupportedError: a way of running the engine that would give other text, or none.
         """
         model, parallel = vllm_config.model_config, vllm_config.parallel_config
+        # Not before `EngineArgs` has taken its own model's name from here: it may be asked again, as by Ray Data, and
+        # would then serve the bare backbone.
+        model.model, model.revision = parts_of(model.hf_config).backbone, None
         speculation = vllm_config.speculative_config
         method = None if speculation is None else speculation.method
         lora = vllm_config.lora_config

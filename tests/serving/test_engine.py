@@ -134,6 +134,15 @@ def test_a_recipe_has_its_own_name_tokenizer_and_settings(served, tmp_path):
     assert config.served_model_name == str(tmp_path / "recipe")
 
 
+def test_arguments_that_are_asked_for_a_configuration_twice_keep_the_rewards(served):
+    """As by Ray Data; the arguments take over the model's name from the first."""
+    arguments = EngineArgs(model=served.recipe, **SETTINGS)
+    for _ in range(2):
+        config = arguments.create_engine_config().model_config
+        assert (arguments.model, config.model) == (served.recipe, served.backbone)
+        assert config.architectures == ["PRTForCausalLM"]
+
+
 def test_windows_of_single_layers_are_left_to_the_layers():
     assert window_of(tiny.sliding_window(window=6).config) == 6
     assert window_of(tiny.llama().config) is None
