@@ -21,7 +21,8 @@ from transformers import (
 import prt_hf
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.S)
+# Ray Data wants the environment of vLLM: see tests/serving/test_batch.py.
+BLOCKS = [block for block in re.findall(r"```python\n(.*?)```", README, re.S) if not block.startswith("import ray\n")]
 
 
 MODELS = {
