@@ -269,7 +269,8 @@ class RewardConfig:
         reward_init (`str`): `"pretrained"` (r starts as the base's logits, as in the paper) or `"zero"`.
         minus_base (`bool`): r is the adapter's logits less its base's, log pi_ft - log pi_pt of emulated fine-tuning:
             an ordinary adapter that was carried over.
-        distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to.
+        distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to; of one
+            that was carried over, the adapter.
     """
 
     task: str

@@ -1,5 +1,6 @@
 """The networks that saved files name: a reward's own, and the pretrained model it sits on; checked to be those."""
 
+import os
 import re
 from pathlib import Path
 
@@ -118,6 +119,13 @@ def read_ordinary_adapter(folder: Path) -> PeftConfig:
     check_is_of_layers(peft_config)
     check_initialisation(peft_config)
     return peft_config
+
+
+def origin_of(path_or_repo: str | Path, folder: Path) -> ModelReference:
+    """To what was loaded by name and lies in `folder`; of a repository, the one in the cache that its commit names."""
+    if Path(path_or_repo).is_dir():
+        return ModelReference(os.path.abspath(path_or_repo))
+    return ModelReference(str(path_or_repo), folder.name)
 
 
 def check_is_of_layers(peft_config: PeftConfig) -> None:

@@ -27,6 +27,7 @@ from .loading import (
     load_full,
     load_ordinary_adapter,
     load_processing_class,
+    origin_of,
     processing_class_of,
     save_processing_class,
 )
@@ -233,7 +234,9 @@ class RewardModel(Shareable):
             processing_class = load_processing_class(folder, task, **kwargs | {"revision": None})
             processing_class = processing_class or processing_class_of(network.get_base_model(), task, **kwargs)
         contract = contract_of(network, processing_class)
-        config = RewardConfig(task, contract, reference_to(network), minus_base=True)
+        snapshot = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
+        origin = origin_of(path_or_repo, snapshot)
+        config = RewardConfig(task, contract, reference_to(network), minus_base=True, distilled_from=origin)
         return cls(network, config, processing_class)
 
     @property

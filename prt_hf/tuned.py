@@ -14,7 +14,7 @@ from .contract import PRT_CONFIG_NAME, ModelReference
 from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from .fingerprints import file_digest
 from .hub import has_file, local_file
-from .loading import load_processing_class, on_base, read_peft_config
+from .loading import load_processing_class, on_base, origin_of, read_peft_config
 from .passes import bare_base
 from .pretrained import load_pretrained, reference_to
 from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -75,9 +75,7 @@ class TunedModel(Backbone):
         """What was tuned, not the base that it was tuned from."""
         if self._adapter is None:
             return ModelReference(architecture=self.reference.architecture) if self._is_adapted else self.reference
-        if Path(self._named).is_dir():
-            return ModelReference(os.path.abspath(self._named))
-        return ModelReference(self._named, self._files[0].parent.name)
+        return origin_of(self._named, self._files[0].parent)
 
     def check_base(self, source: Backbone) -> None:
         """Once both are loaded: log pi_ft - log pi_pt is the tuning alone where pi_ft was tuned from pi_pt.

@@ -208,7 +208,9 @@ def test_a_recipe_has_the_adapter_in_it_and_pins_its_base(home, tmp_path):
     saved = json.loads((tmp_path / "recipe" / "reward-0" / "prt_config.json").read_text())
     assert (saved["minus_base"], saved["format_version"]) == (True, "2.0")  # which earlier readers refuse
     assert saved["reward_base"]["id"] == str(home / "old") and len(saved["reward_base"]["weights"]) == 64
-    assert "log pi_ft - log pi_pt" in (tmp_path / "recipe" / "reward-0" / "README.md").read_text()
+    assert saved["distilled_from"]["id"] == str(home / "lora")
+    card = (tmp_path / "recipe" / "reward-0" / "README.md").read_text()
+    assert "log pi_ft - log pi_pt" in card and "| carried over from (adapter) | " in card
     again = PRTForCausalLM.from_pretrained(tmp_path / "recipe")
     reward = RewardModel.from_pretrained(tmp_path / "recipe" / "reward-0")
     with torch.no_grad():
@@ -356,6 +358,8 @@ def test_adapters_of_the_hub_name_their_base_at_its_revision(hub, tmp_path):
     hub.put("me/base", tmp_path / "base")  # a newer commit, which the adapter does not mean
     reward = RewardModel.from_adapter("me/lora", subfolder="best")
     assert (reward.config.reward_base.id, reward.config.reward_base.revision) == ("me/base", first)
+    origin = reward.config.distilled_from
+    assert (origin.id, origin.revision) == ("me/lora", hub.repositories["me/lora"].resolve("main"))
     ids = tiny.prompts()
     with torch.no_grad(), network.disable_adapter():
         pretrained = network(ids).logits
