@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from functools import partial
+from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .reward_files import (
     ADAPTER_CONFIG,
     RECIPE,
     RECIPE_TYPE,
+    check_files,
     check_place,
     link_or_copy,
     recover,
@@ -238,13 +240,15 @@ def place_of_reward(folder: Path, entry: dict, token: str | bool | None) -> Path
     """Where a recipe's reward lies on this machine, fetched if it has to be.
 
     Raises:
-        RewardFileError: the reward is gone, or not the one that the recipe was written with.
+        RewardFileError: the reward is gone, incomplete, or not the one that the recipe was written with.
     """
     if entry["id"] is None:
         place = reward_folder(folder, entry)
     else:
         place = local_folder(entry["id"], revision=entry["revision"], token=token)
-    found = weights_digest(place, RewardConfig.from_json_file(place / PRT_CONFIG_NAME))
+    config = RewardConfig.from_json_file(place / PRT_CONFIG_NAME)
+    check_files(place, config)
+    found = weights_digest(place, config)
     if found != entry["weights"]:
         raise RewardFileError(
             "The recipe's reward has changed.",
@@ -307,7 +311,8 @@ def _check_unclaimed(place: str | Path, taken: set[str]) -> None:
 def _check_entries(config: PRTModelConfig) -> None:
     def is_made_of(entry, types) -> bool:
         return isinstance(entry, dict) and all(
-            name in types and isinstance(value, types[name]) for name, value in entry.items()
+            name in types and isinstance(value, types[name]) and (types[name] is not Real or isfinite(value))
+            for name, value in entry.items()
         )
 
     rewards, configs = config.reward_references or [], config.reward_configs or []

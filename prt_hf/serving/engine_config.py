@@ -4,7 +4,7 @@ import copy
 
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
-from vllm.transformers_utils.config import get_config, get_hf_text_config
+from vllm.transformers_utils.config import get_config, get_hf_text_config, uses_mrope
 
 from ..errors import ContextLengthError, PRTValueError, UnsupportedError
 from ..hub import local_folder
@@ -14,6 +14,7 @@ from .strength import RefusedStrengths, processor_name
 
 PARTS = "prt_parts"  # entry of the configuration that the engine hands to its processes
 _ADAPTER_BASE = "prt_adapter_base"  # the user's, beside `prt_rewards`
+_LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 _SPECULATION = ("ngram", "ngram_gpu", "draft_model")  # methods that look at tokens alone
 
 
@@ -91,14 +92,27 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             _forget_adapters(model.hf_config)
         parts = parts_of(model.hf_config)
         _, *rewards = network_configs(model.hf_config)
+        quantised = [reward.quantization_config for reward in rewards if getattr(reward, "quantization_config", None)]
         refused = {
+            "it gives tokens, and the hidden states of its networks are not to be pooled together": (
+                model.runner_type == "pooling",
+                f"runner = {model.runner_type}",
+            ),
+            "vLLM's other loaders read the weights of one network, and leave the rewards as they were made": (
+                vllm_config.load_config.load_format not in _LOAD_FORMATS,
+                f"load_format = {vllm_config.load_config.load_format}",
+            ),
             "the rewards' decoders run beside the backbone's, not in stages": (
                 parallel.pipeline_parallel_size > 1,
                 f"pipeline_parallel_size = {parallel.pipeline_parallel_size}",
             ),
+            "vLLM makes the groups of ranks that experts run in for the backbone alone": (
+                not model.is_moe and any(_has_experts(model, reward) for reward in rewards),
+                "a reward with experts, and a backbone without",
+            ),
             "quantised networks have not been shown to give the PRT model's text": (
-                model.quantization is not None or any(getattr(r, "quantization_config", None) for r in rewards),
-                f"quantization = {model.quantization}",
+                model.quantization is not None or quantised,
+                f"quantization = {model.quantization or quantised}",
             ),
             "a reward has embeddings of its own, and cannot read the backbone's": (
                 model.enable_prompt_embeds,
@@ -131,7 +145,7 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
         for config in rewards:
             _check_heads(config.get_text_config(), parallel.tensor_parallel_size)
         if speculation is not None and not vllm_config.use_v2_model_runner:
-            RefusedStrengths.is_active = True
+            RefusedStrengths.engines[id(model)] = model
         else:
             processor = processor_name(vllm_config, len(parts.rewards), with_adapters=lora is not None)
             model.logits_processors = [*(model.logits_processors or []), processor]
@@ -191,6 +205,8 @@ def _check_network(model_config: ModelConfig, config) -> None:
             problem = "state-space layers, whose state the engine lays out for one network"
         elif hasattr(config.get_text_config(), "kv_lora_rank"):
             problem = "latent attention, whose cache the engine lays out for one network"
+        elif uses_mrope(config):
+            problem = "positions of three dimensions (M-RoPE), which the engine makes for one network"
     if problem:
         raise UnsupportedError(
             "A network of the PRT model cannot be run beside others in vLLM.",
@@ -212,6 +228,12 @@ def _fit_length(model_config: ModelConfig, config) -> None:
             remedy=f"--max-model-len {limit}",
         )
     model_config.max_model_len = limit
+
+
+def _has_experts(model_config: ModelConfig, config) -> bool:
+    own = copy.copy(model_config)
+    own.hf_config, own.hf_text_config = config, get_hf_text_config(config)
+    return own.get_model_arch_config().num_experts > 0
 
 
 def _check_heads(config, degree: int) -> None:

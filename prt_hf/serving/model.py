@@ -45,7 +45,7 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
                 _own_cache_config(vllm_config, config), prefix=maybe_prefix(prefix, name), hf_config=config
             )
             setattr(self, name, network)
-        self._sizes = [config.get_text_config().hidden_size for config in (backbone, *others)]
+        self._sizes = [_width(config.get_text_config()) for config in (backbone, *others)]
         self.secondary_weights = [
             DefaultModelLoader.Source(network.folder, revision=None, prefix=f"{name}.")
             for name, network in self._networks.items()
@@ -103,6 +103,11 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
     @property
     def _modules_in_order(self) -> list[nn.Module]:
         return [self.backbone, *(getattr(self, name) for name in self._networks)]
+
+
+def _width(config) -> int:
+    """Of the last hidden states, which OPT projects for its head."""
+    return getattr(config, "word_embed_proj_dim", config.hidden_size)
 
 
 def _own_cache_config(vllm_config: VllmConfig, config) -> VllmConfig:

@@ -1,6 +1,5 @@
 """Where the networks of a served PRT model lie, checked as transformers' load of the recipe checks them."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -281,5 +280,5 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, opened.get_tensor(name)
 
 
-def _vocab_size(folder: Path) -> int:
-    return json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+def _vocab_size(folder: str | Path) -> int:
+    return load_config(str(folder)).get_text_config().vocab_size

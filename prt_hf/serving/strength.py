@@ -11,7 +11,7 @@ from numbers import Real
 from weakref import WeakValueDictionary
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate
 from vllm.v1.sample.logits_processor import LogitsProcessor as ProcessorV1
@@ -177,9 +177,14 @@ class RequestStrengthsV2(_Requests, ProcessorV2):
 
 class RefusedStrengths(ProcessorV1, ProcessorV2):
     """Refuses `prt_strength` where the engine takes no logits processors: in V1 with speculation. Of all that is
-    installed the engine asks only those that it finds by entry point; this one changes nothing, in any engine."""
+    installed the engine asks only those that it finds by entry point; this one changes nothing, in any engine.
 
-    is_active = False  # in this process, by the configuration of its engine
+    Attributes:
+        engines (`dict[int, ModelConfig]`): those of this process that speculate, by id; while there is one, none takes
+            strengths, as requests do not tell whose they are.
+    """
+
+    engines: "WeakValueDictionary[int, ModelConfig]" = WeakValueDictionary()
 
     def __init__(self, *args):
         pass
@@ -190,7 +195,7 @@ class RefusedStrengths(ProcessorV1, ProcessorV2):
         Raises:
             PRTValueError: strengths of its own.
         """
-        if cls.is_active and read(sampling_params) is not None:
+        if cls.engines and read(sampling_params) is not None:
             raise PRTValueError(
                 f"vLLM's V1 model runner does not take `{ARGUMENT}` with speculation.",
                 remedy="leave out --speculative-config, or use the V2 model runner",

@@ -1,16 +1,20 @@
 """Texts and log-probabilities of vLLM's engine are those of transformers; what cannot be so is refused."""
 
+import gc
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import tiny
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig, MixtralForCausalLM, PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from vllm import LLM, EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from prt_hf import PRTForCausalLM, RewardFileError, RewardModel, UnsupportedError
 from prt_hf.serving.engine_config import window_of
+from prt_hf.serving.strength import RefusedStrengths
 
 TOKENS = 24
 STRENGTHS = [None, [0.0, 0.0], [1.0, 0.5], [0.0, 2.0]]
@@ -156,6 +160,51 @@ def changed(file: Path):
     save_file({name: value + 1 for name, value in weights.items()}, file, metadata={"format": "pt"})
 
 
+def of_experts() -> MixtralForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    experts = {"num_local_experts": 2, "num_key_value_heads": 1}
+    config = MixtralConfig(vocab_size=tiny.VOCABULARY, max_position_embeddings=tiny.CONTEXT, **sizes, **experts)
+    return MixtralForCausalLM(config)
+
+
+def test_strengths_are_refused_no_longer_than_an_engine_speculates(served):
+    ngram = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
+    config = configure(served.recipe, speculative_config=ngram)
+    with pytest.raises(ValueError, match="does not take `prt_strength` with speculation"):
+        RefusedStrengths.validate_params(sampling([1.0, 1.0]))
+    del config
+    gc.collect()
+    RefusedStrengths.validate_params(sampling([1.0, 1.0]))
+
+
+def edit(folder: Path, **entries):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+
+
+def of_images_and_text() -> PaliGemmaForConditionalGeneration:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = sizes | {"vocab_size": tiny.VOCABULARY, "num_key_value_heads": 1, "head_dim": 8}
+    images = sizes | {"image_size": 8, "patch_size": 4, "projection_dim": 16}
+    config = PaliGemmaConfig(text_config=text, vision_config=images, projection_dim=16, image_token_index=5)
+    return PaliGemmaForConditionalGeneration(config)
+
+
+def test_damaged_recipes_are_refused(served, tmp_path):
+    """As by transformers, though the engine loads no reward before it starts."""
+    recipe = tmp_path / "recipe"
+    shutil.copytree(served.recipe, recipe)
+    references = json.loads((recipe / "config.json").read_text())["reward_references"]
+    references[0]["strength"] = float("nan")
+    edit(recipe, reward_references=references)
+    with pytest.raises(RewardFileError, match="The recipe's reward_references cannot be read(?s:.*)'strength': nan"):
+        configure(str(recipe))
+    shutil.copytree(served.recipe, recipe, dirs_exist_ok=True)
+    (recipe / "reward-0/adapter_model.safetensors").unlink()
+    with pytest.raises(RewardFileError, match="reward-0 is incomplete: adapter_model.safetensors is missing"):
+        configure(str(recipe))
+
+
 def test_recipes_whose_parts_have_changed_are_refused(served, tmp_path):
     shutil.copytree(served.recipe, tmp_path / "recipe")
     changed(tmp_path / "recipe/reward-0/adapter_model.safetensors")
@@ -185,12 +234,31 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(served, tmp_path)
         configure(served.backbone, **by_name(served.backbone))
     with pytest.raises(UnsupportedError, match="cannot read the backbone's"):
         configure(served.recipe, enable_prompt_embeds=True)
+    with pytest.raises(UnsupportedError, match="leave the rewards as they were made.\n  found: .* = runai_streamer"):
+        configure(served.recipe, load_format="runai_streamer")
+    for settings in ({"runner": "pooling"}, {"convert": "classify"}):
+        with pytest.raises(UnsupportedError, match="are not to be pooled together.\n  found: runner = pooling"):
+            configure(served.recipe, **settings)
     other = served.save("other-words", tiny.llama(4, head_dim=32), tiny.tokenizer(changed={"w5": "w500"}))
     with pytest.raises(ValueError, match="The vocabulary of the backbone is not the reward's"):
         configure(other, **by_name(served.full))
     states = served.save("states", tiny.mamba())
     with pytest.raises(UnsupportedError, match="MambaForCausalLM: state-space layers"):
         configure(states, **by_name(served.full))
+    images = served.save("images", of_images_and_text())
+    with pytest.raises(UnsupportedError, match="PaliGemmaForConditionalGeneration: no plain language model"):
+        configure(images, **by_name(served.full))
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]}
+    of_frames = served.save("frames", tiny.llama(4, head_dim=32, rope_parameters=rope))
+    with pytest.raises(UnsupportedError, match="LlamaForCausalLM: positions of three dimensions"):
+        configure(of_frames, **by_name(served.full))
+    RewardModel.from_base(of_experts(), served.tokenizer).save_pretrained(tmp_path / "experts")
+    with pytest.raises(UnsupportedError, match="found: a reward with experts, and a backbone without"):
+        configure(served.backbone, **by_name(str(tmp_path / "experts")))
+    shutil.copytree(served.full, tmp_path / "quantised")
+    edit(tmp_path / "quantised", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(UnsupportedError, match="quantised networks .*\n  found: quantization = .*fp8"):
+        configure(served.backbone, **by_name(str(tmp_path / "quantised")))
     with pytest.raises(UnsupportedError, match="beside the backbone's, not in stages"):
         configure(served.recipe, pipeline_parallel_size=2)
     odd = RewardModel.from_base(
