@@ -213,6 +213,13 @@ TUNING = {
 }
 
 
+def greedy(model, prompt: list[int], tokens: int) -> list[int]:
+    """What `generate` adds to one prompt."""
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+
+
 def prompts(rows=2, length=7, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (rows, length), generator=generator)

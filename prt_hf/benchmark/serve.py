@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from ..contract import PRT_CONFIG_NAME, RewardConfig
 from ..errors import PRTValueError, UnsupportedError
+from ..hub import local_folder
 from ..recipe import PRTModelConfig, place_of_reward
 from ..serving import ARCHITECTURE
 
@@ -42,22 +43,20 @@ def time_serving(recipe: str | Path, *, requests: int, new_tokens: int, rounds: 
     if not isinstance(config, PRTModelConfig):
         raise PRTValueError("The folder holds no recipe.", expected="a saved PRT model", found=config.model_type)
     settings = {"requests": requests, "new_tokens": new_tokens, "rounds": rounds, "dtype": dtype}
-    backbone = config.backbone_reference["id"]
-    engines = {BARE: {"model": backbone}, PRT: {"model": str(recipe)}}
+    backbone = {"model": config.backbone_reference["id"], "revision": config.backbone_reference["revision"]}
+    engines = {BARE: backbone, PRT: {"model": str(recipe)}}
     rewards = [place_of_reward(Path(recipe), entry, token=None) for entry in config.reward_references]
     bases = {_base_of_adapter(reward) for reward in rewards}
     if len(bases) == 1 and None not in bases:
-        engines[NAMED] = {
-            "model": backbone,
-            "adapter_base": bases.pop(),
-            "rewards": [str(reward) for reward in rewards],
-        }
+        engines[NAMED] = backbone | {"adapter_base": bases.pop(), "rewards": list(map(str, rewards))}
     return {row: _in_a_process(settings | engine) for row, engine in engines.items()}
 
 
 def _base_of_adapter(reward: Path) -> str | None:
     config = RewardConfig.from_json_file(reward / PRT_CONFIG_NAME)
-    return config.reward_base.id if config.is_adapter and not config.minus_base else None
+    if not config.is_adapter or config.minus_base:
+        return None
+    return str(local_folder(config.reward_base.id, revision=config.reward_base.revision))
 
 
 def _in_a_process(settings: dict) -> float:
@@ -76,6 +75,7 @@ def _throughput(
     new_tokens: int,
     rounds: int,
     dtype: str,
+    revision: str | None = None,
     adapter_base: str | None = None,
     rewards: Sequence[str] = (),
 ) -> float:
@@ -83,12 +83,12 @@ def _throughput(
     from vllm.config.lora import MaxLoRARanks
     from vllm.lora.request import LoRARequest
 
-    more = {}
+    more = {"revision": revision}
     if adapter_base is not None:
         overrides = {"architectures": [ARCHITECTURE], "prt_adapter_base": adapter_base}
         rank = max(LoraConfig.from_pretrained(reward).r for reward in rewards)
         rank = min(each for each in get_args(MaxLoRARanks) if each >= rank)
-        more = {"hf_overrides": overrides, "enable_lora": True, "max_loras": len(rewards), "max_lora_rank": rank}
+        more |= {"hf_overrides": overrides, "enable_lora": True, "max_loras": len(rewards), "max_lora_rank": rank}
     engine = LLM(model, dtype=dtype, max_model_len=PROMPT_LENGTH + new_tokens, max_num_seqs=requests, **more)
     size = engine.llm_engine.model_config.get_vocab_size()
     # Which tokens does not matter, as long as no prompt begins as another does.

@@ -14,7 +14,8 @@ from vllm.transformers_utils.config import get_hf_text_config
 
 from ..errors import UnsupportedError
 from .adapters import RequestAdapters
-from .engine_config import network_configs, parts_of, window_of
+from .engine_config import network_configs, parts_of
+from .limits import window_of
 from .parts import ADAPTERS
 from .strength import Steps
 from .weights import merged_weights, weights_of_base
@@ -36,7 +37,7 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         self.parts = parts_of(self.config)
         backbone, *others = network_configs(self.config)
         self.backbone = init_vllm_registered_model(
-            vllm_config, prefix=maybe_prefix(prefix, "backbone"), hf_config=backbone
+            _own_text_config(vllm_config, backbone), prefix=maybe_prefix(prefix, "backbone"), hf_config=backbone
         )
         # Not a ModuleList: the engine takes the one number in a layer's name for its depth.
         self._networks = self.parts.networks
@@ -110,13 +111,19 @@ def _width(config) -> int:
     return getattr(config, "word_embed_proj_dim", config.hidden_size)
 
 
-def _own_cache_config(vllm_config: VllmConfig, config) -> VllmConfig:
-    """Layers take their sliding window from the engine's cache configuration, which has the backbone's."""
+def _own_text_config(vllm_config: VllmConfig, config) -> VllmConfig:
+    """Some architectures read the engine's text configuration, whose vocabulary is the contract's."""
     own = copy.copy(vllm_config)
-    own.cache_config = copy.copy(vllm_config.cache_config)
-    own.cache_config.sliding_window = window_of(config)
     own.model_config = copy.copy(vllm_config.model_config)
     own.model_config.hf_text_config = get_hf_text_config(config)
+    return own
+
+
+def _own_cache_config(vllm_config: VllmConfig, config) -> VllmConfig:
+    """Layers take their sliding window from the engine's cache configuration, which has the backbone's."""
+    own = _own_text_config(vllm_config, config)
+    own.cache_config = copy.copy(vllm_config.cache_config)
+    own.cache_config.sliding_window = window_of(config)
     return own
 
 

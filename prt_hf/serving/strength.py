@@ -6,7 +6,6 @@ step, V2 when the step's logits are there.
 
 import re
 from functools import lru_cache
-from math import isfinite
 from numbers import Real
 from weakref import WeakValueDictionary
 
@@ -117,7 +116,9 @@ class _Requests:
         strengths = read(sampling_params)
         if strengths is None:
             return
-        is_usable = all(isinstance(value, Real) and isfinite(value) and abs(value) <= _MOST for value in strengths)
+        is_usable = all(
+            type(value) is not bool and isinstance(value, Real) and abs(value) <= _MOST for value in strengths
+        )
         if not is_usable or len(strengths) != cls.count:
             raise PRTValueError(
                 f"`{ARGUMENT}` is not usable.",

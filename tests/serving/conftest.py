@@ -84,7 +84,7 @@ class Served:
 
     def text(self, prompt: list[int], tokens: int, strengths=None) -> list[int]:
         """Greedy, by transformers."""
-        return greedy(self._at(strengths), prompt, tokens)
+        return tiny.greedy(self._at(strengths), prompt, tokens)
 
     @torch.no_grad()
     def log_probs(self, tokens: list[int], strengths=None) -> torch.Tensor:
@@ -94,12 +94,6 @@ class Served:
     def _at(self, strengths: list[float] | None) -> PRTForCausalLM:
         self.with_named.strengths = [*(strengths or self.model.strengths), 0.0][:3]
         return self.with_named
-
-
-def greedy(model: PRTForCausalLM, prompt: list[int], tokens: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    settings = {"do_sample": False, "min_new_tokens": tokens, "max_new_tokens": tokens}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from conftest import greedy
 from peft import LoraConfig, get_peft_model
 from test_engine import SETTINGS, TOKENS, by_name, configure, metric, sampling
 from transformers import AutoModelForCausalLM
@@ -71,7 +70,7 @@ def strengths_for(index, of_request=None):
 
 def text(model, prompt, strengths):
     model.strengths = strengths
-    return greedy(model, prompt, TOKENS)
+    return tiny.greedy(model, prompt, TOKENS)
 
 
 def test_every_row_of_a_mixed_batch_has_the_reward_that_its_request_names(adapters, model, engine):

@@ -13,7 +13,7 @@ from vllm import LLM, EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
 from prt_hf import PRTForCausalLM, RewardFileError, RewardModel, UnsupportedError
-from prt_hf.serving.engine_config import window_of
+from prt_hf.serving.limits import window_of
 from prt_hf.serving.strength import RefusedStrengths
 
 TOKENS = 24
@@ -92,6 +92,7 @@ def test_what_pads_the_head_is_no_token(engine):
         ),
         ([1.0, float("nan")], {}, r"found: \[1.0, nan\]"),
         ([1e5, 1.0], {}, r"found: \[100000.0, 1.0\]"),
+        ([1.0, True], {}, r"found: \[1.0, True\]"),
         ("strong", {}, "found: strong"),
         ([1.0, 1.0], {"prompt_logprobs": 1}, "cannot change strengths and give `prompt_logprobs`"),
         ([1.0, 1.0], {"repetition_penalty": 1.5}, "cannot change strengths and give `repetition_penalty`"),

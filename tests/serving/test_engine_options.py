@@ -8,14 +8,16 @@ import sys
 import pytest
 import tiny
 import torch
+from transformers import OPTConfig, OPTForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from prt_hf import PRTForCausalLM
+from prt_hf import PRTForCausalLM, RewardModel
 from prt_hf.cli import main
 
 TOKENS = 24
 PROMPTS = [tiny.prompts(1, length, seed=length)[0].tolist() for length in (2, 20, 45, 90)]
 # Repeated words are what n-gram speculation finds; the engine must not take its drafts unseen.
 PROMPTS.append(PROMPTS[1] * 3)
+SIZES = {"vocab_size": 104, "max_position_embeddings": tiny.CONTEXT, "eos_token_id": None, "pad_token_id": 0}
 
 SCRIPT = """
 import json, sys
@@ -89,6 +91,34 @@ def test_drafts_of_a_model(served):
     expected = [model.generate(row, attention_mask=torch.ones_like(row), **settings) for row in ids]
     assert texts == [text[0, row.shape[1] :].tolist() for text, row in zip(expected, ids, strict=True)]
     assert drafted > 0
+
+
+def opt() -> OPTForCausalLM:
+    """Its last hidden states are not as wide as the others."""
+    sizes = {"hidden_size": 64, "ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 2}
+    return OPTForCausalLM(OPTConfig(num_hidden_layers=2, do_layer_norm_before=False, init_std=0.3, **SIZES, **sizes))
+
+
+def qwen(config_class, model_class, **more):
+    """That of experts reads its vocabulary where the engine has the contract's, of which its head has more rows."""
+    sizes = {"hidden_size": 64, "head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return model_class(config_class(num_hidden_layers=2, initializer_range=0.3, **SIZES, **sizes, **more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["opt", "experts"])
+def test_networks_that_are_laid_out_otherwise(served, architecture):
+    torch.manual_seed(3)
+    if architecture == "opt":
+        backbone, reward = served.backbone, served.save("opt", opt())
+    else:
+        experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        backbone = served.save("experts", qwen(Qwen3MoeConfig, Qwen3MoeForCausalLM, **experts))
+        reward = served.save("qwen", qwen(Qwen3Config, Qwen3ForCausalLM))
+    model = PRTForCausalLM.from_parts(backbone, [RewardModel.from_base(reward)], strengths=[0.6])
+    model.save_pretrained(served.folder / f"with-{architecture}")
+    texts, _, _ = run(str(served.folder / f"with-{architecture}"))
+    assert texts == [tiny.greedy(model, prompt, TOKENS) for prompt in PROMPTS]
 
 
 @pytest.mark.slow
