@@ -1,5 +1,6 @@
 """Reward adapters that single requests name: LoRAs of the engine, on one base that runs beside the backbone."""
 
+from collections.abc import Callable
 from functools import wraps
 from math import nan
 from pathlib import Path
@@ -44,6 +45,8 @@ class RequestAdapters:
         model.hf_to_vllm_mapper = names | WeightsMapper(orig_to_new_prefix={"": f"{ADAPTERS}."})
         self._model = model
         self._strengths: dict[int, float] = {}
+        self._slots: tuple[float | None, ...] = ()
+        self._of_slots: torch.Tensor | None = None
 
     @property
     def _manager(self) -> LoRAModelManager:
@@ -51,13 +54,20 @@ class RequestAdapters:
 
     def strengths_of_rows(self) -> torch.Tensor:
         """1 / lambda of the reward that each row of the step names, NaN if it names none: `(num_rows,)`, float32."""
-        # Slots may hold what the engine warms up with. The slot of a row that names none is -1.
-        slots = [self._strengths.get(adapter, nan) for adapter in self._manager.lora_index_to_id] + [nan]
         (of_batch,) = self._manager.punica_wrapper_mapping.values()
-        return torch.tensor(slots, device=of_batch.device)[of_batch.sampler_indices]
+        slots = tuple(self._strengths.get(adapter) for adapter in self._manager.lora_index_to_id)
+        if slots != self._slots:  # else nothing goes to the device
+            self._slots = slots
+            # None is what the engine warms up with. The slot of a row that names none is -1.
+            of_slots = [nan if each is None else each for each in (*slots, None)]
+            self._of_slots = torch.tensor(of_slots, dtype=torch.float32, device=of_batch.device)
+        return self._of_slots[of_batch.sampler_indices]
 
-    def load(self, request: LoRARequest, load_lora) -> LoRAModel:
+    def load(self, request: LoRARequest, load_lora: Callable[[LoRARequest], LoRAModel]) -> LoRAModel:
         """
+        Args:
+            load_lora: the engine's way.
+
         Raises:
             RewardFileError, UnsupportedError, BaseModelMismatchError, VocabularyMismatchError: as of
                 [`~prt_hf.serving.parts.strength_of_adapter`].

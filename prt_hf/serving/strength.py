@@ -38,11 +38,11 @@ class Steps:
     """
 
     def __init__(self, vllm_config: VllmConfig, strengths: list[float], size: int):
-        self.strengths = tuple(strengths)
         self.size = size
         self.next_rows: dict[int, _Strengths] = {}
         self._logits: torch.Tensor | None = None
         self._rewards: list[torch.Tensor] = []
+        self._defaults = torch.tensor(strengths, dtype=torch.float32)  # models are made in another type
         self._of_rows: torch.Tensor | None = None
         self._names_none: torch.Tensor | None = None
         _STEPS[id(vllm_config.model_config)] = self
@@ -63,7 +63,8 @@ class Steps:
         # The step's own rows come first, those of prompts that are scored as well after them.
         rows, self.next_rows = self.next_rows, {}
         self._rewards = [reward[:, : self.size].float() for reward in rewards]
-        self._of_rows = torch.tensor(self.strengths, device=backbone.device).expand(len(backbone), -1)
+        self._defaults = self._defaults.to(backbone.device)
+        self._of_rows = self._defaults.expand(len(backbone), -1)
         self._names_none = None if of_named is None else of_named.isnan()
         if of_named is not None:
             self._of_rows = torch.cat([self._of_rows, of_named.nan_to_num()[:, None]], 1)
@@ -90,7 +91,7 @@ class Steps:
         changed = self._of_rows.clone()
         changed[list(rows)] = torch.tensor(list(rows.values()), dtype=changed.dtype, device=changed.device)
         if self._names_none is not None:
-            changed[self._names_none, -1] = 0.0
+            changed[:, -1].masked_fill_(self._names_none, 0.0)
         return changed
 
 
