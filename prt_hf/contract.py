@@ -324,8 +324,9 @@ class RewardConfig:
         except RewardFileError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise RewardFileError(
-                f"{path} cannot be read: {type(error).__name__}: {error}",
+            raise RewardFileError.unreadable(
+                path,
+                error,
                 expected=f"the entries of a {FORMAT_VERSION} reward",
                 remedy="download or save the reward again",
             ) from error

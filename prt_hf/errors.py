@@ -1,5 +1,7 @@
 """What can go wrong, each kind also a standard error, each message as expected / found / remedy."""
 
+from os import PathLike
+
 
 class PRTError(Exception):
     """Base class of every error that prt_hf raises on purpose.
@@ -38,6 +40,11 @@ class BaseModelMismatchError(PRTError, ValueError):
 
 class RewardFileError(PRTError, OSError):
     """A saved reward is incomplete, damaged, pickled, or no reward at all."""
+
+    @classmethod
+    def unreadable(cls, path: str | PathLike, error: Exception, *, expected: str, remedy: str) -> "RewardFileError":
+        """Of a file with something else in it, as `error` tells."""
+        return cls(f"{path} cannot be read: {type(error).__name__}: {error}", expected=expected, remedy=remedy)
 
 
 class BackboneCacheError(PRTError, ValueError):

@@ -64,10 +64,8 @@ def read_peft_config(folder: Path, base_id: str | None = None) -> PeftConfig:
         if not isinstance(named, str | None):
             raise TypeError(f"base_model_name_or_path = {named!r}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RewardFileError(
-            f"{path} cannot be read: {type(error).__name__}: {error}",
-            expected="the configuration of a PEFT adapter",
-            remedy="download or save the adapter again",
+        raise RewardFileError.unreadable(
+            path, error, expected="the configuration of a PEFT adapter", remedy="download or save the adapter again"
         ) from error
     if base_id is not None and named not in (None, base_id):
         raise RewardFileError(

@@ -120,7 +120,7 @@ class TunedModel(Backbone):
         )
         return bare_base(network) if is_same else None
 
-    @property
+    @cached_property
     def _files(self) -> list[Path]:
         """Of the adapter, on this machine, in one folder."""
         return [local_file(self._named, name, self._token) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]

@@ -16,7 +16,7 @@ from ..contract import PRT_CONFIG_NAME, RewardConfig
 from ..errors import PRTValueError, UnsupportedError
 from ..hub import local_folder
 from ..recipe import PRTModelConfig, place_of_reward
-from ..serving import ARCHITECTURE
+from ..serving import ADAPTER_BASE, ARCHITECTURE
 
 BARE, PRT, NAMED = "bare backbone", "PRT", "PRT, named"
 PROMPT_LENGTH = 16
@@ -85,7 +85,7 @@ def _throughput(
 
     more = {"revision": revision}
     if adapter_base is not None:
-        overrides = {"architectures": [ARCHITECTURE], "prt_adapter_base": adapter_base}
+        overrides = {"architectures": [ARCHITECTURE], ADAPTER_BASE: adapter_base}
         rank = max(LoraConfig.from_pretrained(reward).r for reward in rewards)
         rank = min(each for each in get_args(MaxLoRARanks) if each >= rank)
         more |= {"hf_overrides": overrides, "enable_lora": True, "max_loras": len(rewards), "max_lora_rank": rank}

@@ -247,8 +247,9 @@ class _Store:
                 for entry in self._entries.values():
                     _scores_of(entry)
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise RewardFileError(
-                    f"{self._path} cannot be read: {type(error).__name__}: {error}",
+                raise RewardFileError.unreadable(
+                    self._path,
+                    error,
                     expected="the scores of an earlier evaluation",
                     remedy="delete it, or name another folder",
                 ) from error

@@ -244,8 +244,9 @@ class PortabilityReport:
             places = {"config": config, "source": source, "targets": {place.name: place for place in targets}}
             return cls(**entries | places)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RewardFileError(
-                f"{path} cannot be read: {type(error).__name__}: {error}",
+            raise RewardFileError.unreadable(
+                path,
+                error,
                 expected="the report of an earlier evaluation",
                 remedy="delete it, or name another folder",
             ) from error

@@ -4,6 +4,7 @@ vLLM finds [`register`] by the entry point `vllm.general_plugins`. Nothing here 
 """
 
 ARCHITECTURE = "PRTForCausalLM"
+ADAPTER_BASE = "prt_adapter_base"  # of the rewards that requests name; an entry of `--hf-overrides`
 
 
 def register() -> None:

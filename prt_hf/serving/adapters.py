@@ -38,7 +38,9 @@ class RequestAdapters:
                 remedy="name the rewards in `prt_rewards`",
             )
         lora_config.target_modules = [
-            name for name, module in model.named_modules() if name.startswith(f"{ADAPTERS}.") and _takes_lora(module)
+            name
+            for name, module in network.named_modules(prefix=ADAPTERS)
+            if isinstance(module, LinearBase | ParallelLMHead)
         ]
         model.packed_modules_mapping = get_packed_modules_mapping(network)
         names = getattr(network, "hf_to_vllm_mapper", None) or WeightsMapper()
@@ -89,10 +91,6 @@ class RequestAdapters:
             parent, _, last = name.rpartition(".")
             known |= {f"{parent}.{part}" for part in self._manager.packed_modules_mapping.get(last, ())}
         return known
-
-
-def _takes_lora(module: nn.Module) -> bool:
-    return isinstance(module, LinearBase | ParallelLMHead)
 
 
 def _check_what_requests_name() -> None:

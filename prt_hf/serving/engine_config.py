@@ -9,7 +9,8 @@ from vllm.transformers_utils.config import get_config, get_hf_text_config
 from ..errors import PRTValueError
 from ..hub import local_folder
 from ..recipe import PRTModelConfig
-from .limits import ADAPTER_BASE, check_engine, check_networks, fit_length
+from . import ADAPTER_BASE
+from .limits import check_engine, check_networks, fit_length
 from .parts import ServedParts, parts_by_name, parts_of_recipe
 from .strength import RefusedStrengths, processor_name
 
@@ -62,7 +63,7 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
         if isinstance(config, PRTModelConfig):
             config = backbone
         setattr(config, PARTS, parts.to_dict() | {"backbone_config": own})
-        config.architectures, config.vocab_size = [model_config.architecture], parts.vocab_size
+        config.architectures, config.vocab_size = [model_config.architecture], parts.contract.size
         model_config.hf_config, model_config.hf_text_config = config, get_hf_text_config(config)
         model_config.model_arch_config = model_config.get_model_arch_config()
 

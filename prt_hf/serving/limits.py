@@ -6,8 +6,8 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.transformers_utils.config import get_hf_text_config, uses_mrope
 
 from ..errors import ContextLengthError, UnsupportedError
+from . import ADAPTER_BASE
 
-ADAPTER_BASE = "prt_adapter_base"  # of the rewards that requests name; an entry of `--hf-overrides`
 _LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "dummy")
 _SPECULATION = ("ngram", "ngram_gpu", "draft_model")  # methods that look at tokens alone
 

@@ -52,7 +52,7 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
             for name, network in self._networks.items()
             if not network.is_adapted
         ]
-        self._steps = Steps(vllm_config, [reward.strength for reward in self.parts.rewards], self.parts.vocab_size)
+        self._steps = Steps(vllm_config, [reward.strength for reward in self.parts.rewards], self.parts.contract.size)
         self.request_adapters = None
         if ADAPTERS in self._networks:
             self.request_adapters = RequestAdapters(self, vllm_config.lora_config)
@@ -93,11 +93,10 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         loaded = AutoWeightsLoader(self).load_weights(
             (name if name.startswith(own) else f"backbone.{name}", tensor) for name, tensor in weights
         )
-        adapted = {f"reward_{index}": reward for index, reward in enumerate(self.parts.rewards) if reward.is_adapter}
         for name, network in self._networks.items():
             if network.is_adapted:
                 _check_own_head(getattr(self, name))
-                found = merged_weights(adapted[name]) if name in adapted else weights_of_base(network.folder)
+                found = weights_of_base(network.folder) if network.merged is None else merged_weights(network.merged)
                 loaded |= AutoWeightsLoader(self).load_weights((f"{name}.{key}", tensor) for key, tensor in found)
         return loaded
 

@@ -1,7 +1,7 @@
 """Where the networks of a served PRT model lie, checked as transformers' load of the recipe checks them."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..loading import check_same_reference, load_processing_class
 from ..pretrained import fingerprint_of, load_config, load_skeleton
 from ..recipe import PRTModelConfig, check_complete, place_of_reward
 from ..reward_files import check_files, recover
+from . import ADAPTER_BASE
 
 ADAPTERS = "adapters"  # the network that requests' own reward adapters are put on
 
@@ -54,10 +55,12 @@ class ServedNetwork:
     Attributes:
         folder: of its `config.json`, and of its weights if it is not adapted.
         is_adapted: its head has weights of its own, those of the embeddings with an adapter's added to them.
+        merged: the reward whose adapter that is; None where requests name theirs.
     """
 
     folder: str
     is_adapted: bool
+    merged: ServedReward | None = None
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,13 @@ class ServedParts:
     """
     Attributes:
         backbone: folder of the backbone.
-        vocab_size: tokens of the contract, and of the PRT model; heads may be padded beyond it.
-        tokenizer: folder or Hub id.
+        contract: of the tokenizer, without the tokens' names; its size is the PRT model's, heads may be padded beyond.
         adapter_base: of the reward adapters that requests name; None if none can be named.
     """
 
     backbone: str
     rewards: list[ServedReward]
-    vocab_size: int
-    tokenizer: str
+    contract: VocabularyContract
     adapter_base: PretrainedFolder | None
 
     @property
@@ -81,7 +82,8 @@ class ServedParts:
         """Those that run beside the backbone, in this order, by the names of their modules."""
         found = {}
         for index, reward in enumerate(self.rewards):
-            found[f"reward_{index}"] = ServedNetwork(reward.network, reward.is_adapter)
+            merged = reward if reward.is_adapter else None
+            found[f"reward_{index}"] = ServedNetwork(reward.network, reward.is_adapter, merged)
             if reward.minus_base:
                 found[f"reward_{index}_base"] = ServedNetwork(reward.network, False)
         if self.adapter_base is not None:
@@ -94,9 +96,10 @@ class ServedParts:
     @classmethod
     def from_dict(cls, entries: dict) -> "ServedParts":
         rewards = [ServedReward(**reward) for reward in entries["rewards"]]
+        contract = VocabularyContract(**entries["contract"])
         if (base := entries["adapter_base"]) is not None:
             base = PretrainedFolder(base["folder"], ModelReference(**base["reference"]))
-        return cls(**entries | {"rewards": rewards, "adapter_base": base})
+        return cls(**entries | {"rewards": rewards, "contract": contract, "adapter_base": base})
 
 
 def parts_of_recipe(
@@ -147,7 +150,7 @@ def parts_by_name(
     if not is_usable or not (rewards or adapter_base):
         raise PRTValueError(
             "`prt_rewards` is not usable.",
-            expected="a list of folders or ids, which only with `prt_adapter_base` may be empty",
+            expected=f"a list of folders or ids, which only with `{ADAPTER_BASE}` may be empty",
             found=repr(rewards),
         )
     folders = [local_folder(place, token=token) for place in rewards]
@@ -188,7 +191,7 @@ def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
             found=f"{folder}: " + ("a LoRA that is carried over" if config.minus_base else "a full reward"),
             remedy="name it in `prt_rewards`",
         )
-    _check_reward(folder, config, _contract_of(parts.tokenizer, None))
+    _check_reward(folder, config, parts.contract)
     check_same_reference(config.reward_base, parts.adapter_base.reference)
     return config.strength
 
@@ -207,16 +210,16 @@ def _checked(
         _check_reward(folder, config, of_tokenizer)
         network = str(folder)
         if config.is_adapter:
-            base = _pretrained(config.reward_base, token)
-            network = base.folder
-            bases[network] = base
+            if config.reward_base not in bases:
+                bases[config.reward_base] = _pretrained(config.reward_base, token)
+            network = bases[config.reward_base].folder
         of_tokenizer.check_head(_vocab_size(network), owner="reward")
         served.append(ServedReward(str(folder), network, config.is_adapter, float(strength), config.minus_base))
     if adapter_base is not None:
         of_tokenizer.check_head(_vocab_size(adapter_base.folder), owner="base of reward adapters")
-    elif len(bases) == 1:
-        (adapter_base,) = bases.values()
-    return ServedParts(str(backbone), served, of_tokenizer.size, tokenizer, adapter_base)
+    elif len({base.folder for base in bases.values()}) == 1:
+        adapter_base = next(iter(bases.values()))
+    return ServedParts(str(backbone), served, replace(of_tokenizer, vocabulary=None), adapter_base)
 
 
 def _contract_of(tokenizer: str, token: str | bool | None) -> VocabularyContract:
