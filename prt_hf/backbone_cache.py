@@ -362,6 +362,9 @@ def _check_files(folder: Path, entries: dict) -> None:
     """Raises:
     BackboneCacheError: a file is missing or has another size, or a small one has another content.
     """
+    for name in {**entries["sizes"], **entries["digests"]}:
+        if name != Path(name).name:
+            raise _damaged(folder / name, "a file elsewhere")
     for name, size in entries["sizes"].items():
         found = (folder / name).stat().st_size if (folder / name).exists() else 0
         if found != size:

@@ -12,12 +12,13 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from transformers.utils import logging
 
 from .errors import RewardFileError
+from .reward_files import CARD_NAME
 
 logger = logging.get_logger(__name__)
 
-CARD_NAME = "README.md"
 RENDERED = ("library_name", "pipeline_tag", "base_model", "base_model_relation", "model-index")
 TRAINING, RESULTS = "training", "results"  # blocks
+OLD_CARD_NAME = "README.old.md"
 
 _BLOCK = re.compile(
     r"^<!-- prt_hf:(?P<name>[a-z]+) (?P<digest>[0-9a-f]{8}) -->[ \t]*\n(?P<text>.*?)^<!-- /prt_hf:(?P=name) -->[ \t]*$",
@@ -26,6 +27,8 @@ _BLOCK = re.compile(
 KINDS = {"adapter": "reward-adapter", "full": "full-reward", "recipe": "prt-recipe"}  # tags; a card has one
 _IDENTITY = re.compile(r"<!-- config [0-9a-f]{8} -->")
 _UNITED = ("tags", "datasets")
+_LONGEST = 200_000  # characters of a card that is read: others may have written it
+_MOST_BLOCKS, _DEEPEST = 100, 20
 _NO_METADATA = re.compile(r"\s*---[ \t]*\n---[ \t]*(\n|$)")
 
 
@@ -68,16 +71,16 @@ def merge_cards(old: str, new: str) -> str:
     return f"---\n{_with_entries(old_yaml, entries)}\n---\n{body}".replace("\n", newline)
 
 
-def merged_or_kept(old: str | None, new: str) -> str:
-    """[`merge_cards`] where there is an old card; one that cannot be read stays as it is: no weights are lost for its
-    sake."""
+def merged_or_new(old: str | None, new: str) -> str:
+    """Return [`merge_cards`] of the two, or `new` where there is no old card or one that cannot be read: no weights are
+    lost for its sake."""
     if old is None:
         return new
     try:
         return merge_cards(old, new)
     except RewardFileError as error:
-        logger.warning(f"The card is kept as it is. {error}")
-        return old
+        logger.warning(f"A new card is written. {error}")
+        return new
 
 
 def join_cards(there: str, ours: str) -> str:
@@ -118,18 +121,37 @@ def read_card(folder: Path) -> str | None:
     return path.read_bytes().decode(errors="replace") if path.is_file() else None
 
 
-def write_card(folder: Path, card: str) -> None:
-    """At one stroke: what users have written is never half there."""
-    staged = folder / f".{CARD_NAME}.{os.getpid()}"
+def write_card(folder: Path, card: str, earlier: str | None = None) -> None:
+    """Write a card at one stroke, merged with what users have written into an earlier one.
+
+    Args:
+        earlier (*optional*): where it cannot be read, it is kept as `README.old.md`.
+    """
     try:
-        staged.write_bytes(card.encode())
-        os.replace(staged, folder / CARD_NAME)
+        card = card if earlier is None else merge_cards(earlier, card)
+    except RewardFileError as error:
+        logger.warning(f"The earlier card is kept as {OLD_CARD_NAME}. {error}")
+        _replace(folder / OLD_CARD_NAME, earlier)
+    _replace(folder / CARD_NAME, card)
+
+
+def _replace(path: Path, text: str) -> None:
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        staged.write_bytes(text.encode())
+        os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
 
 
 def _parts(card: str) -> tuple[str, str]:
-    """Metadata and body, with plain line ends."""
+    """Return metadata and body, with plain line ends.
+
+    Raises:
+        RewardFileError: it is not delimited, or too large to be merged in a reasonable time.
+    """
+    if len(card) > _LONGEST or card.count("<!-- prt_hf:") > _MOST_BLOCKS:
+        raise _unreadable(f"{len(card)} characters, {card.count('<!-- prt_hf:')} parts")
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
     if found := REGEX_YAML_BLOCK.search(card):
         return found.group(2), card[found.end() :]
@@ -142,12 +164,28 @@ def _parts(card: str) -> tuple[str, str]:
 
 def _read(text: str) -> dict[str, Any]:
     try:
-        entries = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        entries = yaml.load(text, Loader=_PlainLoader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise _unreadable(" ".join(str(error).split())) from error
     if not isinstance(entries, dict | None):
         raise _unreadable(f"{type(entries).__name__}: {text.strip()[:80]}")
     return entries or {}
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Loads YAML without references, by which a few lines can stand for more than any memory holds, and without deep
+    nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent, index):
+        found = "references" if self.check_event(yaml.AliasEvent) else f"more than {_DEEPEST} levels"
+        if found == "references" or self.depth > _DEEPEST:
+            raise yaml.composer.ComposerError(None, None, f"{found} are not supported", self.peek_event().start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _unreadable(found: str) -> RewardFileError:

@@ -15,9 +15,12 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .errors import PRTValueError, RewardFileError
+from .reward_files import folder_to_read
 
-FILE_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken")  # no pickles, no code
-CHECKPOINTS = ("checkpoint-*", "last-checkpoint")  # where a Trainer's `hub_strategy` puts them
+# What is fetched: no pickles, no code, nothing hidden.
+_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken")
+_HIDDEN = (".*", "*/.*")
+_CHECKPOINTS = ("checkpoint-*/*", "last-checkpoint/*")  # where a Trainer's `hub_strategy` puts them
 
 
 def commit_of(model_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
@@ -43,7 +46,7 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
 def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:
     """Whether a folder, or a repository that can be reached, holds a file."""
     if Path(path_or_repo).is_dir():
-        return (Path(path_or_repo) / name).is_file()
+        return (folder_to_read(Path(path_or_repo)) / name).is_file()
     try:
         hf_hub_download(path_or_repo, name, token=token)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
@@ -54,7 +57,7 @@ def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> b
 def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
     """One file of a reward; as [`local_folder`], which fetches them all."""
     if Path(path_or_repo).is_dir():
-        return Path(path_or_repo) / name
+        return folder_to_read(Path(path_or_repo)) / name
     try:
         return Path(hf_hub_download(str(path_or_repo), name, token=token))
     except HFValidationError as error:
@@ -67,7 +70,7 @@ def local_folder(
     token: str | bool | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """The folder of a reward or recipe: a local one as it is, a repository of the Hub once it is in the cache.
+    """Return the folder of a reward or recipe: a local one as it is, that of a repository once it is in the cache.
 
     Errors of the Hub (missing repository, wrong revision, no right) reach the user as such.
 
@@ -75,15 +78,15 @@ def local_folder(
         subfolder: of the folder or repository; a checkpoint, or one reward of a recipe.
     """
     if not Path(path_or_repo).is_dir():
-        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in FILE_PATTERNS]
-        ignored = None if subfolder else [f"{name}/*" for name in CHECKPOINTS]
+        patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]
+        ignored = [*_HIDDEN, *(() if subfolder else _CHECKPOINTS)]
         try:
             path_or_repo = snapshot_download(
                 str(path_or_repo), revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
             )
         except HFValidationError as error:
             raise _nothing_at(path_or_repo) from error
-    return Path(path_or_repo, subfolder or "")
+    return folder_to_read(Path(path_or_repo, subfolder or ""))
 
 
 def is_of_hub(error: BaseException) -> bool:

@@ -1,26 +1,34 @@
 """What goes to the Hub: a saved reward or recipe and its card, in one commit."""
 
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import CommitInfo
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.utils import logging
 
-from .card_blocks import CARD_NAME, join_cards, merge_cards, read_card
+from .card_blocks import join_cards, merge_cards, read_card
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
-from .hub import FILE_PATTERNS, Branch, commit_files, open_branch
+from .hub import Branch, commit_files, open_branch
 from .model_card import render_card
-from .reward_files import NETWORK_FILES, REWARD, check_files, recover, weight_files, what_lies_in
+from .reward_files import (
+    CARD_NAME,
+    NETWORK_FILES,
+    REWARD,
+    check_files,
+    folder_to_read,
+    known_files,
+    weight_files,
+    what_lies_in,
+)
 
 logger = logging.get_logger(__name__)
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
-_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 
 
 class Shareable:
@@ -66,44 +74,70 @@ class Shareable:
             )
 
 
-def push_reward(folder: str | Path, repo_id: str, *, checkpoint: tuple[str, Path] | None = None, **where) -> CommitInfo:
+def push_reward(
+    folder: str | Path, repo_id: str, include: Sequence[str] = (), *, checkpoint: str | None = None, **where
+) -> CommitInfo:
     """Push the reward that was saved in a folder, without loading it.
 
     Args:
-        checkpoint: a folder of the repository, and all the files that go there in the same commit.
+        include: names of further files of the folder.
+        checkpoint: a folder of the repository that gets the same reward in the same commit.
         where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
 
     Raises:
         RewardFileError: the folder holds no whole reward, or the repository something else.
     """
-    folder = Path(folder)
-    names = files_to_push(folder)
+    folder = folder_to_read(Path(folder))
+    files = {name: folder / name for name in reward_files_to_push(folder, include)}
+    if checkpoint is not None:
+        files |= {f"{checkpoint}/{name}": path for name, path in files.items()}
     config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     warn_of_local_base(config.reward_base, "base_model=")
-    place, source = checkpoint or ("", folder / "nothing")
-    beside = {f"{place}/{file.relative_to(source).as_posix()}": file for file in source.rglob("*") if file.is_file()}
     return publish(
         REWARD,
-        {name: folder / name for name in names} | beside,
+        files,
         partial(render_card, config),
         folder,
         repo_id,
-        replaced=lambda _: [*NETWORK_FILES, *([f"{place}/*"] if beside else [])],
+        replaced=lambda _: [*NETWORK_FILES, *([f"{checkpoint}/*"] if checkpoint else [])],
         **where,
     )
 
 
-def files_to_push(folder: Path) -> list[str]:
-    """Names of the files of a saved reward that others need.
+def reward_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]:
+    """Return the names of the files of a saved reward that [`push_reward`] pushes.
+
+    Args:
+        include: of further files.
 
     Raises:
-        RewardFileError: it is not whole.
+        RewardFileError: it is not whole, or one of the files is a link.
     """
-    recover(folder)
     config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     check_files(folder, config)
     weights = weight_files(folder, config)
-    return [name for name in shared_files(folder) if name in weights or not name.endswith(".safetensors")]
+    names = [name for name in known_files(folder) if name in weights or not name.endswith(".safetensors")]
+    return check_pushed(folder, [*names, *include])
+
+
+def check_pushed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the names, after a check that they name files of the folder itself.
+
+    Raises:
+        RewardFileError: there is no such file, or it is a link, by which any file of this machine might be pushed.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        path = folder / name
+        is_inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not is_inside or not path.is_file() or path.is_symlink() or path.parent.is_symlink():
+            raise RewardFileError(
+                f"{name} cannot be pushed.",
+                expected=f"a file in {folder}",
+                found="a link" if path.is_symlink() or path.parent.is_symlink() else "no such file there",
+                remedy="copy what the link stands for into the folder" if is_inside else "name files of the folder",
+            )
+    return names
 
 
 def publish(
@@ -153,19 +187,6 @@ def publish(
         commit_message or f"Upload {kind.removeprefix('a ')}",
         removed=sorted(stale),
         create_pr=create_pr,
-    )
-
-
-def shared_files(folder: Path) -> list[str]:
-    """Names of a folder's files that others need: no pickles, no code, nothing else that a training run leaves."""
-    names = [file.relative_to(folder).as_posix() for file in (*folder.iterdir(), *folder.glob(_CHAT_TEMPLATES))]
-    return sorted(
-        name
-        for name in names
-        if (folder / name).is_file()
-        and not name.startswith(".")
-        and name != TRAINER_STATE_NAME
-        and any(fnmatch(name, pattern) for pattern in FILE_PATTERNS)
     )
 
 

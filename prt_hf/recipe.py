@@ -1,10 +1,9 @@
 """The recipe of a PRT model: which backbone, which rewards, how strong. Its `config.json`; no backbone weights."""
 
 import hashlib
-import json
 import os
-import re
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from math import isfinite
 from numbers import Real
@@ -24,16 +23,19 @@ from .hub import Branch, local_folder
 from .loading import load_base, read_ordinary_adapter
 from .model_card import PRT_CLASSES, render_recipe_card
 from .pretrained import load_pretrained, reference_to
-from .publishing import files_to_push, publish, shared_files, warn_of_local_base
+from .publishing import check_pushed, publish, reward_files_to_push, warn_of_local_base
 from .reward_files import (
     ADAPTER_CONFIG,
     RECIPE,
     RECIPE_TYPE,
     check_files,
-    check_place,
+    check_unclaimed,
+    folder_to_read,
+    is_reward_folder,
+    known_files,
     link_or_copy,
-    recover,
-    weights_digest,
+    reward_digest,
+    reward_folders,
 )
 from .reward_model import RewardModel
 
@@ -41,7 +43,7 @@ logger = logging.get_logger(__name__)
 
 RECIPE_VERSION = "1.0"
 _BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
-_REWARD_ENTRY = dict.fromkeys(("id", "revision", "weights", "folder"), str | None) | {"strength": Real}
+_REWARD_ENTRY = dict.fromkeys(("id", "revision", "digest", "folder"), str | None) | {"strength": Real}
 
 
 class PRTModelConfig(PreTrainedConfig):
@@ -50,8 +52,9 @@ class PRTModelConfig(PreTrainedConfig):
     Args:
         backbone_reference (`dict`): id, revision, architecture and weight fingerprint of the backbone.
         backbone_config (`PreTrainedConfig` or `dict`): the backbone's own configuration.
-        reward_references (`list[dict]`): for each reward its `strength`, the SHA-256 of its `weights`, and where it
-            lies: `id` and `revision` on the Hub, or a `folder` beside this file.
+        reward_references (`list[dict]`): for each reward its `strength`, the SHA-256 `digest` of its files
+            ([`~prt_hf.reward_files.reward_digest`]), and where it lies: `id` and `revision` on the Hub, or a `folder`
+            beside this file.
         reward_configs (`list`): configurations of the rewards' networks.
         vocab_size (`int`, *optional*): tokens of the vocabulary, without the rows that pad the models' heads.
 
@@ -103,22 +106,6 @@ class PRTModelConfig(PreTrainedConfig):
         return entries
 
 
-def earlier_rewards(folder: Path, needed: set[str]) -> set[str]:
-    """Folders of rewards that the recipe of an earlier save names.
-
-    Args:
-        needed: folders that the new recipe writes.
-
-    Raises:
-        RewardFileError: something else lies in `folder`, or in one that is needed.
-    """
-    check_place(folder, RECIPE)
-    path = folder / CONFIG_NAME
-    named = _folders_named(path.read_text(encoding="utf-8") if path.exists() else None)
-    _check_unclaimed(folder, {name for name in needed if (folder / name).exists()} - named)
-    return named
-
-
 def check_complete(config: PRTModelConfig) -> None:
     """Raises:
     RewardFileError: the recipe does not say where all its parts lie.
@@ -137,13 +124,21 @@ def reward_folder(folder: Path, entry: dict) -> Path:
     """Where a reward that was saved beside its recipe lies.
 
     Raises:
-        RewardFileError: it is gone, or would lie outside the recipe's folder.
+        RewardFileError: it is gone, or would be outside of the recipe's folder.
     """
-    path = folder / str(entry["folder"])
-    if path.resolve().parent != folder.resolve() or not path.is_dir():
+    name = entry["folder"]
+    if not is_reward_folder(name):
+        raise RewardFileError(
+            "The recipe's reward is not where rewards are saved.",
+            expected="a folder reward-0, reward-1, ... beside the recipe",
+            found=repr(name),
+            remedy="save or download the recipe again",
+        )
+    path = folder / name
+    if not path.is_dir() or path.is_symlink():
         raise RewardFileError(
             "The recipe's reward is gone.",
-            expected=f"a folder {entry['folder']} in {folder}",
+            expected=f"a folder {name} in {folder}",
             found=", ".join(sorted(item.name for item in folder.iterdir() if item.is_dir())) or "no folders",
             remedy="save or download the recipe again",
         )
@@ -157,29 +152,45 @@ def recipe_card(config: PRTModelConfig, name: str) -> str:
     return render_recipe_card(name, task, ModelReference(**config.backbone_reference or {}), rewards)
 
 
-def push_recipe(folder: str | Path, repo_id: str, **where) -> CommitInfo:
+def recipe_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]:
+    """Return the names of the files of a saved recipe that [`push_recipe`] pushes.
+
+    Args:
+        include: of further files.
+
+    Raises:
+        RewardFileError: it is not whole, or one of the files is a link.
+    """
+    config = PRTModelConfig.from_pretrained(folder)
+    check_complete(config)
+    names = [name for name in known_files(folder) if not name.endswith(".safetensors")]
+    for entry in config.reward_references:
+        if entry["id"] is None:
+            place = reward_folder(folder, entry)
+            names += [f"{place.name}/{name}" for name in reward_files_to_push(place)]
+    return check_pushed(folder, [*names, *include])
+
+
+def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), **where) -> CommitInfo:
     """Push the recipe that was saved in a folder, without loading its models.
 
     Args:
+        include: names of further files of the folder.
         where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
 
     Raises:
         RewardFileError: the folder holds no whole recipe, or the repository something else.
     """
-    folder = Path(folder)
-    recover(folder)
+    folder = folder_to_read(Path(folder))
+    names = recipe_files_to_push(folder, include)
     config = PRTModelConfig.from_pretrained(folder)
-    check_complete(config)
-    names = [name for name in shared_files(folder) if not name.endswith(".safetensors")]
     places = [reward_folder(folder, entry) for entry in config.reward_references if entry["id"] is None]
-    for place in places:
-        names += [f"{place.name}/{name}" for name in files_to_push(place)]
     warn_of_local_base(ModelReference(**config.backbone_reference or {}), "backbone=")
 
     def replaced(branch: Branch) -> list[str]:
-        named = _folders_named(branch.read(CONFIG_NAME))
+        named = reward_folders(branch.read(CONFIG_NAME))
         there = {name.partition("/")[0] for name in branch.files if "/" in name}
-        _check_unclaimed(branch.repo_id, ({place.name for place in places} & there) - named)
+        check_unclaimed(branch.repo_id, ({place.name for place in places} & there) - named)
         return [f"{name}/{pattern}" for name in named for pattern in ("*", "*/*")]
 
     return publish(
@@ -217,7 +228,7 @@ def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], l
     reward = RewardModel.from_pretrained(folder, **kwargs)
     if Path(place).is_dir():
         return reward, None
-    return reward, {"id": str(place), "revision": folder.name, "weights": weights_digest(folder, config)}
+    return reward, {"id": str(place), "revision": folder.name, "digest": reward_digest(folder, config)}
 
 
 def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: dict) -> PreTrainedModel | None:
@@ -248,11 +259,11 @@ def place_of_reward(folder: Path, entry: dict, token: str | bool | None) -> Path
         place = local_folder(entry["id"], revision=entry["revision"], token=token)
     config = RewardConfig.from_json_file(place / PRT_CONFIG_NAME)
     check_files(place, config)
-    found = weights_digest(place, config)
-    if found != entry["weights"]:
+    found = reward_digest(place, config)
+    if found != entry["digest"]:
         raise RewardFileError(
             "The recipe's reward has changed.",
-            expected=f"weights with SHA-256 {entry['weights']}",
+            expected=f"files with SHA-256 {entry['digest']}",
             found=f"{found} in {place}",
             remedy="use that reward with `from_parts`, if it is what you want",
         )
@@ -266,7 +277,7 @@ def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], lo
     """
     place = place_of_reward(folder, entry, load_kwargs["token"])
     reward, _ = load_reward(place, bases, load_kwargs)
-    return reward, None if entry["id"] is None else {name: entry[name] for name in ("id", "revision", "weights")}
+    return reward, None if entry["id"] is None else {name: entry[name] for name in ("id", "revision", "digest")}
 
 
 def digest(network: nn.Module) -> str:
@@ -283,29 +294,9 @@ def save_beside(reward: RewardModel, place: Path, earlier: Path, state_dict: dic
     """Save a reward into a folder of its own, and say so for the recipe. What else lies beside the reward that was
     saved there before, in `earlier`, is kept, and so is what users have written into its card."""
     if earlier.is_dir():
-        shutil.copytree(earlier, place, copy_function=link_or_copy)
+        shutil.copytree(earlier, place, symlinks=True, copy_function=link_or_copy)
     reward.save_pretrained(place, state_dict=state_dict)
-    return {"id": None, "revision": None, "weights": weights_digest(place, reward.config), "folder": place.name}
-
-
-def _folders_named(recipe: str | None) -> set[str]:
-    """By the text of a recipe's `config.json`; none where it is no recipe's, or cannot be read."""
-    try:
-        entries = json.loads(recipe or "{}")
-        names = [entry["folder"] for entry in entries["reward_references"]]
-    except (ValueError, TypeError, KeyError):
-        return set()
-    return {name for name in names if isinstance(name, str) and re.fullmatch(r"reward-\d+", name)}
-
-
-def _check_unclaimed(place: str | Path, taken: set[str]) -> None:
-    if taken:
-        raise RewardFileError(
-            f"{place} holds {min(taken)}, which the recipe would overwrite.",
-            expected="no folder of that name, or one that belongs to the recipe there",
-            found=", ".join(sorted(taken)),
-            remedy="choose another place, or rename what lies there",
-        )
+    return {"id": None, "revision": None, "digest": reward_digest(place, reward.config), "folder": place.name}
 
 
 def _check_entries(config: PRTModelConfig) -> None:

@@ -1,15 +1,17 @@
 """The folder of a saved reward or recipe: replaced as a whole or not at all, and read only where it is complete."""
 
+import hashlib
 import json
 import os
+import re
 import shutil
-import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from .contract import PRT_CONFIG_NAME, RewardConfig
@@ -23,84 +25,144 @@ MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "
 _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _MODEL_FILES = (MODEL_CONFIG, "generation_config.json", "model*.safetensors*")
 NETWORK_FILES = (*_ADAPTER_FILES, *_MODEL_FILES)  # patterns, of adapters and full rewards
-_STAGING, _LOCK, _JOURNAL = ".saving-", "lock", "journal.json"
-_SWAP_SECONDS = 10  # a saver at work needs less
+CARD_NAME = "README.md"
+# Of all tokenizers and image processors of transformers.
+_PROCESSING_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "vocab*.json", "vocab*.txt", "merges.txt", "*.model"),
+    *("*.tiktoken", "bpe.codes", "tekken.json", "dict.txt", "normalizer.json", "emoji.json", "byte_maps.json"),
+    *("entity_vocab.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer"),
+)
+_CHAT_TEMPLATES = "additional_chat_templates"  # a folder
+_KNOWN_FILES = (PRT_CONFIG_NAME, CARD_NAME, *NETWORK_FILES, *_PROCESSING_FILES)  # patterns
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# A save is written into the first; once it is whole, the first is renamed to the second, which is what counts from
+# then on. Its files are then linked into their places, and it goes. Whenever that ends, one whole save can be read.
+_STAGING, SAVED = ".saving", ".saved"
+_SAVING = threading.RLock()  # one save at a time; reentrant, as recipes save rewards
+
+
+def folder_to_read(folder: Path) -> Path:
+    """Return where the files of the last whole save into `folder` are: `folder` itself, or what a saver that was killed
+    had not yet put in place. Nothing is written; the next save puts it in place."""
+    whole = folder / SAVED
+    return whole if whole.is_dir() and not whole.is_symlink() else folder
 
 
 @contextmanager
-def replacing_files(folder: str | Path, earlier: Callable[[Path], Iterable[str]]) -> Iterator[Path]:
-    """Yield an empty folder to write a reward or recipe into; on success what it holds replaces what has the same names
-    in `folder`, on failure `folder` stays as it was. After a process that was killed half-way, [`recover`] puts the
-    earlier files back.
+def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] = ()) -> Iterator[Path]:
+    """Yield an empty folder to write a reward or recipe into; on success what it holds replaces what an earlier save
+    wrote to `folder`. Everything else in `folder` (checkpoints, notes) is kept.
+
+    Killed at any moment, it leaves the earlier save or the new one whole, see [`folder_to_read`]. Threads of a process
+    save one after another; processes that save into one folder at the same time are not provided for.
 
     Args:
-        earlier: gives the names of what an earlier save wrote to `folder`, of which goes what the new one has not;
-            raises where nothing may be saved. Everything else in `folder` (checkpoints, notes) is kept.
-    """
-    folder = Path(folder)
-    if folder.is_dir():
-        recover(folder)
-    earlier_names = earlier(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _staging(folder) as staging:
-        new_files, old_files = staging / "new", staging / "old"
-        new_files.mkdir()
-        old_files.mkdir()
-        yield new_files
-        # A recipe's `config.json` last: until then, others read the earlier one.
-        new = sorted((path.name for path in new_files.iterdir()), key=lambda name: (name == MODEL_CONFIG, name))
-        stale = [name for name in earlier_names if name not in new and (folder / name).exists()]
-        for name in [*new, *stale]:
-            if (folder / name).is_file():
-                link_or_copy(folder / name, old_files / name)
-        # From here to the end of the swap, a reader would find files of two saves.
-        (staging / _JOURNAL).write_text(json.dumps([name for name in new if not (folder / name).exists()]))
-        try:
-            for name in [*new, *stale]:
-                if (folder / name).is_dir():
-                    os.replace(folder / name, old_files / name)
-                if name in new:
-                    os.replace(new_files / name, folder / name)
-                elif (folder / name).exists():
-                    (folder / name).unlink()
-        except BaseException:
-            _restore(folder, staging)
-            raise
-        (staging / _JOURNAL).unlink()
-
-
-def recover(folder: Path) -> bool:
-    """Undo what a killed process left half-saved in `folder`; savers that are still at work are left alone.
-
-    Returns:
-        Whether earlier files were put back.
+        kind: `REWARD` or `RECIPE`.
+        subfolders: that a recipe is about to write.
 
     Raises:
-        RewardFileError: files of two saves lie there, and `folder` cannot be written, or the saver is stuck.
+        RewardFileError: something else is in `folder`, or in one of the subfolders.
     """
-    is_restored = False
-    for staging in folder.glob(f"{_STAGING}*"):
-        is_swapping = (staging / _JOURNAL).exists()
-        lock = FileLock(staging / _LOCK)
+    folder = Path(folder)
+    with _SAVING:
+        _put_in_place(folder)
+        check_place(folder, kind)
+        _check_unclaimed(folder, subfolders)
+        staging = folder / _STAGING
+        _remove(staging)  # of a saver that was killed
+        staging.mkdir(parents=True)
         try:
-            lock.acquire(timeout=_SWAP_SECONDS if is_swapping else 0)
-            try:
-                if (staging / _JOURNAL).exists():
-                    _restore(folder, staging)
-                    is_restored = True
-                shutil.rmtree(staging, ignore_errors=True)
-            finally:
-                lock.release()
-        except OSError as error:  # Timeout is one: a saver at work
-            if (staging / _JOURNAL).exists():
-                raise RewardFileError(
-                    f"{folder} was being saved to, and holds files of two saves.",
-                    expected="a whole reward or recipe, or a folder where the earlier one can be put back",
-                    found=f"{staging.name}/{_JOURNAL}, and {error}",
-                    remedy="load it once where the folder can be written, or save again",
-                ) from error
-    return is_restored
+            yield staging
+            written = {path.name for path in staging.iterdir()}
+            os.replace(staging, folder / SAVED)
+            _put_in_place(folder, written)
+        finally:
+            _remove(staging)
+
+
+def known_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files that belong to a reward or recipe, sorted; without those of its rewards."""
+    names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, known) for known in _KNOWN_FILES)]
+    return sorted([*names, *(f"{_CHAT_TEMPLATES}/{path.name}" for path in folder.glob(f"{_CHAT_TEMPLATES}/*.jinja"))])
+
+
+def _put_in_place(folder: Path, written: set[str] | None = None) -> None:
+    """Put what was saved whole where it belongs. Can be cut off anywhere, and done again.
+
+    Args:
+        written (*optional*): names of the files and folders. By default, as after a saver that was killed, those that
+            belong to a reward or recipe: whoever made the folder may have put others there.
+    """
+    whole = folder_to_read(folder)
+    if whole == folder:
+        return
+    staging = folder / _STAGING
+    _remove(staging)
+    staging.mkdir()
+    new = written or {name.partition("/")[0] for name in known_files(whole)} | {
+        path.name for path in whole.iterdir() if is_reward_folder(path.name)
+    }
+    for name in _saved_earlier(folder) - new:
+        _remove(folder / name)
+    # The file last that tells what was saved earlier.
+    for name in sorted(new, key=lambda name: (name in (PRT_CONFIG_NAME, MODEL_CONFIG), name)):
+        if (whole / name).is_dir():
+            shutil.copytree(whole / name, staging / name, symlinks=True, copy_function=link_or_copy)
+            _remove(folder / name)
+        else:
+            link_or_copy(whole / name, staging / name)
+        os.replace(staging / name, folder / name)
+    _remove(staging)
+    os.replace(whole, staging)  # at one stroke: a part of it would be taken for the whole
+    _remove(staging)
+
+
+def _saved_earlier(folder: Path) -> set[str]:
+    """Return the names of what an earlier save may have written to `folder` and a later one may not need any more."""
+    if (folder / PRT_CONFIG_NAME).is_file():
+        is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
+        patterns = _ADAPTER_FILES if is_adapter else _MODEL_FILES
+        return {path.name for pattern in patterns for path in folder.glob(pattern)}
+    return {name for name in reward_folders(_text(folder / MODEL_CONFIG)) if (folder / name).is_dir()}
+
+
+def reward_folders(recipe: str | None) -> set[str]:
+    """Return the folders of rewards that the text of a recipe's `config.json` names; none if it is not a recipe's."""
+    try:
+        names = [entry["folder"] for entry in json.loads(recipe or "{}")["reward_references"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return set()
+    return {name for name in names if is_reward_folder(name)}
+
+
+def is_reward_folder(name: object) -> bool:
+    """Whether a recipe may name this folder: `reward-0`, `reward-1`, ... beside it, and nothing else."""
+    return isinstance(name, str) and re.fullmatch("reward-[0-9]{1,6}", name) is not None
+
+
+def check_unclaimed(place: str | Path, taken: Collection[str]) -> None:
+    """Raise if a recipe would overwrite folders that belong to something else.
+
+    Raises:
+        RewardFileError: `taken` names some.
+    """
+    if taken:
+        raise RewardFileError(
+            f"{place} holds {min(taken)}, which the recipe would overwrite.",
+            expected="no folder of that name, or one that belongs to the recipe there",
+            found=", ".join(sorted(taken)),
+            remedy="choose another place, or rename what lies there",
+        )
+
+
+def _check_unclaimed(folder: Path, subfolders: Collection[str]) -> None:
+    named = reward_folders(_text(folder / MODEL_CONFIG)) if subfolders else set()
+    check_unclaimed(folder, {name for name in subfolders if (folder / name).exists()} - named)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
 def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
@@ -135,19 +197,6 @@ def check_place(folder: Path, kind: str) -> None:
             found=found,
             remedy="choose another folder",
         )
-
-
-def files_of_reward(folder: Path) -> list[str]:
-    """Files of the network that an earlier save of a reward wrote.
-
-    Raises:
-        RewardFileError: something else lies there.
-    """
-    check_place(folder, REWARD)
-    if not (folder / PRT_CONFIG_NAME).is_file():
-        return []
-    is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
-    return [path.name for pattern in (_ADAPTER_FILES if is_adapter else _MODEL_FILES) for path in folder.glob(pattern)]
 
 
 def check_files(folder: Path, config: RewardConfig) -> None:
@@ -190,9 +239,16 @@ def weight_files(folder: Path, config: RewardConfig) -> list[str]:
     index = folder / MODEL_INDEX
     if not index.exists():
         return [MODEL_WEIGHTS]
+    if (folder / MODEL_WEIGHTS).exists():  # which transformers would load in the place of the shards
+        raise RewardFileError(
+            f"{folder} holds weights twice.",
+            expected=f"{MODEL_WEIGHTS}, or {MODEL_INDEX} and its shards",
+            found="both",
+            remedy="download or save the reward again",
+        )
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        is_right = names and all(name == Path(name).name and name.endswith(".safetensors") for name in names)
+        is_right = names and all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names)
     except (ValueError, TypeError, KeyError, AttributeError):
         is_right = False
     if not is_right:
@@ -205,9 +261,12 @@ def weight_files(folder: Path, config: RewardConfig) -> list[str]:
     return names
 
 
-def weights_digest(folder: Path, config: RewardConfig) -> str:
-    """SHA-256 over the files of the weights."""
-    return file_digest(*(folder / name for name in weight_files(folder, config)))
+def reward_digest(folder: Path, config: RewardConfig) -> str:
+    """Return the SHA-256 of all that decides what a saved reward says: its weights, the configuration of its network
+    (scale, depth, ...) and `prt_config.json`, by name and content."""
+    network = ADAPTER_CONFIG if config.is_adapter else MODEL_CONFIG
+    names = sorted({*weight_files(folder, config), network, PRT_CONFIG_NAME})
+    return hashlib.sha256(json.dumps({name: file_digest(folder / name) for name in names}).encode()).hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -238,33 +297,6 @@ def _opened(path: Path) -> Iterator[safe_open]:
             found=f"{path.stat().st_size} bytes",
             remedy="download or save the reward again",
         ) from error
-
-
-@contextmanager
-def _staging(folder: Path) -> Iterator[Path]:
-    """A folder to stage files in. Its lock tells a saver at work from a dead one, whatever machine it runs on."""
-    while True:
-        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
-        lock = FileLock(staging / _LOCK)
-        try:
-            with suppress(Timeout, FileNotFoundError):
-                lock.acquire(timeout=0)
-            if lock.is_locked and (staging / _LOCK).exists():  # else another process has taken it for a dead saver's
-                yield staging
-                return
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-            lock.release()
-
-
-def _restore(folder: Path, staging: Path) -> None:
-    """The earlier files back in place; new ones that replaced none away. Can be done again if it was cut off."""
-    for name in json.loads((staging / _JOURNAL).read_text()):
-        _remove(folder / name)
-    for path in (staging / "old").iterdir():
-        if path.is_dir():
-            _remove(folder / path.name)
-        os.replace(path, folder / path.name)
 
 
 def _remove(path: Path) -> None:

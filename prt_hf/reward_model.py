@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .adapter import add_adapter, check_initialisation, zero_head
-from .card_blocks import merged_or_kept, read_card, write_card
+from .card_blocks import merged_or_new, read_card, write_card
 from .contract import (
     PRT_CONFIG_NAME,
     Contract,
@@ -45,9 +45,8 @@ from .pretrained import (
 from .publishing import Shareable, push_reward
 from .reward_files import (
     ADAPTER_CONFIG,
+    REWARD,
     check_files,
-    files_of_reward,
-    recover,
     replacing_files,
 )
 
@@ -184,7 +183,6 @@ class RewardModel(Shareable):
             VocabularyMismatchError: the tokenizer beside the reward is not the one that it was tuned with.
         """
         folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
-        recover(folder)
         config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
         check_files(folder, config)
         if config.is_adapter:
@@ -290,7 +288,7 @@ class RewardModel(Shareable):
             VocabularyMismatchError: `processing_class` is not the tokenizer that the reward was made with.
         """
         self.check_processing_class()
-        with replacing_files(folder, files_of_reward) as staged:
+        with replacing_files(folder, REWARD) as staged:
             if self.config.is_adapter:
                 # "auto" would ask the Hub whether the vocabulary was resized.
                 self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)
@@ -299,10 +297,8 @@ class RewardModel(Shareable):
                 self.network.save_pretrained(staged, state_dict=state_dict)
             save_processing_class(self.processing_class, staged)
             (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
-            card = render_card(self.config, Path(folder).absolute().name)
-            for earlier in (self.card, read_card(Path(folder))):
-                card = merged_or_kept(earlier, card)
-            write_card(staged, card)  # in the place of PEFT's template
+            card = merged_or_new(self.card, render_card(self.config, Path(folder).absolute().name))
+            write_card(staged, card, read_card(Path(folder)))  # in the place of PEFT's template
 
     def trained_with(
         self,

@@ -9,18 +9,21 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import CommitInfo, run_as_future
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from transformers.utils import PushInProgress, logging
 
-from .card_blocks import merged_or_kept, read_card, with_metadata, write_card
+from .card_blocks import merged_or_new, read_card, with_metadata, write_card
+from .errors import PRTValueError
 from .model_card import TrainingRecord, render_card
-from .publishing import files_to_push, push_reward
+from .publishing import push_reward, reward_files_to_push
 from .reward_files import link_or_copy
 from .reward_model import RewardModel
 
 logger = logging.get_logger(__name__)
+
+_PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 
 
 class RewardSaver(Trainer):
@@ -31,6 +34,24 @@ class RewardSaver(Trainer):
     def __init__(self, *args, **kwargs):
         self.evaluations_elsewhere: list[dict] = []  # entries of the log, of other data than `eval_dataset`
         super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train as the Trainer does; `resume_from_checkpoint=True` resumes from the last complete checkpoint in
+        `output_dir`.
+
+        Raises:
+            PRTValueError: there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise PRTValueError(
+                    "There is no checkpoint to resume from.",
+                    expected=f"a complete {_PREFIX}* folder in {self.args.output_dir}",
+                    found="none",
+                    remedy="train without `resume_from_checkpoint`, or name a checkpoint of another folder",
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         before = len(self.state.log_history)
@@ -72,7 +93,7 @@ class RewardSaver(Trainer):
             self.reward.card = with_metadata(self.reward.card, **metadata)
         folder = Path(self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_card(folder, merged_or_kept(read_card(folder), self.reward.card))
+        write_card(folder, self.reward.card, read_card(folder))
 
     def push_to_hub(
         self,
@@ -109,11 +130,14 @@ class RewardSaver(Trainer):
         }
         if blocking:
             return push_reward(self.args.output_dir, self.hub_model_id, **arguments)
-        staged = self._staged(self.args.output_dir, files_to_push(Path(self.args.output_dir)))
+        staged = self._staged(self.args.output_dir)
         return run_as_future(_push_staged, staged, self.hub_model_id, **arguments)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """As `hub_strategy` says. The Trainer's would push a fixed list of files, without the reward's own."""
+        """Push as `hub_strategy` says: checkpoints as rewards, without the pickled states of the training.
+
+        The Trainer's own would push a fixed list of files, without the reward's.
+        """
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return
@@ -121,8 +145,12 @@ class RewardSaver(Trainer):
         if is_pushing and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        files = (file for file in Path(checkpoint_folder).rglob("*") if file.is_file())
-        staged = self._staged(checkpoint_folder, [file.relative_to(checkpoint_folder).as_posix() for file in files])
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            logger.warning_once(
+                "Checkpoints are pushed as rewards, without the optimizer's states (pickles): training resumes "
+                f"from {self.args.output_dir} only."
+            )
+        staged = self._staged(checkpoint_folder)
         place = {
             HubStrategy.CHECKPOINT: "last-checkpoint",
             HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
@@ -131,7 +159,7 @@ class RewardSaver(Trainer):
             _push_staged,
             staged,
             self.hub_model_id,
-            checkpoint=place and (place, staged),
+            checkpoint=place,
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
@@ -142,10 +170,10 @@ class RewardSaver(Trainer):
         else:
             self.push_in_progress = PushInProgress([job])
 
-    def _staged(self, folder: str | Path, names: list[str]) -> Path:
-        """Files as they are now, whatever is saved or deleted while they are pushed."""
+    def _staged(self, folder: str | Path) -> Path:
+        """Return a copy of the reward as it is now, whatever is saved or deleted while it is pushed."""
         staged = Path(tempfile.mkdtemp(prefix=".pushing-", dir=self.args.output_dir))
-        for name in names:
+        for name in reward_files_to_push(Path(folder)):
             (staged / name).parent.mkdir(parents=True, exist_ok=True)
             link_or_copy(Path(folder, name), staged / name)
         return staged
@@ -163,7 +191,23 @@ class RewardSaver(Trainer):
     def _update_card(self, name: str | None = None) -> None:
         name = name or self.hub_model_id or Path(self.args.output_dir).absolute().name
         card = render_card(self.reward.config, name, TrainingRecord.from_trainer(self))
-        self.reward.card = merged_or_kept(self.reward.card, card)
+        self.reward.card = merged_or_new(self.reward.card, card)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint that was written to its end; warn of later ones that were not."""
+    numbered = [
+        (int(path.name.removeprefix(_PREFIX)), path)
+        for path in folder.glob(f"{_PREFIX}*")
+        if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir()
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))  # which is written last
+            return str(path)
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"Skipping the incomplete checkpoint {path}.")
+    return None
 
 
 def _push_staged(folder: Path, repo_id: str, **arguments) -> CommitInfo:

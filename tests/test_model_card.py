@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -471,10 +472,35 @@ def added(card):
     return yaml.dump({name: value for name, value in metadata(card).items() if name in lacking}, sort_keys=False)
 
 
-def test_metadata_in_one_line_and_with_references_are_kept():
+def test_metadata_in_one_line_are_kept():
     assert metadata(kept("---\n{license: mit, tags: [mine]}\n---\n# Mine\n"))["license"] == "mit"
-    merged = metadata(kept("---\ntags: &tags\n- mine\nothers: *tags\n---\n# Mine\n"))
-    assert merged["others"] == ["mine"] and merged["tags"][:2] == ["mine", "portable-reward-tuning"]
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        f"---\n{BOMB}---\nMine.\n",
+        f"---\na: {'[' * 90_000}\n---\nMine.\n",
+        f"---\na: {'{a: ' * 20_000}\n---\nMine.\n",
+        "---\nlicense: mit\n---\n" + "<!-- prt_hf:about 01234567 -->\n" * 20_000,
+        "---\nlicense: " + "mit" * 100_000 + "\n---\nMine.\n",
+    ],
+    ids=["references", "brackets", "braces", "comments", "long"],
+)
+def test_hostile_cards_neither_hang_nor_stop_a_save(hostile, tmp_path, tokenizer):
+    """A new card is written, and the old one stays beside it."""
+    reward = RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig(r=2))
+    reward.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text(hostile)
+    started = time.process_time()
+    RewardModel.from_pretrained(tmp_path, base_model=tiny.llama(1)).save_pretrained(tmp_path)
+    assert time.process_time() - started < 10
+    assert (tmp_path / "README.md").read_text() == card
+    assert (tmp_path / "README.old.md").read_text() == hostile
 
 
 def test_results_are_replaced_by_task_data_and_metric():

@@ -1,5 +1,8 @@
 """Small models made in memory, and the brute-force references that the package is held against."""
 
+import os
+import sys
+
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -253,3 +256,27 @@ class BruteForce(LogitsProcessor):
         output = torch.full_like(scores, -torch.inf, dtype=torch.float64)
         output[:, : self.size] = scores[:, : self.size].double().log_softmax(-1) + strength * reward
         return output.log_softmax(-1).float()
+
+
+def killed_after(steps, action):
+    """Run `action` in a process of its own that is killed before its file operation number `steps`; whether it was."""
+    child = os.fork()
+    if child == 0:
+        calls = []
+
+        def count(event, _):
+            if event in ("os.rename", "os.remove", "os.rmdir", "os.link", "os.mkdir"):
+                calls.append(event)
+                if len(calls) > steps:
+                    os._exit(9)
+
+        status = 1
+        try:
+            sys.addaudithook(count)
+            action()
+            status = 0
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9

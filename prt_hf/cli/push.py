@@ -1,6 +1,7 @@
 """`prt-hf push`: a saved reward or recipe to the Hub."""
 
 import argparse
+import sys
 from pathlib import Path
 
 
@@ -9,9 +10,9 @@ def add_parser(commands) -> argparse.ArgumentParser:
         "push",
         help="share a saved reward or recipe on the Hub",
         description="Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub: in one "
-        "commit, without loading any model. The card that lies there is kept where users have written into it. What "
-        "goes are the weights, and all files of JSON, text, templates and Markdown at the top of the folder; pickles, "
-        "checkpoints and code stay here.",
+        "commit, without loading any model. What users have written into the card there is kept. Only the files of a "
+        "reward or recipe are pushed (weights, configurations, tokenizer or image processor, card). They are listed "
+        "first; `--include` adds others. Links are refused.",
         epilog="""\
 examples:
   prt-hf push gsm8k-reward me/gsm8k-reward --private
@@ -28,6 +29,7 @@ Log in first with `hf auth login`, or set HF_TOKEN.""",
     parser.add_argument("--revision", help="branch; made if it does not exist; default: main")
     parser.add_argument("--commit_message", "--commit-message", help="default: Upload reward, or Upload recipe")
     parser.add_argument("--create_pr", "--create-pr", action="store_true", help="propose it to whoever owns the name")
+    parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="further files of the folder")
     parser.add_argument("--token", help="of the Hub; default: the one that is logged in")
     parser.add_argument("--json", action="store_true", help="print one object: repo_id, commit, url")
     return parser
@@ -36,16 +38,19 @@ Log in first with `hf auth login`, or set HF_TOKEN.""",
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from ..publishing import push_reward
-    from ..recipe import push_recipe
-    from ..reward_files import RECIPE, what_lies_in
+    from ..publishing import push_reward, reward_files_to_push
+    from ..recipe import push_recipe, recipe_files_to_push
+    from ..reward_files import RECIPE, folder_to_read, what_lies_in
 
-    folder = args.folder
+    folder = folder_to_read(args.folder)
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else ()
     kind = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8"))
-    info = (push_recipe if kind == RECIPE else push_reward)(
+    push, files = (push_recipe, recipe_files_to_push) if kind == RECIPE else (push_reward, reward_files_to_push)
+    print(f"Pushing to {args.repo_id}:", *files(folder, args.include), sep="\n  ", file=sys.stderr)
+    info = push(
         folder,
         args.repo_id,
+        args.include,
         private=args.private,
         revision=args.revision,
         commit_message=args.commit_message,

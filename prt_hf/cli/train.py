@@ -12,7 +12,6 @@ from .train_options import ADAPTER_LEARNING_RATE, DataOptions, Options, print_he
 
 logger = logging.getLogger(__name__)
 TRAINER_STATE_NAME = "trainer_state.json"
-PREFIX = "checkpoint-"
 
 
 def add_parser(commands) -> argparse.ArgumentParser:
@@ -131,10 +130,12 @@ def _check_output(folder: Path, is_resumed: bool) -> None:
 
 def _checkpoint(config) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or true for the last one."""
+    from ..trainer_hub import last_checkpoint
+
     given, folder = str(config.resume_from_checkpoint or "false"), config.output_dir
     if given.lower() == "false":
         return None
-    found = _last_checkpoint(Path(folder)) if given.lower() == "true" else given
+    found = last_checkpoint(Path(folder)) if given.lower() == "true" else given
     if found is None or not (Path(found) / TRAINER_STATE_NAME).is_file():
         raise PRTValueError(
             "There is no checkpoint to go on from.",
@@ -142,20 +143,6 @@ def _checkpoint(config) -> str | None:
             found=f"none in {folder}" if found is None else str(found),
         )
     return found
-
-
-def _last_checkpoint(folder: Path) -> str | None:
-    """The last one that was written to its end: the trainer's state comes after the weights."""
-    numbered = [(int(path.name[len(PREFIX) :]), path) for path in folder.glob(f"{PREFIX}*") if _is_numbered(path)]
-    for _, path in sorted(numbered, reverse=True):
-        if (path / TRAINER_STATE_NAME).is_file():
-            return str(path)
-        logger.warning(f"{path} is incomplete, and is passed over.")
-    return None
-
-
-def _is_numbered(path: Path) -> bool:
-    return path.name[len(PREFIX) :].isdecimal() and path.is_dir()
 
 
 def _train(trainer, checkpoint: str | None) -> dict:

@@ -301,8 +301,7 @@ def write_measurements(reward: str | Path | RewardModel, measurements: Sequence[
         reward.card = card if reward.card is None else merge_cards(reward.card, card)
         return
     folder = Path(reward)
-    card, earlier = render_card(config, folder.absolute().name, measurements=measurements), read_card(folder)
-    write_card(folder, card if earlier is None else merge_cards(earlier, card))
+    write_card(folder, render_card(config, folder.absolute().name, measurements=measurements), read_card(folder))
 
 
 def _config_of(reward: str | Path | RewardModel) -> RewardConfig:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
-from ..card_blocks import merged_or_kept, read_card, write_card
+from ..card_blocks import read_card, write_card
 from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
@@ -48,14 +48,13 @@ from ..recipe import (
     PRTModelConfig,
     check_complete,
     digest,
-    earlier_rewards,
     load_from_recipe,
     load_reward,
     push_recipe,
     recipe_card,
     save_beside,
 )
-from ..reward_files import recover, replacing_files
+from ..reward_files import RECIPE, SAVED, replacing_files
 from ..reward_model import RewardModel
 
 logger = logging.get_logger(__name__)
@@ -200,7 +199,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             backbone_reference=asdict(reference_to(backbone)),
             backbone_config=copy.deepcopy(backbone.config),
             reward_references=[
-                {"id": None, "revision": None, "weights": None, "folder": None}
+                {"id": None, "revision": None, "digest": None, "folder": None}
                 | (reference or {})
                 | {"strength": float(strength)}
                 for reference, strength in zip(references, strengths, strict=True)
@@ -233,7 +232,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             BaseModelMismatchError: the backbone is not the recipe's any more.
         """
         folder = local_folder(pretrained_model_name_or_path, revision=revision, token=token)
-        if recover(folder) or not isinstance(config, PRTModelConfig):
+        # What a killed save left is newer than the configuration that the Auto classes have read.
+        if folder.name == SAVED or not isinstance(config, PRTModelConfig):
             config = AutoConfig.from_pretrained(folder)
         if not isinstance(config, PRTModelConfig) or config.architectures != [cls.__name__]:
             raise PRTValueError(
@@ -290,7 +290,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         config.architectures = [type(self).__name__]
         changed = [i for i, reward in enumerate(self.rewards) if self._hub_digests.get(i) != digest(reward.network)]
         names = {index: f"reward-{index}" for index in changed}
-        with replacing_files(folder, lambda folder: earlier_rewards(folder, set(names.values()))) as staged:
+        with replacing_files(folder, RECIPE, names.values()) as staged:
             for index, (reward, strength) in enumerate(zip(self.rewards, self.strengths, strict=True)):
                 if self._is_tuned and strength > 0:
                     source = ModelReference(**self.config.backbone_reference)
@@ -306,7 +306,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
                 save_file(self._tuned(state_dict), staged / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
             card = recipe_card(config, folder.absolute().name)
-            write_card(staged, merged_or_kept(read_card(folder), card))
+            write_card(staged, card, read_card(folder))
             (staged / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
 
     def _tuned(self, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from ..hub import local_folder
 from ..loading import check_same_reference, load_processing_class
 from ..pretrained import fingerprint_of, load_config, load_skeleton
 from ..recipe import PRTModelConfig, check_complete, place_of_reward
-from ..reward_files import check_files, recover
+from ..reward_files import check_files
 from . import ADAPTER_BASE
 
 ADAPTERS = "adapters"  # the network that requests' own reward adapters are put on
@@ -115,7 +115,6 @@ def parts_of_recipe(
         BaseModelMismatchError: the backbone, or the base of a reward, is not what it was.
         VocabularyMismatchError: a reward was tuned with another vocabulary.
     """
-    recover(folder)
     check_complete(config)
     backbone = _pretrained(ModelReference(**config.backbone_reference or {}), token).folder
     rewards = []
