@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .functional import check_finite, check_same_columns, check_same_positions, check_supervised, prt_statistics
+from .functional import (
+    check_finite,
+    check_same_columns,
+    check_same_positions,
+    check_supervised,
+    prt_loss,
+    prt_statistics,
+)
 
 # Logits that are held at a time: enough rows for a fast matrix product, few enough to stay small.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**23, 2**27
@@ -147,6 +154,47 @@ def fused_prt_statistics(
         for part in reward.chunks() or [slice(0)]
     ]
     return {name: torch.cat([values[name] for values in parts]) for name in parts[0]}
+
+
+def training_loss(
+    backbone: Projection | torch.Tensor,
+    reward: Projection | torch.Tensor,
+    labels: torch.LongTensor,
+    *,
+    teacher: Projection | torch.Tensor | None = None,
+    **settings,
+) -> torch.Tensor:
+    """Return the training loss of operands that are logits at the supervised positions, or projections of them.
+
+    Args:
+        backbone, reward, teacher: where the reward is a [`Projection`], all are.
+        settings: `kl_coef`, `entropy_coef` and `num_items_in_batch`, as in [`~prt_hf.functional.prt_loss`].
+
+    Raises:
+        NonFiniteRewardError, PRTValueError: as in `prt_loss`.
+    """
+    if isinstance(reward, Projection):
+        return fused_prt_loss(backbone, reward, labels, teacher=teacher, **settings)
+    return prt_loss(_as_logits(backbone), reward, labels, teacher_logits=_as_logits(teacher), **settings)
+
+
+def training_statistics(
+    backbone: Projection | torch.Tensor,
+    reward: Projection | torch.Tensor,
+    labels: torch.LongTensor,
+    *,
+    kl_coef: float = 1.0,
+    teacher: Projection | torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Return [`~prt_hf.functional.prt_statistics`] of operands as those of [`training_loss`]."""
+    if isinstance(reward, Projection):
+        return fused_prt_statistics(backbone, reward, labels, kl_coef=kl_coef, teacher=teacher)
+    logits = _as_logits(backbone), reward, labels
+    return prt_statistics(*logits, kl_coef=kl_coef, teacher_logits=_as_logits(teacher))
+
+
+def _as_logits(term: Projection | torch.Tensor | None) -> torch.Tensor | None:
+    return term.cast().logits() if isinstance(term, Projection) else term
 
 
 class _FusedLoss(torch.autograd.Function):

@@ -1,11 +1,9 @@
 """`PRTTrainer`: the HF Trainer with the objective of Portable Reward Tuning."""
 
-from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.trainer_utils import IntervalStrategy
@@ -16,11 +14,12 @@ from .collator import IMAGE, MASKS, PixelCollator, TokenCollator, check_not_empt
 from .config import PRTConfig
 from .contract import unwrap_tokenizer
 from .errors import PRTValueError, UnsupportedError
-from .fingerprints import dataset_key
-from .functional import check_supervised, combine, prt_loss, prt_statistics
-from .fused import Projection, fused_prt_loss, fused_prt_statistics
+from .functional import combine
+from .fused import Projection, training_loss, training_statistics
 from .heads import last_hidden_state, projection, why_not_projected
+from .metrics import RunningMeans
 from .own_pixels import PIXELS, split_inputs
+from .precomputing import PrecomputingTrainer
 from .pretrained import (
     IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
@@ -30,15 +29,14 @@ from .pretrained import (
     pretrained_parameters,
 )
 from .reward_model import RewardModel
-from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks, sharded
-from .stored_backbone import ROW, NumberedCollator, StoredBackbone, numbered, stored_states
-from .trainer_hub import RewardSaver
+from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks
+from .stored_backbone import ROW
 from .tuned import teacher_of
 
 logger = logging.get_logger(__name__)
 
 
-class PRTTrainer(RewardSaver):
+class PRTTrainer(PrecomputingTrainer):
     """Tunes a reward r_theta with the fine-tuning loss of softmax(log pi_pt + r_theta / kl_coef), pi_pt frozen (Eq. 7).
 
     Args:
@@ -126,7 +124,9 @@ class PRTTrainer(RewardSaver):
             )
         self._teachers = [] if distill_from is None else [teacher_of(self.reward, self._sources, distill_from)]
         if data_collator is None and self._is_language_model:
-            data_collator = self._default_collator(train_dataset, eval_dataset, processing_class)
+            evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+            check_tokenized(train_dataset, *evaluated)
+            data_collator = TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
         super().__init__(
             self.reward.network,
             args,
@@ -146,7 +146,7 @@ class PRTTrainer(RewardSaver):
             self.model.enable_input_require_grads()
         self._frozen_norms = frozen_norms(self.model) if self.reward.config.is_adapter else []
         self._is_fused: bool | None = None  # the first batch decides
-        self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._means = RunningMeans(self.accelerator)
         self._limits = {context_length(self.model)}
         self.backbones = self._sources
         if args.precompute_backbone:
@@ -164,27 +164,26 @@ class PRTTrainer(RewardSaver):
         return None if isinstance(source, OwnBase) else source.network
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The PRT loss (Eq. 7, 12); outputs are `{"logits": log pi_theta}` in the reward's order of columns."""
+        """Return the PRT loss (Eq. 7, 12); outputs are `{"logits": log pi_theta}` in the reward's order of columns."""
         batch = self._labelled_batch(inputs)
-        is_training = model.training
         if self._is_fused is None:
             self._start(model, batch)
         if return_outputs:
             self._check_outputs_are_known()
+        drawn = [self._drawn_backbone()] if model.training else self.backbones
         is_fused = self._is_fused and not return_outputs
-        backbones = [self._drawn_backbone()] if is_training else self.backbones
-        of_backbones, rewards = self._forward(model, batch, [*backbones, *self._teachers], is_fused)
-        of_teacher = of_backbones.pop() if self._teachers else None
+        others, reward = self._forward(model, batch, [*drawn, *self._teachers], is_fused)
         with self.accelerator.autocast():
-            losses = [
-                self._loss(each, rewards, of_teacher, batch, is_training, num_items_in_batch) for each in of_backbones
-            ]
+            backbones = [_supervised(batch, each) for each in others]
+            teacher = backbones.pop() if self._teachers else None
+            arguments = _supervised(batch, reward), teacher, batch, model.training, num_items_in_batch
+            losses = [self._loss(each, *arguments) for each in backbones]
         loss = sum(losses) / len(losses)
-        if is_training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
+        if model.training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
         if not return_outputs:
             return loss
-        return loss, {"logits": combine(of_backbones[0], rewards, 1 / self.args.kl_coef)}
+        return loss, {"logits": combine(others[0], reward, 1 / self.args.kl_coef)}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -200,21 +199,22 @@ class PRTTrainer(RewardSaver):
             return loss.detach(), outputs["logits"], inputs["labels"]
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._sums["eval"].clear()
+        self._means.clear("eval")
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._means("eval")
+        means = self._means.take("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            means = self._means("train")
+            means = self._means.take("train")
             means.pop("loss", None)  # the Trainer's, over all steps since it logged last
             logs.update(means)
         super().log(logs, start_time)
 
     def train(self, *args, **kwargs):
-        self._check_what_is_trained()
+        backbones = [source.network for source in self._sources if source.network is not None]
+        _check_trained(self.model, backbones, [teacher.network for teacher in self._teachers])
         self.reward.trained_with(
             *(source.reference for source in self.backbones),
             kl_coef=self.args.kl_coef,
@@ -222,18 +222,6 @@ class PRTTrainer(RewardSaver):
             distilled_from=self._teachers[0].origin if self._teachers else None,
         )
         return super().train(*args, **kwargs)
-
-    def get_eval_dataloader(self, eval_dataset=None):
-        if self.args.precompute_backbone and not isinstance(eval_dataset, str | None):
-            eval_dataset = self._with_states(eval_dataset)
-        return super().get_eval_dataloader(eval_dataset)
-
-    def get_test_dataloader(self, test_dataset):
-        if not self.args.prediction_loss_only:
-            self._check_outputs_are_known()
-        return super().get_test_dataloader(
-            self._with_states(test_dataset) if self.args.precompute_backbone else test_dataset
-        )
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
@@ -245,12 +233,6 @@ class PRTTrainer(RewardSaver):
             extra += [IMAGE] if isinstance(collator, PixelCollator) else []
             extra += [f"backbone_{source.index}_{PIXELS}" for source in self._sources]
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *extra]))
-
-    def _default_collator(self, train_dataset, eval_dataset, processing_class):
-        """Of a language model."""
-        evaluation = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        check_tokenized(train_dataset, *evaluation)
-        return TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
 
     def _batch(self, inputs) -> Batch:
         """
@@ -284,15 +266,6 @@ class PRTTrainer(RewardSaver):
             )
         return batch
 
-    def _check_outputs_are_known(self) -> None:
-        if self.args.precompute_backbone and self._is_language_model:
-            raise UnsupportedError(
-                "Of a stored backbone, only what it gave at supervised positions is known.",
-                expected="losses and the trainer's own figures",
-                found="a wish for the PRT model's outputs (`predict`, or `compute_metrics`)",
-                remedy="precompute_backbone=False",
-            )
-
     def _start(self, model, batch: Batch) -> None:
         """What the first batch decides: whether layers are shared, whether logits are left unmade.
 
@@ -303,33 +276,14 @@ class PRTTrainer(RewardSaver):
             if self.args.n_gpu <= 1 and not self.args.neftune_noise_alpha:  # noise on embeddings is the reward's alone
                 for source in self.backbones:
                     source.prepare(batch)
-            problem = self._why_not_fused(self.accelerator.unwrap_model(model), batch)
+            network = self.accelerator.unwrap_model(model)
+            others = [*self.backbones, *self._teachers]
+            problem = _why_not_fused(self.args, is_zero3(self.accelerator), network, others, batch)
         self._is_fused = problem is None
         if problem is not None and self.args.fused_loss == "always":
             raise UnsupportedError("The loss cannot be fused.", expected="fused_loss='auto'", found=problem)
         if problem is not None and self.args.fused_loss == "auto" and self._is_language_model:
             logger.warning(f"Logits of whole sequences are made: {problem}.")
-
-    def _why_not_fused(self, network, batch: Batch) -> str | None:
-        args = self.args
-        others = [*self.backbones, *self._teachers]
-        networks = [network, *(source.network for source in others if source.network is not None)]
-        devices = {str(value.device) for each in networks for value in each.parameters()}
-        for problem, holds in {
-            "fused_loss='never'": args.fused_loss == "never",
-            "a classifier has few": not self._is_language_model,
-            "the networks are compiled": args.torch_compile,
-            "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
-            "ZeRO-3 keeps the heads in parts": is_zero3(self.accelerator),
-            f"the models are on several devices: {sorted(devices)}": len(devices) > 1,
-        }.items():
-            if holds:
-                return problem
-        problems = [
-            why_not_projected(network, batch.inputs),
-            *(each.why_not_projected(batch) for each in others),
-        ]
-        return next((problem for problem in problems if problem), None)
 
     def _forward(self, model, batch: Batch, backbones: list[Backbone], is_fused: bool):
         """Of every backbone and of the reward: a [`Projection`] at the supervised positions if `is_fused`, else logits
@@ -350,22 +304,18 @@ class PRTTrainer(RewardSaver):
         with self.accelerator.autocast():
             return of_backbones, projection(network, batch.chosen(hidden), self.reward.columns)
 
-    def _loss(self, of_backbone, rewards, of_teacher, batch, is_training: bool, num_items_in_batch) -> torch.Tensor:
-        """In training the objective, else the likelihood, or the divergence from a teacher; adds up the figures that
-        are logged."""
-        loss_of, statistics_of, arguments, teacher = _objective(of_backbone, rewards, of_teacher, batch)
-        kl_coef = self.args.kl_coef
+    def _loss(self, backbone, reward, teacher, batch: Batch, is_training: bool, num_items_in_batch) -> torch.Tensor:
+        """Return the objective in training, else the likelihood or the divergence from a teacher; add up the figures
+        that are logged."""
+        operands = backbone, reward, batch.supervised_labels
+        settings = {"kl_coef": self.args.kl_coef, "teacher": teacher}
         if not is_training or self._is_step_logged():
-            statistics = statistics_of(*arguments, kl_coef=kl_coef, **teacher)
-            self._add("train" if is_training else "eval", statistics, batch)
+            statistics = training_statistics(*operands, **settings)
+            self._means.add("train" if is_training else "eval", statistics, batch)
         if not is_training:
             return statistics["loss"].sum() / max(1, len(batch.supervised_labels))
-        return loss_of(
-            *arguments,
-            kl_coef=kl_coef,
-            entropy_coef=self.args.entropy_coef,
-            num_items_in_batch=num_items_in_batch,
-            **teacher,
+        return training_loss(
+            *operands, **settings, entropy_coef=self.args.entropy_coef, num_items_in_batch=num_items_in_batch
         )
 
     def _drawn_backbone(self) -> Backbone:
@@ -375,123 +325,63 @@ class PRTTrainer(RewardSaver):
         generator = torch.Generator().manual_seed(self.args.seed + self.state.global_step)
         return self.backbones[int(torch.randint(len(self.backbones), (), generator=generator))]
 
-    def _place(self, source: Backbone) -> None:
-        source.load()
-        source.place(self._placed)
-        self._limits.add(source.limit)
-
-    def _placed(self, network: PreTrainedModel) -> PreTrainedModel:
-        if is_sharding(self.accelerator):
-            return sharded(network, self.accelerator)
-        return network if getattr(network, "hf_device_map", None) is not None else network.to(self.args.device)
-
-    def _store_backbones(self) -> None:
-        self.backbones = [StoredBackbone(self.reward, not is_sharding(self.accelerator)) for _ in self._sources]
-        self.data_collator = NumberedCollator(self.data_collator)
-        self._places: dict[str, int] = {}
-        self.train_dataset = None if self.train_dataset is None else self._with_states(self.train_dataset)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: self._with_states(rows) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = self._with_states(self.eval_dataset)
-
-    def _with_states(self, dataset: Dataset) -> Dataset:
-        """The data set with the place of every row's stored states, which are computed where there are none."""
-        if ROW in (getattr(dataset, "column_names", None) or ()):
-            return dataset
-        read = self._remove_unused_columns(dataset) if isinstance(dataset, Dataset) else dataset
-        collator = self.data_collator.collator
-        data = dataset_key(read, collator)
-
-        def batch_of(rows: list[int], on_device: bool) -> Batch:
-            inputs = collator([read[row] for row in rows])
-            return self._labelled_batch(self._prepare_inputs(inputs) if on_device else inputs)
-
-        if data not in self._places:
-            for source, stored in zip(self._sources, self.backbones, strict=True):
-                states = stored_states(
-                    source,
-                    batch_of,
-                    len(read),
-                    data=data,
-                    root=self.args.backbone_cache_dir,
-                    accelerator=self.accelerator,
-                    place=self._place,
-                    rows_per_block=self.args.eval_batch_size,
-                    disable_tqdm=self.args.disable_tqdm,
-                )
-                stored.add(states)
-            self._places[data] = len(self._places)
-        return numbered(dataset, self._places[data])
-
-    def _check_what_is_trained(self):
-        """Something, and nothing of a backbone or of what is distilled."""
-        trained = {name: value for name, value in self.model.named_parameters() if value.requires_grad}
-        if not trained:
-            raise PRTValueError(
-                "The reward has no trainable parameter.",
-                expected="an adapter, or a network, that was loaded for training",
-                found="all parameters frozen",
-                remedy="PeftModel.from_pretrained(..., is_trainable=True)",
-            )
-        networks = [source.network for source in self._sources if source.network is not None]
-        frozen = {address(value) for network in networks for value in pretrained_parameters(network).values()}
-        frozen |= {address(value) for teacher in self._teachers for value in teacher.network.parameters()}
-        if trained := [name for name, value in trained.items() if address(value) in frozen - {None}]:
-            raise PRTValueError(
-                "The reward trains weights that belong to its backbone, or to what it is distilled from.",
-                expected="an adapter that can be switched off",
-                found=f"trainable: {trained[:3]}",
-                remedy="freeze them (`bias='none'` in a LoraConfig), or pass `backbone=` another copy of the model",
-            )
-
     def _is_step_logged(self) -> bool:
         if self.args.logging_strategy != IntervalStrategy.STEPS:
             return self.args.logging_strategy == IntervalStrategy.EPOCH
         step = self.state.global_step + 1
         return step % self.state.logging_steps == 0 or (step == 1 and self.args.logging_first_step)
 
-    def _add(self, phase: str, statistics: dict[str, torch.Tensor], batch: Batch):
-        values = torch.stack(list(statistics.values()), -1)
-        if values.ndim == batch.labels.ndim:  # of the supervised positions only
-            values, given = values.new_zeros(*batch.labels.shape, len(statistics)), values
-            values[batch.supervised] = given
-        rows = values.flatten(1, -2).sum(1) if batch.labels.ndim > 1 else values
-        if phase == "eval":
-            rows = self.accelerator.gather_for_metrics(rows)  # without the rows that only fill up the last batch
-        for name, value in zip(statistics, rows.double().sum(0), strict=True):
-            self._sums[phase][name] += value
 
-    def _means(self, phase: str) -> dict[str, float]:
-        """Means over supervised positions since they were asked for last."""
-        sums = self._sums[phase]
-        if not sums:
-            return {}
-        totals = torch.stack(list(sums.values()))
-        if phase == "train":
-            totals = self.accelerator.reduce(totals, "sum")
-        sums_of = dict(zip(sums, totals.tolist(), strict=True))
-        sums.clear()
-        check_supervised(sums_of["count"], "what was measured")
-        means = {name: value / sums_of["count"] for name, value in sums_of.items()}
-        means.pop("count")
-        return means
+def _supervised(batch: Batch, term: Projection | torch.Tensor) -> Projection | torch.Tensor:
+    """Return logits at the supervised positions; projections are of these alone."""
+    return term if isinstance(term, Projection) else batch.chosen(term)
 
 
-def _objective(
-    of_backbone: Projection | torch.Tensor,
-    rewards: Projection | torch.Tensor,
-    of_teacher: Projection | torch.Tensor | None,
-    batch: Batch,
-):
-    """The loss, the statistics, and the arguments of both: those by position, and the teacher if there is one."""
-    if isinstance(rewards, Projection):
-        arguments = (of_backbone, rewards, batch.supervised_labels)
-        teacher = {} if of_teacher is None else {"teacher": of_teacher}
-        return fused_prt_loss, fused_prt_statistics, arguments, teacher
-    if isinstance(of_backbone, Projection):
-        arguments = (of_backbone.cast().logits(), batch.chosen(rewards), batch.supervised_labels)
-        return prt_loss, prt_statistics, arguments, {}
-    arguments = (batch.aligned(of_backbone), batch.aligned(rewards), batch.labels)
-    teacher = {} if of_teacher is None else {"teacher_logits": batch.aligned(of_teacher)}
-    return prt_loss, prt_statistics, arguments, teacher
+def _why_not_fused(
+    args: PRTConfig, is_in_parts: bool, network: PreTrainedModel | PeftModel, others: list[Backbone], batch: Batch
+) -> str | None:
+    """Return why the loss needs the logits of whole sequences; None where it does not.
+
+    Args:
+        is_in_parts: by DeepSpeed ZeRO-3.
+        others: the backbones, and the fine-tuned model that the reward is distilled from.
+    """
+    networks = [network, *(other.network for other in others if other.network is not None)]
+    devices = sorted({str(value.device) for each in networks for value in each.parameters()})
+    for problem, holds in {
+        "fused_loss='never'": args.fused_loss == "never",
+        "a classifier has few": others[0].task != TEXT_GENERATION,
+        "the networks are compiled": args.torch_compile,
+        "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
+        "ZeRO-3 keeps the heads in parts": is_in_parts,
+        f"the models are on several devices: {devices}": len(devices) > 1,
+    }.items():
+        if holds:
+            return problem
+    problems = [why_not_projected(network, batch.inputs), *(each.why_not_projected(batch) for each in others)]
+    return next((problem for problem in problems if problem), None)
+
+
+def _check_trained(model, backbones: list[PreTrainedModel], teachers: list[PreTrainedModel]) -> None:
+    """Raise unless something is trained, and nothing of a backbone or of what is distilled.
+
+    Raises:
+        PRTValueError: names the first of the parameters.
+    """
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if not trained:
+        raise PRTValueError(
+            "The reward has no trainable parameter.",
+            expected="an adapter, or a network, that was loaded for training",
+            found="all parameters frozen",
+            remedy="PeftModel.from_pretrained(..., is_trainable=True)",
+        )
+    frozen = {address(value) for network in backbones for value in pretrained_parameters(network).values()}
+    frozen |= {address(value) for teacher in teachers for value in teacher.parameters()}
+    if trained := [name for name, value in trained.items() if address(value) in frozen - {None}]:
+        raise PRTValueError(
+            "The reward trains weights that belong to its backbone, or to what it is distilled from.",
+            expected="an adapter that can be switched off",
+            found=f"trainable: {trained[:3]}",
+            remedy="freeze them (`bias='none'` in a LoraConfig), or pass `backbone=` another copy of the model",
+        )

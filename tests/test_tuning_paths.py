@@ -658,9 +658,9 @@ def test_named_data_sets_are_stored(tuner, tmp_path):
 
 def test_outputs_of_stored_language_models_are_refused(tuner, tmp_path):
     text = (
-        "Of a stored backbone, only what it gave at supervised positions is known.\n"
+        "Stored states of a backbone cover supervised positions only.\n"
         "  expected: losses and the trainer's own figures\n"
-        r"  found: a wish for the PRT model's outputs \(`predict`, or `compute_metrics`\)"
+        r"  found: `predict\(\)` or `compute_metrics`, which need the logits of all positions"
         "\n  remedy: precompute_backbone=False"
     )
     others = texts(7, seed=1)
