@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from ..errors import UnsupportedError
 from ..passes import Pass, lock_of
@@ -67,46 +67,47 @@ def _find_out(run: Pass) -> Behaviour:
     length = min(LENGTH, (context_length(run.model) or LENGTH * 2) // 2)
     apart = run.model.config.get_text_config().vocab_size // (length + 2)
     text = (torch.arange(1, length + 1, device=run.device) * apart)[None]
+    mask = torch.ones_like(text)
+    padded, padded_mask = (torch.cat([torch.zeros_like(text), tensor], 1) for tensor in (text, mask))
     with torch.autocast(run.device.type, enabled=False):
-        expected = run(input_ids=text, use_cache=False).logits[0].float()
-        return Behaviour(_sees_padding(run, text, expected), _steps(run, text, expected))
+        expected = _read(run, text, mask)
+        steps = _reads_in_steps(run, text, mask, expected)
+        # Layers of a model's own may divide texts into blocks that are longer than this one.
+        sees_padding = not run.has_own_layers and _is_same(_read(run, padded, padded_mask)[length:], expected)
+        if sees_padding and steps:
+            sees_padding = _reads_in_steps(run, padded, padded_mask, expected)
+    return Behaviour(sees_padding, steps)
 
 
-def _sees_padding(run: Pass, text: torch.LongTensor, expected: torch.Tensor) -> bool:
-    if run.has_own_layers:  # which may divide texts into blocks that are longer than this one
-        return False
-    length = text.shape[1]
-    positions = torch.arange(length, device=text.device)
-    zeros = torch.zeros_like(text)
-    output = run(
-        input_ids=torch.cat([zeros, text], 1),
-        attention_mask=torch.cat([zeros, torch.ones_like(text)], 1),
-        position_ids=torch.cat([zeros[0], positions])[None],
-        use_cache=False,
-    )
-    return _is_same(output.logits[0, length:], expected)
-
-
-def _steps(run: Pass, text: torch.LongTensor, expected: torch.Tensor) -> bool:
+def _reads_in_steps(run: Pass, rows: torch.LongTensor, mask: torch.LongTensor, expected: torch.Tensor) -> bool:
     if run.cache_name is None:
         return False
-    length = text.shape[1]
-    cache, logits = DynamicCache(config=run.model.config), []
     try:
-        for start, end in [(0, length - STEPS), *((length - left, length - left + 1) for left in range(STEPS, 0, -1))]:
-            positions = torch.arange(start, end, device=text.device)[None]
-            inputs = {"input_ids": text[:, start:end], "position_ids": positions, "use_cache": True}
-            output = run(**inputs, **{run.cache_name: cache})
-            cache = output[run.cache_name]
-            logits.append(output.logits[0, -1])
+        found = _read(run, rows, mask, DynamicCache(config=run.model.config))
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # as unlike as the caches that networks want instead
+    except Exception:  # as many kinds as there are caches that networks want instead
         return False
-    return _is_same(torch.stack(logits[1:]), expected[-STEPS:])
+    return _is_same(found[-STEPS:], expected[-STEPS:])
+
+
+def _read(run: Pass, rows, mask, cache: Cache | None = None) -> torch.Tensor:
+    """Return the logits of one row, with a cache the last ones token by token."""
+    length, start, logits = rows.shape[1], 0, []
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for end in [length] if cache is None else range(length - STEPS, length + 1):
+        inputs = {"input_ids": rows[:, start:end], "position_ids": positions[:, start:end], "use_cache": False}
+        if cache is not None:
+            inputs |= {run.cache_name: cache, "use_cache": True}
+        if not bool(mask.all()) and (start == 0 or not all(cache.is_linear)):
+            inputs["attention_mask"] = mask[:, :end]
+        output = run(**inputs)
+        cache, start = getattr(output, run.cache_name or "", None), end
+        logits.append(output.logits[0].float())
+    return torch.cat(logits)
 
 
 def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """At most tokens: rounding alone may send a single one to another expert."""
-    difference = (found.float() - expected).abs().amax(-1) / expected.std(-1)
+    difference = (found - expected).abs().amax(-1) / expected.std(-1)
     return bool(difference.median() <= TOLERANCE)

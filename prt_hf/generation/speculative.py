@@ -90,6 +90,11 @@ def speculative_decoding(
         reward.attention_mask = torch.ones_like(input_ids) if mask is None else mask
     networks = [model, *(drafter.reward.network for drafter in drafters)]
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
+    drafter = drafters[0].drafter()
+    first, others = (
+        LogitsProcessorList(drafter if processor is drafters[0] else processor for processor in processors)
+        for processors in (first, others)
+    )
     verifier = _Verifier(model, model_kwargs)
     if chunk := generation_config.prefill_chunk_size:
         for end in range(verifier.cache.get_seq_length() + chunk, input_ids.shape[1], chunk):
@@ -99,41 +104,40 @@ def speculative_decoding(
     drafted = accepted = rounds = 0
     draft_length = min(START, longest)
     is_done = False
-    with drafters[0].drafting():
-        while not is_done:
-            length = input_ids.shape[1]
-            count = max(0, min(draft_length, limit - length - 1))
-            tokens, chances = input_ids, []
-            for _ in range(count):
-                source = drafters[0].source_logits(tokens).to(tokens.device)
-                token, chance = _draw(others(tokens, first(tokens, source)), generation_config.do_sample)
-                tokens = torch.cat([tokens, token], 1)
-                chances.append(chance)
-            verified = verifier(tokens, count + 1)
-            is_draft = True
-            for index in range(count + 1):
-                prefix, draft = tokens[:, : length + index], tokens[:, length + index : length + index + 1]
-                logits = first(prefix, verified[:, index].to(tokens.device, torch.float32, copy=True))[:, :size]
-                scores = others(prefix, logits.clone())
-                if index == count:
-                    (token, _), is_draft = _draw(scores, generation_config.do_sample), False
-                else:
-                    token, is_draft = _verify(scores, draft, chances[index])
-                input_ids = torch.cat([input_ids, token], 1)
-                for name, values in (("scores", scores), ("logits", logits)):
-                    if name in records:
-                        records[name] += (values,)
-                accepted += is_draft
-                if streamer is not None:
-                    streamer.put(token[0].cpu())
-                is_done = bool(stopping_criteria(input_ids, records.get("scores")).all())
-                if is_done or not is_draft:
-                    break
-            # The last token has not been read yet, whether it was drafted or not.
-            verifier.keep(input_ids.shape[1] - 1)
-            drafted, rounds = drafted + count, rounds + 1
-            matches = input_ids.shape[1] - length - 1
-            draft_length = min(longest, draft_length + 2 if matches == count else matches + 1)
+    while not is_done:
+        length = input_ids.shape[1]
+        count = max(0, min(draft_length, limit - length - 1))
+        tokens, chances = input_ids, []
+        for _ in range(count):
+            source = drafter.source_logits(tokens).to(tokens.device)
+            token, chance = _draw(others(tokens, first(tokens, source)), generation_config.do_sample)
+            tokens = torch.cat([tokens, token], 1)
+            chances.append(chance)
+        verified = verifier(tokens, count + 1)
+        is_draft = True
+        for index in range(count + 1):
+            prefix, draft = tokens[:, : length + index], tokens[:, length + index : length + index + 1]
+            logits = first(prefix, verified[:, index].to(tokens.device, torch.float32, copy=True))[:, :size]
+            scores = others(prefix, logits.clone())
+            if index == count:
+                (token, _), is_draft = _draw(scores, generation_config.do_sample), False
+            else:
+                token, is_draft = _verify(scores, draft, chances[index])
+            input_ids = torch.cat([input_ids, token], 1)
+            for name, values in (("scores", scores), ("logits", logits)):
+                if name in records:
+                    records[name] += (values,)
+            accepted += is_draft
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+            is_done = bool(stopping_criteria(input_ids, records.get("scores")).all())
+            if is_done or not is_draft:
+                break
+        # The last token has not been read yet, whether it was drafted or not.
+        verifier.keep(input_ids.shape[1] - 1)
+        drafted, rounds = drafted + count, rounds + 1
+        matches = input_ids.shape[1] - length - 1
+        draft_length = min(longest, draft_length + 2 if matches == count else matches + 1)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
