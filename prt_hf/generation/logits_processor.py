@@ -234,7 +234,7 @@ class PRTLogitsProcessor(_RewardProcessor):
                 remedy="leave `compile_config` out, or distil it into a reward",
             )
         self._source_backbone = source_backbone
-        self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source, in speculative decoding
+        self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source
 
     def reset(self) -> None:
         for state in (self._state, *(self._drafting or ())):

@@ -21,7 +21,7 @@ from transformers.generation import (
 from ..errors import PRTValueError, UnsupportedError
 from ..pretrained import CACHE, context_length
 from .logits_processor import PRTLogitsProcessor
-from .state import REMEMBERED
+from .state import REMEMBERED, switching_length
 
 START = 4  # drafts in the first round
 LONGEST = 16
@@ -90,6 +90,7 @@ def speculative_decoding(
         reward.attention_mask = torch.ones_like(input_ids) if mask is None else mask
     networks = [model, *(drafter.reward.network for drafter in drafters)]
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
+    switch = switching_length(model.config)  # what is verified in one pass is read with the same frequencies
     drafter = drafters[0].drafter()
     first, others = (
         LogitsProcessorList(drafter if processor is drafters[0] else processor for processor in processors)
@@ -107,6 +108,8 @@ def speculative_decoding(
     while not is_done:
         length = input_ids.shape[1]
         count = max(0, min(draft_length, limit - length - 1))
+        if switch is not None and length <= switch:
+            count = min(count, switch - length)
         tokens, chances = input_ids, []
         for _ in range(count):
             source = drafter.source_logits(tokens).to(tokens.device)
@@ -169,11 +172,14 @@ class _Verifier:
             tokens,
             next_sequence_length=tokens.shape[1] - self._length,
             is_first_iteration=self._length == 0,
-            **self._kwargs | self._extended(tokens.shape[1]),
+            **self._kwargs | self._extended(tokens.shape[1]) | {CACHE: self.cache},
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
         output = self.model(**inputs, return_dict=True)
+        if output[CACHE] is not self.cache:  # begun anew, as some do where their frequencies switch
+            self.cache = output[CACHE]
+            self.cache.activate_past_recording()
         self._length = tokens.shape[1]
         return output.logits[:, -count:]
 

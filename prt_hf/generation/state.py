@@ -77,7 +77,7 @@ class RewardState:
         self._of, self._compile_config = of, compile_config
         self._pass: Pass | None = None
         self._config = model.config
-        self._limit, self._switch = context_length(model), _switching_length(model.config)
+        self._limit, self._switch = context_length(model), switching_length(model.config)
         self._cache_name = Pass(network).cache_name
         # A recurrent state cannot be rewound, nor continued by several tokens at once.
         self._is_recurrent = getattr(model, "_is_stateful", False) or self._cache_name is None
@@ -220,14 +220,11 @@ class RewardState:
         mask = rows != PAD
         check_length(int(mask.sum(1).max()), self._limit)
         new = rows[:, kept:]
-        # Not all networks count on from their cache, so positions are always told.
-        kwargs = {
-            "input_ids": new.clamp(min=0),
-            "position_ids": (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:],
-            "use_cache": False,
-            "logits_to_keep": 1,
-        }
-        if not bool(mask.all()):
+        is_padded = not bool(mask.all())
+        kwargs = {"input_ids": new.clamp(min=0), "use_cache": False, "logits_to_keep": 1}
+        if kept or is_padded or self._compile_config is not None:  # else the network itself knows best where it starts
+            kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
+        if is_padded:
             check_padding(self._pass)
             if self._switch is not None:
                 self._is_long(rows)
@@ -290,7 +287,7 @@ def _reset_in_training(reference: weakref.ref):
     return hook
 
 
-def _switching_length(config: PreTrainedConfig) -> int | None:
+def switching_length(config: PreTrainedConfig) -> int | None:
     """Return the length beyond which the network reads the whole text with other frequencies; None without longrope."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     ropes = [ropes, *(value for value in ropes.values() if isinstance(value, dict))]
