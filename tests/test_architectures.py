@@ -16,8 +16,8 @@ from prt_hf.recipe import PRTModelConfig
 # What attributes of configurations are set to, by their names.
 _SIZES = {
     tiny.VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size",
-    32: "hidden_size d_model n_embd dim embed_dim embedding_size input_embedding_size word_embed_proj_dim embedding_dim "
-    "attention_hidden_size lru_width emb_dim hidden_dim decoder_hidden_size backbone_hidden_size",
+    32: "hidden_size d_model n_embd dim embed_dim embedding_size input_embedding_size word_embed_proj_dim "
+    "embedding_dim attention_hidden_size lru_width emb_dim hidden_dim decoder_hidden_size backbone_hidden_size",
     2: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_blocks num_key_value_heads "
     "num_kv_heads n_kv_heads multi_query_group_num num_experts_per_tok moe_topk top_k_experts moe_k experts_per_token "
     "first_k_dense_replace num_encoder_layers num_decoder_layers linear_num_key_heads mamba_n_groups n_groups "
@@ -141,6 +141,8 @@ def small(config: dict) -> dict:
             made[name] = 1
         elif name == "is_decoder":
             made[name] = True
+        elif name == "encoder_no_repeat_ngram_size":
+            made[name] = 0
         elif name.startswith("forced_"):  # of generation, where transformers has it no more
             made[name] = None
     if "kv_lora_rank" in config and "num_key_value_heads" in made:
@@ -208,7 +210,7 @@ def check_as_one_model(backbone, tokenizer) -> bool:
     model = PRTForCausalLM.from_parts(backbone, [RewardModel.from_base(network, tokenizer)], tokenizer=tokenizer)
 
     def check(rows, mask):
-        settings = {"max_new_tokens": 4, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+        settings = {"max_new_tokens": 3, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
         output = model.generate(rows, attention_mask=mask, eos_token_id=None, **settings)
         for index, found in enumerate(output.scores):
             text = output.sequences[:, : rows.shape[1] + index]

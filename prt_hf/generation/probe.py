@@ -25,11 +25,13 @@ class Behaviour(NamedTuple):
     """
     Attributes:
         sees_padding: left padding changes nothing.
-        steps: reading on from a cache gives what reading everything gives.
+        steps: reading on from a cache, token by token, gives what reading everything gives.
+        rewinds: so does reading several tokens at once, after others were taken back.
     """
 
     sees_padding: bool
     steps: bool
+    rewinds: bool
 
 
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, Behaviour]" = weakref.WeakKeyDictionary()
@@ -72,40 +74,54 @@ def _find_out(run: Pass) -> Behaviour:
     with torch.autocast(run.device.type, enabled=False):
         expected = _read(run, text, mask)
 
-        def is_same(rows, mask, in_steps=False):
+        def is_same(last, read, *inputs):
             """At most tokens: rounding alone may send a single one to another expert."""
             try:
-                found = _read(run, rows, mask, DynamicCache(config=run.model.config) if in_steps else None)
+                found = read(run, *inputs)
             except torch.OutOfMemoryError:
                 raise
             except Exception:  # as many kinds as there are networks that are called in another way
                 return False
-            last = STEPS if in_steps else length
             difference = (found[-last:] - expected[-last:]).abs().amax(-1) / expected[-last:].std(-1)
             return bool(difference.median() <= TOLERANCE)
 
-        steps = run.cache_name is not None and is_same(text, mask, in_steps=True)
+        steps = run.cache_name is not None and is_same(STEPS, _read_in_steps, text, mask)
+        rewinds = steps and not run.has_own_layers and is_same(STEPS, _read_after_others, text)
         # Layers of a model's own may divide texts into blocks that are longer than this one.
-        sees_padding = not run.has_own_layers and is_same(padded, padded_mask)
+        sees_padding = not run.has_own_layers and is_same(length, _read, padded, padded_mask)
         if sees_padding and steps:
-            sees_padding = is_same(padded, padded_mask, in_steps=True)
-    return Behaviour(sees_padding, steps)
+            sees_padding = is_same(STEPS, _read_in_steps, padded, padded_mask)
+    return Behaviour(sees_padding, steps, rewinds)
 
 
-def _read(run: Pass, rows, mask, cache: Cache | None = None) -> torch.Tensor:
-    """Return the logits of one row, with a cache the last ones token by token."""
-    length, start, logits = rows.shape[1], 0, []
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+def _read(run: Pass, rows, mask, start: int = 0, cache: Cache | None = None) -> torch.Tensor:
+    """Return the logits of one row from `start` on, what lies before being in the cache."""
+    inputs = {"input_ids": rows[:, start:], "use_cache": cache is not None}
     is_padded = not bool(mask.all())
-    for end in [length] if cache is None else range(length - STEPS, length + 1):
-        inputs = {"input_ids": rows[:, start:end], "use_cache": False}
-        if cache is not None:
-            inputs |= {run.cache_name: cache, "use_cache": True}
-        if start or is_padded:
-            inputs["position_ids"] = positions[:, start:end]
-        if is_padded and (start == 0 or not all(cache.is_linear)):
-            inputs["attention_mask"] = mask[:, :end]
-        output = run(**inputs)
-        cache, start = getattr(output, run.cache_name or "", None), end
-        logits.append(output.logits[0].float())
-    return torch.cat(logits)
+    if start or is_padded:
+        inputs["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)[:, start:]
+    if is_padded and not (start and all(cache.is_linear)):
+        inputs["attention_mask"] = mask
+    if cache is not None:
+        inputs[run.cache_name] = cache
+    return run(**inputs).logits[0].float()
+
+
+def _read_in_steps(run: Pass, rows, mask) -> torch.Tensor:
+    cache, length = DynamicCache(config=run.model.config), rows.shape[1]
+    starts = [0, *range(length - STEPS, length)]
+    ends = [*starts[1:], length]
+    return torch.cat(
+        [_read(run, rows[:, :end], mask[:, :end], start, cache) for start, end in zip(starts, ends, strict=True)]
+    )
+
+
+def _read_after_others(run: Pass, rows) -> torch.Tensor:
+    cache, mask = DynamicCache(config=run.model.config), torch.ones_like(rows)
+    start = rows.shape[1] - STEPS
+    cache.activate_past_recording()
+    _read(run, rows[:, :start], mask[:, :start], 0, cache)
+    others = torch.cat([rows[:, :start], rows[:, :STEPS]], 1)
+    _read(run, others, mask, start, cache)
+    cache.crop(-STEPS)
+    return _read(run, rows, mask, start, cache)

@@ -19,8 +19,10 @@ from transformers.generation import (
 )
 
 from ..errors import PRTValueError, UnsupportedError
+from ..passes import Pass
 from ..pretrained import CACHE, context_length
 from .logits_processor import PRTLogitsProcessor
+from .probe import behaviour_of
 from .state import REMEMBERED, switching_length
 
 START = 4  # drafts in the first round
@@ -76,7 +78,7 @@ def speculative_decoding(
     first, others = LogitsProcessorList(rewards), logits_processor
     drafters = [processor for processor in [*first, *others] if isinstance(processor, PRTLogitsProcessor)]
     longest = LONGEST if num_draft_tokens is None else num_draft_tokens
-    _check(input_ids, model_kwargs.get(CACHE), generation_config, drafters, longest)
+    _check(model, input_ids, model_kwargs.get(CACHE), generation_config, drafters, longest)
     for processor in others:
         if isinstance(processor, _STATEFUL):
             raise UnsupportedError(
@@ -221,7 +223,7 @@ def _verify(scores, draft: torch.LongTensor, chances: torch.FloatTensor | None) 
     return torch.multinomial(rest if bool(rest.any()) else wanted, 1), False
 
 
-def _check(input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProcessor], longest: int) -> None:
+def _check(model, input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProcessor], longest: int) -> None:
     if not drafters:
         raise PRTValueError(
             "Nothing can draft.",
@@ -242,11 +244,11 @@ def _check(input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProc
             found=f"{len(input_ids)} rows, {mode.value}",
             remedy="generate without it, or prompt by prompt",
         )
-    if type(cache) is not DynamicCache or not getattr(cache, "is_croppable", True):
+    if type(cache) is not DynamicCache or not behaviour_of(Pass(model)).rewinds:
         raise UnsupportedError(
             "The backbone's cache cannot take drafts back.",
-            expected="a dynamic cache of attention layers",
-            found="no cache" if cache is None else f"{type(cache).__name__} of {type(cache.layers[0]).__name__}",
+            expected="a dynamic cache of attention layers that several tokens at once are added to and cropped from",
+            found="no cache" if cache is None else f"{type(cache).__name__} of {type(model).__name__}",
             remedy="generate without speculation",
         )
     if cache.get_seq_length() >= input_ids.shape[1]:

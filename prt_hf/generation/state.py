@@ -180,7 +180,7 @@ class RewardState:
                 and (surplus == 0 or not memory.forgets)
             )
         elif surplus > 0:
-            is_reusable = is_reusable and (RECORDS_PAST or not memory.forgets) and self._can_crop(cache)
+            is_reusable = is_reusable and (RECORDS_PAST or not memory.forgets) and behaviour_of(self._pass).rewinds
         if is_reusable and self._switch is not None:
             is_reusable = self._is_long(memory.rows) == self._is_long(rows)
         if not is_reusable:
@@ -200,9 +200,6 @@ class RewardState:
             blocks = range(len(self._pass.blocks))
             cache.reorder_cache(torch.cat([source + block * len(memory.rows) for block in blocks]))
         return common
-
-    def _can_crop(self, cache: Cache) -> bool:
-        return getattr(cache, "is_croppable", True) and not self._pass.has_own_layers
 
     def _is_long(self, rows) -> bool:
         """Whether the texts are so long that the network turns its positions by other frequencies."""
