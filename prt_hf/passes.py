@@ -6,6 +6,7 @@ Decoding reads every weight once per pass, so two rows cost little more than one
 import copy
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,11 +22,19 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 
 from .errors import UnsupportedError
-from .pretrained import CACHE, unwrap_adapter
+from .pretrained import CACHE, first_position, unwrap_adapter
 
-_LOCK = threading.RLock()  # layers are changed for the time of a pass: one at a time
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
 ADAPTER = "default"  # the one adapter of a reward
 _NAMED = ("logits_to_keep", "position_ids")  # models that do not name these hand them on to layers that know neither
+
+
+def lock_of(model: PreTrainedModel) -> threading.RLock:
+    """Return the lock under which a model's layers or its mode are changed for the time of a pass.
+
+    Shallow copies of a model, which run on the same layers, have the same lock.
+    """
+    return _LOCKS.setdefault(model.base_model, threading.RLock())
 
 
 class Pass:
@@ -43,6 +52,7 @@ class Pass:
         parameters = inspect.signature(self.model.forward).parameters
         self.accepted = set(parameters)
         self._accepts_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        self._first_position = first_position(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -55,16 +65,36 @@ class Pass:
             return False
         return not all(DynamicCache(config=self.model.config).is_linear)
 
+    @property
+    def cache_name(self) -> str | None:
+        """The name of the usual cache among the model's inputs; None where it keeps one of its own kind."""
+        # RWKV, xLSTM, MiniMax promise nothing about reordering theirs.
+        if not getattr(self.model, "_supports_default_dynamic_cache", lambda: True)():
+            return None
+        # State-space models had another name for it before transformers 5.24.
+        return next((name for name in (CACHE, "cache_params") if name in self.accepted), None)
+
+    @property
+    def has_own_layers(self) -> bool:
+        """Whether layers of the usual cache are of a kind that is the model's own."""
+        if self.cache_name is None:
+            return False
+        layers = DynamicCache(config=self.model.config).layers
+        return any(type(layer).__module__ != DynamicCache.__module__ for layer in layers)
+
     def __call__(self, **inputs):
-        """The network's output; inputs that it does not take are left out."""
+        """The network's output; inputs that it does not take are left out. `position_ids` count from 0."""
         return self.network(**self.prepare(inputs))
 
     def prepare(self, inputs: dict) -> dict:
-        return {
+        prepared = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
             if name in self.accepted or (self._accepts_all and name not in _NAMED)
         }
+        if self._first_position and prepared.get("position_ids") is not None:
+            prepared["position_ids"] = prepared["position_ids"] + self._first_position
+        return prepared
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """`(len(blocks) * batch_size, ...)` -> one tensor of `(batch_size, ...)` for each block."""
@@ -115,7 +145,7 @@ class MixedPass(Pass):
         return prepared
 
     def __call__(self, **inputs):
-        with _LOCK, self._changed_layers():
+        with lock_of(self.model), self._changed_layers():
             return super().__call__(**inputs)
 
     @contextmanager

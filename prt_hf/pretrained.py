@@ -244,11 +244,15 @@ def context_length(network: nn.Module) -> int | None:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or limit <= 0:
         return None
+    return limit - first_position(model)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """Return the number that the model gives to the first token of a text: not 0 where padding has a position."""
     for name, module in model.named_modules():
-        # RoBERTa counts positions from behind its padding index.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    return limit
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:  # RoBERTa's kin
+            return module.padding_idx + 1
+    return 0
 
 
 def check_length(length: int, limit: int | None) -> None:

@@ -1,5 +1,7 @@
 """`generate()` with a reward equals `generate()` with a brute-force recomputation in float64, in every mode."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
@@ -155,6 +157,32 @@ def test_interleaved_calls(backbone, reward, tokenizer):
             scores = torch.randn(len(rows), tiny.VOCABULARY)
             torch.testing.assert_close(processor(rows, scores), reference(rows, scores), atol=2e-4, rtol=1e-3)
             texts[index] = torch.cat([rows, scores.argmax(-1, keepdim=True)], 1)
+
+
+@pytest.mark.parametrize("kind", ["reward", "eft"])
+def test_threads(backbone, tokenizer, kind):
+    """A server with a pool of threads: many texts through one processor at a time, each as by itself."""
+    network = RewardModel.from_base(tiny.llama(2), tokenizer, LoraConfig(init_lora_weights=False)).network.eval()
+    if kind == "eft":
+        processor = EFTLogitsProcessor(network, tokenizer)
+    else:
+        processor = PRTLogitsProcessor(RewardModel.from_base(tiny.mamba(2), tokenizer), tokenizer)
+    prompts = [tiny.prompts(1 + seed % 2, 5 + seed % 3, seed) for seed in range(12)]
+    expected = [generate(backbone, processor, prompt) for prompt in prompts]
+    processor.reset()
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda prompt: generate(backbone, processor, prompt), prompts))
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_mask_set_while_a_text_is_decoded_is_not_taken_for_its_own(reward, tokenizer):
+    """As another thread might set it."""
+    rows, scores = tiny.prompts(2, 8), torch.randn(2, tiny.VOCABULARY)
+    processor = PRTLogitsProcessor(reward, tokenizer, attention_mask=torch.ones_like(rows))
+    processor(rows, scores)
+    processor.attention_mask = torch.tensor([[1] * 8, [0] * 3 + [1] * 5])
+    with pytest.raises(PRTValueError, match="belongs to other prompts"):
+        processor(torch.cat([rows, rows[:, :1]], 1), scores)
 
 
 def test_beam_scores_are_exact(backbone, reward, tokenizer):

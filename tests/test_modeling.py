@@ -2,6 +2,7 @@
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -35,7 +36,7 @@ from prt_hf import (
     prt_loss,
 )
 from prt_hf.errors import PRTValueError
-from prt_hf.passes import MixedPass, bare_base, can_mix
+from prt_hf.passes import MixedPass, bare_base, can_mix, lock_of
 from prt_hf.pretrained import CACHE
 
 TOKENIZER = tiny.tokenizer()
@@ -333,6 +334,25 @@ def test_logits_to_keep(parts, kept):
     torch.testing.assert_close(found.double(), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["on the backbone, and between", "sliding window"])
+@torch.no_grad()
+def test_padding_counts_no_positions(name):
+    """Without `position_ids`, in one pass and in steps: as the rows by themselves."""
+    parts = compose(name)
+    rows = tiny.prompts(2, 9)
+    mask = torch.ones_like(rows)
+    mask[1, :4] = 0
+    expected = [
+        reference_log_probs(parts.networks, parts.strengths, row[None, kept.bool()])[0, -1]
+        for row, kept in zip(rows, mask, strict=True)
+    ]
+    found = parts.model(rows, attention_mask=mask).logits[:, -1]
+    torch.testing.assert_close(found.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    cache = parts.model(rows[:, :-1], attention_mask=mask[:, :-1], use_cache=True)[CACHE]
+    found = parts.model(rows[:, -1:], attention_mask=mask, **{CACHE: cache}).logits[:, -1]
+    torch.testing.assert_close(found.double(), torch.stack(expected), atol=1e-4, rtol=1e-4)
+
+
 @torch.no_grad()
 def test_masks_and_positions_reach_every_network(mixed):
     prompts = tiny.prompts(2, 9)
@@ -540,6 +560,32 @@ def test_adapters_of_every_kind(lora, is_mixed, is_tied):
     torch.testing.assert_close(found, reference_log_probs(networks, [0.7], rows), atol=1e-4, rtol=1e-4)
     assert len(model._mixed) == (1 if is_mixed else 2)
     torch.testing.assert_close(backbone(rows).logits, expected, msg="what is tuned is never the backbone's")
+
+
+def test_threads():
+    """Mixed passes of one base take turns; who uses that base by itself in the meantime sees nothing of them."""
+    parts = compose("on the backbone, and between")
+    prompts = [tiny.prompts(1 + seed % 2, 5 + seed % 3, seed) for seed in range(8)]
+    bare = [parts.networks[0](prompt).logits for prompt in prompts]
+    expected = [generate(parts.model, prompt) for prompt in prompts]
+
+    def work(index):
+        if index % 4 == 3:
+            with torch.no_grad():
+                for _ in range(10):
+                    torch.testing.assert_close(parts.model.backbone(prompts[index]).logits, bare[index])
+        return generate(parts.model, prompts[index])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(map(torch.equal, threads.map(work, range(8)), expected))
+
+
+def test_bases_do_not_wait_for_one_another():
+    run = MixedPass(base := tiny.gpt2(2), [None, adapter(base).network])
+    other = tiny.gpt2(3)
+    assert lock_of(base) is lock_of(copy.copy(base)) is not lock_of(other)
+    with lock_of(other), ThreadPoolExecutor(1) as threads:
+        threads.submit(torch.no_grad()(lambda: run(input_ids=tiny.prompts(2)))).result(timeout=60)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from scipy.stats import chisquare
-from transformers import GenerationConfig, StoppingCriteria, TextStreamer
+from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, StoppingCriteria, TextStreamer
 from transformers.generation import BaseStreamer
 
 from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel, UnsupportedError, speculative_decoding
@@ -347,6 +347,35 @@ def test_threads(source, backbone, tokenizer):
 
     with ThreadPoolExecutor(4) as threads:
         assert all(map(torch.equal, threads.map(generate, prompts), expected))
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_threads_of_one_processor(source, backbone, tokenizer, kind):
+    """Ordinary and speculative decoding side by side."""
+    processor = PRTLogitsProcessor(reward_of(kind, source, tokenizer), tokenizer, source_backbone=source)
+    prompts = [tiny.prompts(1, 6 + seed % 3, seed) for seed in range(8)]
+    settings = {"do_sample": False, "max_new_tokens": 16, "logits_processor": [processor]}
+    expected = [backbone.generate(prompt, **settings) for prompt in prompts]
+
+    def generate(index):
+        decode = {"custom_generate": speculative_decoding} if index % 4 else {}
+        return backbone.generate(prompts[index], **settings, **decode)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(map(torch.equal, threads.map(generate, range(8)), expected))
+
+
+def test_a_backbone_of_longrope(source, tokenizer):
+    """Which reads everything anew where its frequencies switch, in the midst of the text."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    torch.manual_seed(1)
+    backbone = Phi3ForCausalLM(
+        Phi3Config(**tiny._ATTENTION, rope_parameters=rope, original_max_position_embeddings=16)
+    ).eval()
+    processor = PRTLogitsProcessor(reward_of("lora", source, tokenizer), tokenizer)
+    ordinary, ours = both(backbone, processor, tiny.prompts(1, 9))
+    assert torch.equal(ours.sequences, ordinary)
 
 
 # What cannot be right is refused

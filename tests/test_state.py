@@ -1,15 +1,20 @@
 """Whatever is asked, in whatever order: the cached reward equals a recomputation."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
-from transformers import RwkvConfig, RwkvForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM, RwkvConfig, RwkvForCausalLM
 
 from prt_hf import ContextLengthError, RewardModel, UnsupportedError
 from prt_hf.generation import RewardState
+from prt_hf.generation.state import THREADS
+from prt_hf.passes import wrapped_layers
 
 STEPS = ("extend", "reorder", "crop", "new prompt", "repeat", "draft", "pad", "shorter")
 
@@ -154,6 +159,136 @@ def test_changed_networks_are_computed_anew(tokenizer):
     assert_exact(state, rows)
     network.to(torch.float64)
     assert state(rows).dtype == torch.float64
+
+
+CHANGES = {
+    "load_state_dict": lambda network: network.load_state_dict(
+        {name: value + 0.1 for name, value in network.state_dict().items()}
+    ),
+    "assigned": lambda network: network.load_state_dict(
+        {name: value + 0.1 for name, value in network.state_dict().items()}, assign=True
+    ),
+    "in place": lambda network: torch.nn.init.normal_(next(network.parameters()), std=0.3),
+    "other data": lambda network: [setattr(value, "data", value.data + 0.1) for value in network.parameters()],
+    "in inference mode": torch.inference_mode(lambda network: [value.add_(0.1) for value in network.parameters()]),
+    "switched off": lambda network: network.base_model.disable_adapter_layers(),
+    "scaled": lambda network: [layer.scale_layer(3.0) for _, layer in wrapped_layers(network.get_base_model())],
+    "cast": lambda network: network.to(torch.bfloat16).to(torch.float32),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_between_calls(tokenizer, change):
+    network = RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig(init_lora_weights=False)).network.eval()
+    state, rows = RewardState(network), tiny.prompts(2, 9)
+    before = state(rows)
+    with torch.no_grad():
+        CHANGES[change](network)
+    assert_exact(state, rows)
+    assert (state(rows) - before).abs().max() > 1e-3
+    computed = state.tokens_computed
+    state(rows)
+    assert state.tokens_computed == computed, "what was asked after the change is remembered"
+
+
+def test_both_see_a_merge(tokenizer):
+    network = RewardModel.from_base(tiny.llama(1), tokenizer, LoraConfig(init_lora_weights=False)).network.eval()
+    state, rows = RewardState(network, of="both"), tiny.prompts(2, 9)
+    state.blocks(rows)
+    network.merge_adapter()
+    with pytest.raises(UnsupportedError, match="merged into weights"):
+        state.blocks(rows)
+
+
+def test_precision_and_inference_mode_of_the_caller(networks):
+    """What was computed under autocast is asked anew outside of it; what inference mode made is left behind."""
+    for name in ("llama", "state-space"):
+        state, rows = RewardState(networks[name]), tiny.prompts(2, 9)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = state(rows)
+        assert_exact(state, rows)
+        assert not torch.equal(rounded.float(), state(rows))
+        with torch.inference_mode():
+            state(rows)
+        assert_exact(state, torch.cat([rows, rows[:, :1]], 1))
+
+
+def test_threads(networks):
+    """Each thread goes on from its own text; more threads than are remembered are right as well."""
+    for name in tiny.LANGUAGE_MODELS:
+        state = RewardState(networks[name])
+        barrier = threading.Barrier(4, timeout=60)
+
+        def decode(seed, state=state, barrier=barrier):
+            rows = tiny.prompts(2, 6 + seed % 3, seed)
+            for _ in range(5):
+                barrier.wait()
+                assert_exact(state, rows)
+                rows = torch.cat([rows, rows[:, :1]], 1)
+            return rows
+
+        with ThreadPoolExecutor(4) as threads:
+            list(threads.map(decode, range(4)))
+        assert state.tokens_computed == sum(2 * (6 + seed % 3 + 4) for seed in range(4)), "none costs another its cache"
+    state, barrier = RewardState(networks["gpt2"]), threading.Barrier(THREADS + 4, timeout=60)
+    with ThreadPoolExecutor(THREADS + 4) as threads:
+        list(threads.map(lambda seed: decode(seed, state, barrier), range(THREADS + 4)))
+    assert len(state._memories) == THREADS
+
+
+def test_reset_while_another_thread_is_at_work(networks):
+    state, rows, stop = RewardState(networks["llama"]), tiny.prompts(2, 7), threading.Event()
+
+    def disturb():
+        while not stop.is_set():
+            state.reset()
+
+    with ThreadPoolExecutor(1) as threads:
+        disturbing = threads.submit(disturb)
+        try:
+            for _ in range(20):
+                assert_exact(state, rows)
+                rows = torch.cat([rows, rows[:, :1]], 1)
+        finally:
+            stop.set()
+        disturbing.result()
+
+
+def test_networks_in_training_mode_under_threads(tokenizer):
+    """Two states of one network, which each switches it to evaluation and back."""
+    network = RewardModel.from_base(tiny.gpt2(1, resid_pdrop=0.5), tokenizer).network
+    expected = {seed: tiny.next_logits(network.eval(), tiny.prompts(2, 9, seed)) for seed in range(4)}
+    network.train()
+    states = [RewardState(network), RewardState(network)]
+
+    def ask(seed):
+        state = states[seed % 2]
+        for _ in range(10):
+            state.reset()
+            torch.testing.assert_close(state(tiny.prompts(2, 9, seed)), expected[seed], atol=2e-4, rtol=2e-4)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(ask, range(4)))
+    assert network.training
+
+
+def test_longrope_reads_long_texts_anew():
+    """Beyond the length of pretraining the whole text is turned by other frequencies, also what the cache holds."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 2.0}
+    rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
+    torch.manual_seed(1)
+    config = tiny._ATTENTION | {"rope_parameters": rope, "original_max_position_embeddings": 12}
+    state = RewardState(Phi3ForCausalLM(Phi3Config(**config)).eval())
+    rows = tiny.prompts(2, 16)
+    for length in (9, 10, 11, 12, 13, 14, 15, 12, 11, 14):
+        assert_exact(state, rows[:, :length])
+    assert state.tokens_computed == 2 * (12 + 13 + 2 + 12 + 1 + 14)
+    mask = torch.ones_like(rows)
+    mask[1, :8] = 0
+    with pytest.raises(UnsupportedError, match="(?s)longrope.*found: 1 short, 1 long"):
+        state(rows, mask)
+    mask[1, :8], mask[1, :2] = 1, 0
+    assert_exact(state, rows, mask)
 
 
 def test_hooks_do_not_outlive_their_state(networks):

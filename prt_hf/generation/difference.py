@@ -4,7 +4,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..passes import can_mix, check_not_merged, is_plain, wrapped_layers
+from ..passes import can_mix, check_not_merged, is_plain, lock_of, wrapped_layers
+from ..pretrained import unwrap_adapter
 from .state import RewardState
 
 
@@ -43,10 +44,11 @@ class DifferenceState:
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of pi_ft and of pi_pt."""
-        self._follow_the_adapter()
-        if self._is_mixed:
-            return self._states[0].blocks(input_ids, attention_mask)
-        return tuple(state(input_ids, attention_mask) for state in self._states)
+        with lock_of(unwrap_adapter(self._finetuned)):
+            self._follow_the_adapter()
+            if self._is_mixed:
+                return self._states[0].blocks(input_ids, attention_mask)
+            return tuple(state(input_ids, attention_mask) for state in self._states)
 
     def _follow_the_adapter(self) -> None:
         for _, layer in self._layers[:1]:  # adapters are switched as a whole

@@ -1,8 +1,7 @@
 """Reward logits inside `generate(logits_processor=[...])`."""
 
+import copy
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,13 +14,20 @@ from ..contract import VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
 from ..loading import check_is_of_layers, load_base
-from ..passes import can_mix
-from ..pretrained import contract_of
+from ..passes import can_mix, lock_of
+from ..pretrained import contract_of, unwrap_adapter
 from ..reward_model import RewardModel
 from .difference import DifferenceState
 from .state import RewardState
 
 logger = logging.get_logger(__name__)
+
+
+class _Masked:
+    """A mask, and the prompts that it was first used for."""
+
+    def __init__(self, mask: torch.LongTensor | None):
+        self.mask, self.prompts = mask, None
 
 
 class _RewardProcessor(LogitsProcessor):
@@ -63,7 +69,7 @@ class _RewardProcessor(LogitsProcessor):
     @property
     def attention_mask(self) -> torch.LongTensor | None:
         """`(batch_size, prompt_length)`, the mask given to `generate`; set it anew for other prompts."""
-        return self._attention_mask
+        return self._masked.mask
 
     @attention_mask.setter
     def attention_mask(self, mask):
@@ -73,8 +79,7 @@ class _RewardProcessor(LogitsProcessor):
                 expected="shape (batch_size, prompt_length)",
                 found=str(tuple(mask.shape)),
             )
-        self._attention_mask = mask
-        self._masked_prompt = None
+        self._masked = _Masked(mask)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """
@@ -109,28 +114,30 @@ class _RewardProcessor(LogitsProcessor):
 
     @abstractmethod
     def reset(self) -> None:
-        """Free the caches; they also know by themselves when prompts, adapters or (by training) weights change."""
+        """Free the caches. Of themselves, they follow the prompts, and the weights and adapters as far as
+        [`~prt_hf.generation.versions.Versions`] tells."""
 
     @abstractmethod
     def _rewards(self, input_ids, attention_mask) -> torch.Tensor:
         """r(x, .) of shape `(batch_size, at least contract.size)`."""
 
     def _mask(self, input_ids):
-        mask = self._inferred_mask(input_ids) if self.attention_mask is None else self._extended_mask(input_ids)
+        masked = self._masked
+        mask = self._inferred_mask(input_ids) if masked.mask is None else self._extended_mask(masked, input_ids)
         return None if mask is None or bool(mask.all()) else mask
 
-    def _extended_mask(self, input_ids):
+    def _extended_mask(self, masked, input_ids):
         """The prompts' mask for every row that `generate` made of them, with ones for what was generated."""
-        mask = self.attention_mask.to(input_ids.device)
+        mask = masked.mask.to(input_ids.device)
         rows, (prompts, length) = len(input_ids), mask.shape
         is_fitting = rows % prompts == 0 and input_ids.shape[1] >= length
         if is_fitting:
             copies = rows // prompts
             start = input_ids[:, :length]
-            if self._masked_prompt is None:
-                self._masked_prompt = start[::copies].clone()
+            if masked.prompts is None and input_ids.shape[1] == length:  # else of a text begun under another mask
+                masked.prompts = start[::copies].clone()
             # Beams never leave their prompt, so row i still starts with prompt i // copies.
-            is_fitting = torch.equal(start, self._masked_prompt.repeat_interleave(copies, 0))
+            is_fitting = masked.prompts is not None and torch.equal(start, masked.prompts.repeat_interleave(copies, 0))
         if not is_fitting:
             raise PRTValueError(
                 "`attention_mask` belongs to other prompts than these.",
@@ -166,7 +173,8 @@ class PRTLogitsProcessor(_RewardProcessor):
 
     Exactly what a full recomputation of the reward gives, in every mode of `generate`: greedy, sampling, beams,
     `num_return_sequences`, left padding, assisted decoding, prompt lookup. The reward's KV cache follows the rows by
-    their content, so one object may be used again, for other prompts and batch sizes.
+    their content, so one object may be used again, for other prompts and batch sizes, and by several threads at once,
+    which take turns at the reward. `strength` and `attention_mask` hold for all of them.
 
     Args:
         reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
@@ -226,30 +234,31 @@ class PRTLogitsProcessor(_RewardProcessor):
                 remedy="leave `compile_config` out, or distil it into a reward",
             )
         self._source_backbone = source_backbone
-        self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source, in speculative decoding
+        self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source
 
     def reset(self) -> None:
         for state in (self._state, *(self._drafting or ())):
             state.reset()
 
-    @contextmanager
-    def drafting(self) -> Iterator[None]:
-        """Within, `source_logits` can be asked for; a reward adapter gives them in the pass that gives its rewards."""
-        if self._drafting is None or self._is_mixed != can_mix(self.reward.network):
-            self._drafting = self._draft_states()
-        ordinary = self._state
-        self._state = self._drafting[0]
-        try:
-            yield
-        finally:
-            self._state = ordinary
+    def drafter(self) -> "PRTLogitsProcessor":
+        """Return this processor able to give `source_logits`: of an adapter, in the pass that gives its rewards.
 
-    def _draft_states(self) -> tuple[RewardState, RewardState]:
+        It is another object, since this one may be at work in other threads; the caches are kept from call to call.
+        """
+        network = self.reward.network
+        with lock_of(unwrap_adapter(network)):
+            is_mixed = can_mix(network)
+            if self._drafting is None or self._is_mixed != is_mixed:
+                self._drafting, self._is_mixed = self._draft_states(is_mixed), is_mixed
+            drafter = copy.copy(self)
+        drafter._state = drafter._drafting[0]
+        return drafter
+
+    def _draft_states(self, is_mixed: bool) -> tuple[RewardState, RewardState]:
         network, config = self.reward.network, self.reward.config
-        self._is_mixed = can_mix(network)
         if config.minus_base:
             return self._state, self._state
-        if self._is_mixed:
+        if is_mixed:
             return (RewardState(network, of="both"),) * 2
         if config.is_adapter:
             return self._state, RewardState(network, of="base")

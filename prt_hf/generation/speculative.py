@@ -19,9 +19,11 @@ from transformers.generation import (
 )
 
 from ..errors import PRTValueError, UnsupportedError
+from ..passes import Pass
 from ..pretrained import CACHE, context_length
 from .logits_processor import PRTLogitsProcessor
-from .state import REMEMBERED
+from .probe import behaviour_of
+from .state import REMEMBERED, switching_length
 
 START = 4  # drafts in the first round
 LONGEST = 16
@@ -76,7 +78,7 @@ def speculative_decoding(
     first, others = LogitsProcessorList(rewards), logits_processor
     drafters = [processor for processor in [*first, *others] if isinstance(processor, PRTLogitsProcessor)]
     longest = LONGEST if num_draft_tokens is None else num_draft_tokens
-    _check(input_ids, model_kwargs.get(CACHE), generation_config, drafters, longest)
+    _check(model, input_ids, model_kwargs.get(CACHE), generation_config, drafters, longest)
     for processor in others:
         if isinstance(processor, _STATEFUL):
             raise UnsupportedError(
@@ -90,6 +92,12 @@ def speculative_decoding(
         reward.attention_mask = torch.ones_like(input_ids) if mask is None else mask
     networks = [model, *(drafter.reward.network for drafter in drafters)]
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
+    switch = switching_length(model.config)  # what is verified in one pass is read with the same frequencies
+    drafter = drafters[0].drafter()
+    first, others = (
+        LogitsProcessorList(drafter if processor is drafters[0] else processor for processor in processors)
+        for processors in (first, others)
+    )
     verifier = _Verifier(model, model_kwargs)
     if chunk := generation_config.prefill_chunk_size:
         for end in range(verifier.cache.get_seq_length() + chunk, input_ids.shape[1], chunk):
@@ -99,41 +107,42 @@ def speculative_decoding(
     drafted = accepted = rounds = 0
     draft_length = min(START, longest)
     is_done = False
-    with drafters[0].drafting():
-        while not is_done:
-            length = input_ids.shape[1]
-            count = max(0, min(draft_length, limit - length - 1))
-            tokens, chances = input_ids, []
-            for _ in range(count):
-                source = drafters[0].source_logits(tokens).to(tokens.device)
-                token, chance = _draw(others(tokens, first(tokens, source)), generation_config.do_sample)
-                tokens = torch.cat([tokens, token], 1)
-                chances.append(chance)
-            verified = verifier(tokens, count + 1)
-            is_draft = True
-            for index in range(count + 1):
-                prefix, draft = tokens[:, : length + index], tokens[:, length + index : length + index + 1]
-                logits = first(prefix, verified[:, index].to(tokens.device, torch.float32, copy=True))[:, :size]
-                scores = others(prefix, logits.clone())
-                if index == count:
-                    (token, _), is_draft = _draw(scores, generation_config.do_sample), False
-                else:
-                    token, is_draft = _verify(scores, draft, chances[index])
-                input_ids = torch.cat([input_ids, token], 1)
-                for name, values in (("scores", scores), ("logits", logits)):
-                    if name in records:
-                        records[name] += (values,)
-                accepted += is_draft
-                if streamer is not None:
-                    streamer.put(token[0].cpu())
-                is_done = bool(stopping_criteria(input_ids, records.get("scores")).all())
-                if is_done or not is_draft:
-                    break
-            # The last token has not been read yet, whether it was drafted or not.
-            verifier.keep(input_ids.shape[1] - 1)
-            drafted, rounds = drafted + count, rounds + 1
-            matches = input_ids.shape[1] - length - 1
-            draft_length = min(longest, draft_length + 2 if matches == count else matches + 1)
+    while not is_done:
+        length = input_ids.shape[1]
+        count = max(0, min(draft_length, limit - length - 1))
+        if switch is not None and length <= switch:
+            count = min(count, switch - length)
+        tokens, chances = input_ids, []
+        for _ in range(count):
+            source = drafter.source_logits(tokens).to(tokens.device)
+            token, chance = _draw(others(tokens, first(tokens, source)), generation_config.do_sample)
+            tokens = torch.cat([tokens, token], 1)
+            chances.append(chance)
+        verified = verifier(tokens, count + 1)
+        is_draft = True
+        for index in range(count + 1):
+            prefix, draft = tokens[:, : length + index], tokens[:, length + index : length + index + 1]
+            logits = first(prefix, verified[:, index].to(tokens.device, torch.float32, copy=True))[:, :size]
+            scores = others(prefix, logits.clone())
+            if index == count:
+                (token, _), is_draft = _draw(scores, generation_config.do_sample), False
+            else:
+                token, is_draft = _verify(scores, draft, chances[index])
+            input_ids = torch.cat([input_ids, token], 1)
+            for name, values in (("scores", scores), ("logits", logits)):
+                if name in records:
+                    records[name] += (values,)
+            accepted += is_draft
+            if streamer is not None:
+                streamer.put(token[0].cpu())
+            is_done = bool(stopping_criteria(input_ids, records.get("scores")).all())
+            if is_done or not is_draft:
+                break
+        # The last token has not been read yet, whether it was drafted or not.
+        verifier.keep(input_ids.shape[1] - 1)
+        drafted, rounds = drafted + count, rounds + 1
+        matches = input_ids.shape[1] - length - 1
+        draft_length = min(longest, draft_length + 2 if matches == count else matches + 1)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -165,11 +174,14 @@ class _Verifier:
             tokens,
             next_sequence_length=tokens.shape[1] - self._length,
             is_first_iteration=self._length == 0,
-            **self._kwargs | self._extended(tokens.shape[1]),
+            **self._kwargs | self._extended(tokens.shape[1]) | {CACHE: self.cache},
         )
         if "logits_to_keep" in inputs:
             inputs["logits_to_keep"] = count
         output = self.model(**inputs, return_dict=True)
+        if output[CACHE] is not self.cache:  # begun anew, as some do where their frequencies switch
+            self.cache = output[CACHE]
+            self.cache.activate_past_recording()
         self._length = tokens.shape[1]
         return output.logits[:, -count:]
 
@@ -211,7 +223,7 @@ def _verify(scores, draft: torch.LongTensor, chances: torch.FloatTensor | None) 
     return torch.multinomial(rest if bool(rest.any()) else wanted, 1), False
 
 
-def _check(input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProcessor], longest: int) -> None:
+def _check(model, input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProcessor], longest: int) -> None:
     if not drafters:
         raise PRTValueError(
             "Nothing can draft.",
@@ -232,11 +244,11 @@ def _check(input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProc
             found=f"{len(input_ids)} rows, {mode.value}",
             remedy="generate without it, or prompt by prompt",
         )
-    if type(cache) is not DynamicCache or not getattr(cache, "is_croppable", True):
+    if type(cache) is not DynamicCache or not behaviour_of(Pass(model)).rewinds:
         raise UnsupportedError(
             "The backbone's cache cannot take drafts back.",
-            expected="a dynamic cache of attention layers",
-            found="no cache" if cache is None else f"{type(cache).__name__} of {type(cache.layers[0]).__name__}",
+            expected="a dynamic cache of attention layers that several tokens at once are added to and cropped from",
+            found="no cache" if cache is None else f"{type(cache).__name__} of {type(model).__name__}",
             remedy="generate without speculation",
         )
     if cache.get_seq_length() >= input_ids.shape[1]:

@@ -20,7 +20,9 @@ from transformers.utils.generic import can_return_tuple
 from ..errors import PRTValueError, UnsupportedError
 from ..generation.cache import PRTCache
 from ..generation.logits_processor import PRTLogitsProcessor
+from ..generation.probe import behaviour_of, check_padding
 from ..generation.speculative import speculative_decoding
+from ..generation.state import switching_length
 from ..pretrained import CACHE, TEXT_GENERATION, check_length
 from .base import PRTPreTrainedModel
 from .joint_head import JointBase, JointHead, joint_head
@@ -48,6 +50,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
     def __init__(self, config, backbone=None, rewards=None, processing_class=None):
         super().__init__(config, backbone, rewards, processing_class)
         self.generation_config = copy.deepcopy(self.backbone.generation_config)
+        switches = (switching_length(run.model.config) for run in self._separate)
+        self._switches = [switch for switch in switches if switch is not None]
 
     @property
     def base_model(self) -> JointBase:
@@ -77,6 +81,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         Args:
             cache ([`~prt_hf.generation.cache.PRTCache`]): of all networks, as returned by an earlier call. Also taken
                 as `past_key_values`, its name before transformers 5.24.
+            position_ids: counted from 0, for every network; by default without the padding that `attention_mask` tells.
             output_hidden_states, output_attentions: of the backbone.
             labels: shifted here, as by every causal language model of transformers; -100 is ignored.
             kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
@@ -85,7 +90,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             `CausalLMOutputWithPast`: `logits` normalised, float32.
 
         Raises:
-            UnsupportedError: a prompt given as embeddings.
+            UnsupportedError: a prompt given as embeddings; padding before a text that a network takes for text.
             ContextLengthError: longer than a reward can read.
             NonFiniteRewardError: a reward is NaN or infinite.
         """
@@ -106,6 +111,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             cache = self._new_cache()
             use_cache = cache is not None
         self._check_length(input_ids, attention_mask, cache)
+        if not torch.compiler.is_compiling():
+            position_ids = self._positions(input_ids, attention_mask, position_ids, cache)
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -239,7 +246,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
 
     @property
     def _is_cached(self) -> bool:
-        return all(run.is_cached for run in self._separate)
+        return all(run.is_cached and behaviour_of(run).steps for run in self._separate)
 
     def _new_cache(self) -> PRTCache | None:
         if not self._is_cached:
@@ -291,6 +298,34 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         if length > limit and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
             length = int(attention_mask.sum(1).max())
         check_length(length, limit)
+
+    def _positions(self, input_ids, attention_mask, position_ids, cache):
+        """Count on from the cache and behind padding, where the networks by themselves may not.
+
+        Raises:
+            UnsupportedError: a network cannot tell padding from text, or reads short and long texts in other ways.
+        """
+        length = 0 if cache is None else int(cache.get_seq_length())
+        end = length + input_ids.shape[1]
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        for switch in self._switches:
+            if end > switch and (0 < length <= switch or (mask is not None and bool((mask.sum(1) <= switch).any()))):
+                raise UnsupportedError(
+                    "Short and long texts are read with different frequencies of longrope.",
+                    expected=f"at most {switch} tokens (original_max_position_embeddings), or more from the first pass "
+                    "on and in every row",
+                    found=f"{length} tokens in the cache, {end} with the new ones, in {len(input_ids)} rows",
+                    remedy="use_cache=False, for one prompt at a time",
+                )
+        is_padded = length == 0 and mask is not None and bool((mask[:, 0] == 0).any())
+        if is_padded and not self.training:
+            for run in self._separate:
+                check_padding(run)
+        if position_ids is not None or not (length or is_padded):
+            return position_ids
+        if mask is None:
+            return torch.arange(length, end, device=input_ids.device)[None]
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, length:end]
 
 
 def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor, length: int) -> torch.Tensor:
