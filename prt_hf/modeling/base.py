@@ -25,7 +25,13 @@ from ..contract import Contract, LabelContract, ModelReference, RewardConfig, Vo
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
 from ..hub import local_folder
-from ..loading import check_same_model, load_base, load_processing_class, processing_class_of, save_processing_class
+from ..loading import (
+    check_same_model,
+    load_base,
+    load_saved_processing_class,
+    processing_class_of,
+    save_processing_class,
+)
 from ..own_pixels import PRTImageProcessor
 from ..passes import MixedPass, Pass, bare_base, can_mix
 from ..pretrained import (
@@ -258,7 +264,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         bases = [backbone]
         loaded = [load_from_recipe(folder, entry, bases, load_kwargs) for entry in config.reward_references]
         strengths = [entry["strength"] for entry in config.reward_references]
-        model = cls._assemble(backbone, loaded, strengths, load_processing_class(folder, cls.task, **load_kwargs))
+        model = cls._assemble(backbone, loaded, strengths, load_saved_processing_class(folder, cls.task))
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate() and (folder / GENERATION_CONFIG_NAME).exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
