@@ -171,7 +171,7 @@ def _check_values(peft_config: PeftConfig) -> None:
         elif name in _NAMES or name in _PATTERNS:
             is_right = _are_names(value)
         elif isinstance(default, bool):
-            is_right = isinstance(value, bool) or name.startswith("init_")
+            is_right = isinstance(value, bool) or (name.startswith("init_") and isinstance(value, str))
         else:
             is_right = not isinstance(default, Real) or _is_number(value)
         if not is_right:

@@ -56,11 +56,12 @@ def check_attention(config: PreTrainedConfig | dict, place: str | Path, kind: ty
     """
     entries = config if isinstance(config, dict) else _entries(config)
     for name, value in walk(entries):
-        if name in _CHOICES and isinstance(value, str) and value not in _ATTENTION:
+        named = (value.values() if isinstance(value, dict) else [value]) if name in _CHOICES else ()
+        if foreign := [str(each)[:200] for each in named if each is not None and each not in _ATTENTION]:
             raise kind(
                 f"The configuration in {place} asks for kernels from elsewhere.",
                 expected=f"an `attn_implementation` of transformers' own ({', '.join(sorted(_ATTENTION)[:4])}, ...)",
-                found=value[:200],
+                found=foreign[0],
                 remedy="name the one that you want: attn_implementation='sdpa'",
             )
 

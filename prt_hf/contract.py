@@ -79,7 +79,7 @@ class VocabularyContract:
                 expected="a causal language model",
                 found=f"a backbone with a {backbone.kind} contract",
             )
-        if self.fingerprint != backbone.fingerprint:
+        if (self.fingerprint, self.size) != (backbone.fingerprint, backbone.size):
             raise VocabularyMismatchError(
                 f"The vocabulary of the {owner} is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with",

@@ -76,13 +76,11 @@ def check_full(folder: Path, config: RewardConfig, base_model: PreTrainedModel |
     try:
         model = _laid_out(folder, config, base_model, len(shapes))
     except Exception as error:  # whatever the classes of configuration and network say of nonsense
-        if "Unrecognized" not in str(error):
-            raise unreadable(path, error) from error
         raise RewardFileError(
-            f"The full reward is a {config.reward_base.architecture}, "
+            f"{path} cannot be used: the full reward is a {config.reward_base.architecture}, "
             f"which {_class_of(config, base_model).__name__} cannot load.",
-            expected="a registered class, or `base_model=` a model of that class",
-            found=str(error).splitlines()[0],
+            expected="a configuration as it was saved, of a registered class, or `base_model=` a model of that class",
+            found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}",
         ) from error
     stored = sum(map(prod, shapes))
     asked = sum(value.numel() for value in model.state_dict().values())

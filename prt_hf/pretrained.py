@@ -88,9 +88,9 @@ def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
     # Said either way: asked for code of others, transformers would put the question to the terminal.
     trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     load_kwargs = load_kwargs | trusted | {"revision": commit or "main"}
-    config = load_config(model_id, **{name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs})
-    if "attn_implementation" not in load_kwargs:
-        check_attention(config, model_id)
+    telling = (*CONFIG_KWARGS, "attn_implementation")
+    config = load_config(model_id, **{name: load_kwargs[name] for name in telling if name in load_kwargs})
+    check_attention(config, model_id)
     model = load_whole(AUTO_CLASSES[_task_of_config(config, model_id)], model_id, **load_kwargs)
     model.config._commit_hash = commit  # where transformers kept it up to 5.17; never written to files
     return model
