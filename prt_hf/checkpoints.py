@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .errors import PRTError, PRTValueError, RewardFileError
 
 _MOST_BYTES = 2**26  # of a JSON file; 100,000 labels with long names take some 10 MB
+# Of what classes of configurations and networks make one by one, in memory, before any weights could tell.
+_MOST = {"label": 2**20, "layer": 2**13, "expert": 2**13, "block": 2**20, "depth": 2**13}
 # Other names are repositories, whose kernels transformers would fetch and run.
 _ATTENTION = {"eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4))}
 _ATTENTION |= {f"paged|{name}" for name in _ATTENTION}
@@ -66,6 +68,22 @@ def check_attention(config: PreTrainedConfig | dict, place: str | Path, kind: ty
             )
 
 
+def check_counts(entries: dict[str, Any], place: str | Path, kind: type[PRTError] = PRTValueError) -> None:
+    """Check that a downloaded configuration asks for no more layers and labels than any network has.
+
+    Raises:
+        PRTError: making them would take all memory.
+    """
+    for name, value in walk(entries):
+        most = min((most for part, most in _MOST.items() if part in name), default=None)
+        if most is not None and isinstance(value, int) and value > most:
+            raise kind(
+                f"The configuration in {place} describes no network.",
+                expected=f"{name} of {most} at the most",
+                found=str(value)[:40],
+            )
+
+
 def read_entries(path: Path) -> dict[str, Any]:
     """Read a downloaded JSON file.
 
@@ -77,7 +95,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     if not isinstance(entries, dict):
         raise ValueError(f"a {type(entries).__name__}, no object")
-    if nan := [name for name, value in walk(entries) if value != value or value == "NaN"]:
+    if nan := [name for name, value in walk(entries) if value != value or (name, value) == ("__float__", "NaN")]:
         raise ValueError(f"{nan[0]} = NaN")
     return entries
 

@@ -4,6 +4,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
@@ -82,6 +83,14 @@ def check_full(folder: Path, config: RewardConfig, base_model: PreTrainedModel |
             expected="a configuration as it was saved, of a registered class, or `base_model=` a model of that class",
             found=f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}",
         ) from error
+    integers = sum(not value.is_floating_point() for value in model.state_dict().values())
+    if (found := sum(_integers_in(folder / name) for name in weights)) > integers:
+        raise RewardFileError(
+            f"{folder} holds integers where the network has weights.",
+            expected=f"{integers} tensors of integers",
+            found=str(found),
+            remedy="download or save the reward again",
+        )
     stored = sum(map(prod, shapes))
     asked = sum(value.numel() for value in model.state_dict().values())
     if asked > 2 * stored:  # once more for a head that is tied to the embeddings
@@ -101,6 +110,12 @@ def _laid_out(folder: Path, config: RewardConfig, base_model: PreTrainedModel | 
         if base_model is not None:
             return model_class(type(base_model.config).from_pretrained(folder))
         return model_class.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def _integers_in(file: Path) -> int:
+    """Count the tensors that transformers would cast to weights, whatever their bits mean."""
+    with safe_open(file, framework="pt") as opened:
+        return sum(not opened.get_slice(name).get_dtype().startswith(("F", "BF")) for name in opened.keys())  # noqa: SIM118
 
 
 def _too_large(path: Path, found: str, expected: str) -> RewardFileError:

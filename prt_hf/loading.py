@@ -166,11 +166,12 @@ def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> Pef
         network, weights = wrap(base, peft_config), read_weights(file)
         own = get_peft_model_state_dict(network, save_embedding_layers=True) if named else {}
         wrong = {name for name in named if not _is_same(own[name], weights.pop(name))}
+        wrong |= {name for name, value in weights.items() if not value.is_floating_point()}
     if wrong:
         raise BaseModelMismatchError(
             "The adapter's weights do not fit its base.",
             expected=f"{len(expected)} tensors for {reference_to(base)}",
-            found=f"{len(shapes)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
+            found=f"{len(shapes)} tensors; missing, left over, of another shape or kind: {sorted(wrong)[:3]}",
             remedy="load the adapter on the base that it was tuned on",
         )
     set_peft_model_state_dict(network, weights)
@@ -246,15 +247,10 @@ def check_same_reference(expected: ModelReference, found: ModelReference) -> Non
 
 def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
     """Load the tokenizer or image processor of a pretrained model; None where it has none."""
-    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
     kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None}
     try:
-        found = auto_class.from_pretrained(path_or_id, **{"trust_remote_code": False} | kwargs)
-        return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
+        return _processing_class(path_or_id, task, **{"trust_remote_code": False} | kwargs)
     except (OSError, ValueError, KeyError):
-        return None
-    except ImportError as error:
-        logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
         return None
 
 
@@ -270,17 +266,22 @@ def load_saved_processing_class(folder: Path, task: str):
     if not files:
         return None
     try:
-        for file in files:
-            read_entries(file)
-        found = load_processing_class(folder, task)
-        problem = ValueError("no tokenizer or image processor that this transformers knows")
+        read_entries(files[0])
+        return _processing_class(folder, task, trust_remote_code=False)
     except BaseException as error:  # the Rust of tokenizers panics past `Exception`
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        found, problem = None, error
-    if found is None:
-        raise unreadable(files[0], problem) from problem
-    return found
+        raise unreadable(files[0], error) from error
+
+
+def _processing_class(path_or_id: str | Path, task: str, **kwargs):
+    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
+    try:
+        found = auto_class.from_pretrained(path_or_id, **kwargs)
+    except ImportError as error:
+        logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
+        return None
+    return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
 
 
 def save_processing_class(processing_class, folder: Path) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -20,7 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
-from .checkpoints import check_attention, load_whole
+from .checkpoints import check_attention, check_counts, load_whole
 from .contract import (
     IMAGE_CLASSIFICATION,
     TEXT_CLASSIFICATION,
@@ -115,8 +116,11 @@ def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
     """
     trusted = {"trust_remote_code": bool(config_kwargs.get("trust_remote_code"))}
     try:
+        check_counts(PreTrainedConfig.get_config_dict(model_id, **config_kwargs)[0], model_id)
         return AutoConfig.from_pretrained(model_id, **config_kwargs | trusted)
-    except ValueError as error:
+    except PRTValueError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise PRTValueError(
             f"The configuration of {model_id} cannot be used.",
             expected="an architecture that the installed transformers knows",

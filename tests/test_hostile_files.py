@@ -129,7 +129,7 @@ def broken_weights(draw, header: dict, data: bytes):
         header[draw(st.sampled_from(["x", "", "../x", name + ".x", name[1:]]))] = header.pop(name)
     elif change in ("shape", "offsets", "dtype") and name != "__metadata__":
         key = {"shape": "shape", "offsets": "data_offsets", "dtype": "dtype"}[change]
-        entry[key] = draw(st.sampled_from([*JUNK, "F16", "I8", [0], [0, 0], [1] * 60, [2**62, 4], [-1, 4]]))
+        entry[key] = draw(st.sampled_from([*JUNK, "F16", "I8", "I32", [0], [0, 0], [1] * 60, [2**62, 4], [-1, 4]]))
     elif change == "junk":
         header[name] = draw(st.sampled_from(JUNK))
     elif change == "metadata":
@@ -410,6 +410,32 @@ def test_bases_may_be_pickled_and_rewards_may_not(base, tmp_path):
     assert torch.equal(load_pretrained(str(base))(ROWS).logits, expected)
     with pytest.raises(RewardFileError, match="pickled weights can run code"):
         RewardModel.from_pretrained(tmp_path / "reward")
+
+
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_integers_are_no_weights(whole, form, adapter, full):
+    folder = adapter if form == "adapter" else full
+    header, data = headers(folder / WEIGHTS[form])
+    header[min(name for name in header if name.endswith("weight"))]["dtype"] = "I32"  # of as many bytes
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS[form]).write_bytes(struct.pack("<Q", len(text)) + text + data)
+    with pytest.raises(PRTError, match="do not fit its base" if form == "adapter" else "integers where"):
+        RewardModel.from_pretrained(folder, base_model=tiny.llama(1) if form == "adapter" else None)
+
+
+def test_counts_that_no_network_has(base, adapter):
+    """As of a base that a reward names."""
+    config = json.loads((base / "config.json").read_text())
+    for name, value in (("num_labels", 10**9), ("num_hidden_layers", 10**9)):
+        (base / "config.json").write_text(json.dumps(config | {name: value}))
+        for load in (load_pretrained, load_skeleton, RewardModel.from_base):
+            with cheaply(), pytest.raises(PRTValueError, match=f"{name} of"):
+                load(str(base))
+        with cheaply(), pytest.raises(PRTValueError, match=f"{name} of"):
+            RewardModel.from_pretrained(adapter, base_model=str(base))
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": "x"}))
+    with pytest.raises(PRTValueError, match="The configuration of .* cannot be used"):
+        load_pretrained(str(base))
 
 
 # Configurations of full rewards

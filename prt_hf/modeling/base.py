@@ -21,8 +21,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..card_blocks import merged_or_kept, read_card, write_card
+from ..checkpoints import check_attention
 from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
-from ..errors import PRTValueError, UnsupportedError
+from ..errors import PRTValueError, RewardFileError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
 from ..hub import local_folder
 from ..loading import (
@@ -252,6 +253,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         if load_kwargs.pop("output_loading_info", False):
             raise UnsupportedError("A recipe has no weights whose loading could be told of.")
         if config._attn_implementation and "attn_implementation" not in load_kwargs:
+            check_attention(config.get_config_dict(folder)[0], folder, RewardFileError)
             load_kwargs["attn_implementation"] = config._attn_implementation  # moved there by the Auto classes
         load_kwargs["token"] = token
         reference = ModelReference(**config.backbone_reference or {})
