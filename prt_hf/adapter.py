@@ -2,12 +2,15 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 
+import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from .adapter_config import check_is_of_layers
 from .contract import ModelReference
 from .errors import PRTValueError, UnsupportedError
 from .pretrained import (
@@ -21,9 +24,6 @@ from .pretrained import (
 )
 
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
-# Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
-# these: the base, with the adapter off, is the source backbone.
-_INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 # Fused kernels read these layers' weights past an adapter, so PEFT refuses to adapt them.
 _FUSED_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _FUSED_LAYERS = {"conv1d", "out_proj"}
@@ -75,16 +75,12 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
     output layer of its own, zero at the start, so that r = 0 and the PRT model starts as the backbone.
     """
     peft_config = copy.deepcopy(peft_config)
-    if peft_config.is_prompt_learning:
-        raise PRTValueError(
-            "Prompts alone make no reward.", expected="an adapter of layers (LoRA)", found=str(peft_config.peft_type)
-        )
+    check_is_of_layers(peft_config, beside_base=True)
     if isinstance(peft_config, LoraConfig) and not peft_config.target_modules and not peft_config.target_parameters:
         default = default_peft_config(model)
         peft_config.target_modules = default.target_modules
         peft_config.modules_to_save = peft_config.modules_to_save or default.modules_to_save
         peft_config.task_type = peft_config.task_type or default.task_type
-    check_initialisation(peft_config)
     peft_config.base_model_name_or_path = base.id
     peft_config.revision = base.revision
     head, _ = head_of(model)
@@ -104,37 +100,18 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
     return network
 
 
-def check_initialisation(peft_config: PeftConfig) -> None:
-    """Raises:
-    PRTValueError: the base without the adapter would not be the source backbone.
+def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None = None) -> PeftModel:
+    """Return a PEFT model on the weights of `model`, which itself stays without adapter.
+
+    Args:
+        device (*optional*): `"meta"` shows what the adapter consists of, without memory for it.
     """
-    if getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS:
-        raise PRTValueError(
-            "The adapter's initialisation would change the base's weights.",
-            expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
-            found=repr(peft_config.init_lora_weights),
-            remedy="if it was tuned already: distil it (`distill_from`), or save it by PEFT as plain LoRA "
-            "(`path_initial_model_for_weight_conversion`)",
-        )
-
-
-def changes_base(peft_config: PeftConfig) -> bool:
-    """Whether the adapter, switched off, leaves another model than the one it was tuned from."""
-    return (
-        getattr(peft_config, "bias", "none") != "none"
-        or getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS
-        or bool(getattr(peft_config, "layer_replication", None))
-    )
-
-
-def wrap(model: PreTrainedModel, peft_config: PeftConfig) -> PeftModel:
-    """A PEFT model on the weights of `model`, which itself stays without adapter."""
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), nullcontext() if device is None else torch.device(device):
         # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out
         # itself.
         warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|fan_in_fan_out)")
-        network = peft_class(share_weights(model), peft_config)
+        network = peft_class(share_weights(model, device), peft_config)
     shared = {parameter.data_ptr() for parameter in model.parameters()}
     for parameter in network.parameters():
         if parameter.requires_grad and parameter.data_ptr() in shared:  # biases, with `bias="all"` or `"lora_only"`

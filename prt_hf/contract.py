@@ -30,6 +30,7 @@ IMAGE_CLASSIFICATION = "image-classification"
 SHOWN = 5  # differences that an error shows
 _MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
 _MOST_TOKENS = 2**31
+_MOST_LETTERS, _MOST_BYTES_OF_NAME = 4096, 255  # of a path, and of each name in it
 
 
 def unwrap_tokenizer(processing_class) -> PreTrainedTokenizerBase | None:
@@ -78,7 +79,7 @@ class VocabularyContract:
                 expected="a causal language model",
                 found=f"a backbone with a {backbone.kind} contract",
             )
-        if self.fingerprint != backbone.fingerprint:
+        if (self.fingerprint, self.size) != (backbone.fingerprint, backbone.size):
             raise VocabularyMismatchError(
                 f"The vocabulary of the {owner} is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with",
@@ -362,9 +363,22 @@ class RewardConfig:
         return config
 
 
+def is_name(value) -> bool:
+    """Return whether an entry can be a path or an id at all: no file system and no Hub takes what cannot."""
+    if not isinstance(value, str) or not value.isprintable() or len(value) > _MOST_LETTERS:
+        return False
+    return all(len(part.encode()) <= _MOST_BYTES_OF_NAME for part in value.split("/"))
+
+
 def _reference(entries: dict[str, Any]) -> ModelReference:
     reference = ModelReference(**_known(ModelReference, entries))
-    _check(reference, **{name: isinstance(value, str | None) for name, value in vars(reference).items()})
+    _check(
+        reference,
+        **{
+            name: value is None or (isinstance(value, str) and is_name(value))
+            for name, value in vars(reference).items()
+        },
+    )
     if not any(vars(reference).values()):
         raise ValueError(f"{entries} names no model")
     return reference

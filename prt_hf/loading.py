@@ -1,23 +1,28 @@
 """The networks that saved files name: a reward's own, and the pretrained model it sits on; checked to be those."""
 
+import copy
 import os
-import re
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from .adapter import check_initialisation, wrap
+from .adapter import wrap
+from .adapter_config import read_peft_config
+from .checkpoints import read_entries, unreadable
 from .contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig
 from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from .own_pixels import PRTImageProcessor, is_saved_apart
 from .passes import bare_base
-from .pretrained import AUTO_CLASSES, CONFIG_KWARGS, check_bare, load_pretrained, reference_to, task_of
+from .pretrained import CONFIG_KWARGS, check_bare, load_pretrained, reference_to, task_of
 from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
 
 logger = logging.get_logger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def load_adapter(
@@ -28,6 +33,7 @@ def load_adapter(
     load_kwargs: dict,
 ) -> tuple[PeftModel, str | None]:
     """The adapter on its checked base, and where the base came from."""
+    peft_config = read_peft_config(folder, config.reward_base.id)
     base, source = base_model, None
     if base_model is None:
         source = config.reward_base.id
@@ -38,56 +44,10 @@ def load_adapter(
             base = load_pretrained(source, token=token, **load_kwargs)
         check_bare(base)
         check_same_model(config.reward_base, base)
-    peft_config = read_peft_config(folder, config.reward_base.id)
-    check_initialisation(peft_config)
     network = on_base(base, peft_config, folder)
     if config.minus_base:
         check_switchable(network, base)
     return network, source
-
-
-def read_peft_config(folder: Path, base_id: str | None = None) -> PeftConfig:
-    """The configuration of the adapter in a folder, after a check that it claims no more memory than its weights take,
-    and no code of others.
-
-    Args:
-        base_id (*optional*): of the base that it must name, if it names any.
-
-    Raises:
-        RewardFileError: it cannot be read, or describes another adapter than the one that lies beside it.
-    """
-    path = folder / ADAPTER_CONFIG
-    try:
-        peft_config = PeftConfig.from_pretrained(folder)
-        ranks = _ranks(peft_config) if isinstance(peft_config, LoraConfig) else []
-        named = peft_config.base_model_name_or_path
-        if not isinstance(named, str | None):
-            raise TypeError(f"base_model_name_or_path = {named!r}")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RewardFileError.unreadable(
-            path, error, expected="the configuration of a PEFT adapter", remedy="download or save the adapter again"
-        ) from error
-    if base_id is not None and named not in (None, base_id):
-        raise RewardFileError(
-            f"{path} and {PRT_CONFIG_NAME} name two bases, of which one is wrong.",
-            expected=base_id,
-            found=str(named),
-            remedy="download or save the reward again",
-        )
-    if isinstance(peft_config, LoraConfig):
-        if peft_config.megatron_config is not None:  # PEFT would import the module that it names
-            raise RewardFileError(
-                f"{path} is for Megatron.", expected="no `megatron_config`", found=str(peft_config.megatron_config)[:80]
-            )
-        largest = max((max(shape) for shape in read_shapes(folder / ADAPTER_WEIGHTS).values() if shape), default=0)
-        if not all(type(rank) is int and 0 < rank <= largest for rank in ranks):
-            raise RewardFileError(
-                f"{path} describes larger weights than there are.",
-                expected=f"ranks 1 ... {largest}, the largest dimension in {ADAPTER_WEIGHTS}",
-                found=str(ranks),
-                remedy="download or save the adapter again",
-            )
-    return peft_config
 
 
 def read_ordinary_adapter(folder: Path) -> PeftConfig:
@@ -113,10 +73,7 @@ def read_ordinary_adapter(folder: Path) -> PeftConfig:
                 found=f"no {name}; pickled weights can run code and are not loaded",
                 remedy="convert the weights to safetensors, or name another folder",
             )
-    peft_config = read_peft_config(folder)
-    check_is_of_layers(peft_config)
-    check_initialisation(peft_config)
-    return peft_config
+    return read_peft_config(folder)
 
 
 def origin_of(path_or_repo: str | Path, folder: Path) -> ModelReference:
@@ -124,20 +81,6 @@ def origin_of(path_or_repo: str | Path, folder: Path) -> ModelReference:
     if Path(path_or_repo).is_dir():
         return ModelReference(os.path.abspath(path_or_repo))
     return ModelReference(str(path_or_repo), folder.name)
-
-
-def check_is_of_layers(peft_config: PeftConfig) -> None:
-    """Raises:
-    UnsupportedError: what the adapter does depends on the text, or it is a prompt.
-    """
-    is_activated = bool(getattr(peft_config, "alora_invocation_tokens", None))
-    if peft_config.is_prompt_learning or is_activated or peft_config.peft_type == PeftType.XLORA:
-        raise UnsupportedError(
-            "The adapter does not change layers once and for all, so it cannot be switched on and off side by side.",
-            expected="an adapter of layers (LoRA and its kin)",
-            found=f"{peft_config.peft_type.value}{' with alora_invocation_tokens' if is_activated else ''}",
-            remedy="distil the fine-tuned model into a reward" if is_activated else "fine-tune a LoRA adapter",
-        )
 
 
 def load_ordinary_adapter(
@@ -196,69 +139,64 @@ def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
 
 
 def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> PeftModel:
-    """A saved adapter on its base.
+    """Put a saved adapter on its base, once its weights are known to be those that its configuration describes.
 
     Raises:
         BaseModelMismatchError: its layers or its weights are another model's.
         RewardFileError: its weights are damaged.
     """
+    file = folder / ADAPTER_WEIGHTS
+    shapes = read_shapes(file)
+    peft_config = copy.deepcopy(peft_config)
     peft_config.inference_mode = False
     try:
-        network = wrap(base, peft_config)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+        expected, named = _described(base, peft_config, shapes)
+    except Exception as error:  # whatever PEFT says of layers that are not there
         raise BaseModelMismatchError(
             "The adapter cannot be put on its base.",
             expected=f"the configuration of an adapter of {reference_to(base)}",
             found=f"{folder / ADAPTER_CONFIG}: {str(error)[:200]}",
             remedy="load the adapter on the base that it was tuned on",
         ) from error
-    weights = read_weights(folder / ADAPTER_WEIGHTS)
-    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
-    if weights.keys() - expected.keys():  # PEFT saves embeddings and head of the base beside an adapter of them
-        own = get_peft_model_state_dict(network, save_embedding_layers=True)
-        same = [name for name in own.keys() - expected.keys() if name in weights and _is_same(own[name], weights[name])]
-        weights = {name: value for name, value in weights.items() if name not in same}
-    wrong = (expected.keys() ^ weights.keys()) | {
-        name for name in expected.keys() & weights.keys() if expected[name].shape != weights[name].shape
-    }
+    wrong = {name for name in expected if shapes.get(name) != expected[name]} | (
+        shapes.keys() - expected.keys() - named
+    )
+    network, weights = base, {}
+    if not wrong:
+        network, weights = wrap(base, peft_config), read_weights(file)
+        own = get_peft_model_state_dict(network, save_embedding_layers=True) if named else {}
+        wrong = {name for name in named if not _is_same(own[name], weights.pop(name))}
+        wrong |= {name for name, value in weights.items() if not value.is_floating_point()}
     if wrong:
         raise BaseModelMismatchError(
             "The adapter's weights do not fit its base.",
             expected=f"{len(expected)} tensors for {reference_to(base)}",
-            found=f"{len(weights)} tensors, of which missing, left over or of another shape: {sorted(wrong)[:3]}",
+            found=f"{len(shapes)} tensors; missing, left over, of another shape or kind: {sorted(wrong)[:3]}",
             remedy="load the adapter on the base that it was tuned on",
         )
     set_peft_model_state_dict(network, weights)
     return network
 
 
-def load_full(
-    folder: Path, config: RewardConfig, base_model: PreTrainedModel | None, load_kwargs: dict
-) -> PreTrainedModel:
-    """A full reward, of the class of `base_model` where that is given.
-
-    Raises:
-        RewardFileError: its class is not known, or transformers would put an adapter on it.
-    """
-    if (folder / ADAPTER_CONFIG).exists():
-        raise RewardFileError(
-            f"{folder} holds a full reward and an adapter.",
-            expected="a full reward by itself",
-            found=ADAPTER_CONFIG,
-            remedy="download or save the reward again",
-        )
-    load_kwargs = {"trust_remote_code": False} | load_kwargs
-    auto_class = AUTO_CLASSES[config.task] if base_model is None else type(base_model)
-    try:
-        return auto_class.from_pretrained(folder, **load_kwargs)
-    except ValueError as error:
-        if base_model is not None:
-            raise
-        raise RewardFileError(
-            f"The full reward is a {config.reward_base.architecture}, which {auto_class.__name__} cannot load.",
-            expected="a registered class, or `base_model=` a model of that class",
-            found=str(error).splitlines()[0],
-        ) from error
+def _described(
+    base: PreTrainedModel, peft_config: PeftConfig, shapes: dict[str, list[int]]
+) -> tuple[dict[str, list[int]], set[str]]:
+    """Return what an adapter consists of by its configuration, without memory for it, and which of the stored tensors
+    are no more than embeddings or head of the base, which PEFT saves beside an adapter of them."""
+    peft_config = copy.deepcopy(peft_config)
+    if hasattr(peft_config, "init_lora_weights"):
+        peft_config.init_lora_weights = True  # some others read the base's weights
+    if peft_config.peft_type == PeftType.ADALORA and peft_config.rank_pattern:  # masks, which need values to be applied
+        peft_config.rank_pattern = {
+            name: [index for index, is_kept in enumerate(mask) if is_kept]
+            for name, mask in peft_config.rank_pattern.items()
+        }
+    network = wrap(base, peft_config, device="meta")
+    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    others = shapes.keys() - expected.keys()
+    if others:
+        others &= get_peft_model_state_dict(network, save_embedding_layers=True).keys()
+    return {name: list(value.shape) for name, value in expected.items()}, others
 
 
 def load_base(reference: ModelReference, token: str | bool | None = None, **load_kwargs) -> PreTrainedModel:
@@ -308,19 +246,42 @@ def check_same_reference(expected: ModelReference, found: ModelReference) -> Non
 
 
 def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
-    """Tokenizer or image processor of a checkpoint, or None where it has none."""
-    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
-    kwargs = {"trust_remote_code": False} | {
-        name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None
-    }
+    """Load the tokenizer or image processor of a pretrained model; None where it has none."""
+    kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None}
     try:
-        found = auto_class.from_pretrained(path_or_id, **kwargs)
-        return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
+        return _processing_class(path_or_id, task, **{"trust_remote_code": False} | kwargs)
     except (OSError, ValueError, KeyError):
         return None
+
+
+def load_saved_processing_class(folder: Path, task: str):
+    """Load the tokenizer or image processor that lies in the folder of a reward or an adapter; None where there is
+    none. The folder may be anybody's: no code of it is run.
+
+    Raises:
+        RewardFileError: its files cannot be used.
+    """
+    names = _PROCESSOR_FILES if task == IMAGE_CLASSIFICATION else _TOKENIZER_FILES
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        return None
+    try:
+        read_entries(files[0])
+        return _processing_class(folder, task, trust_remote_code=False)
+    except BaseException as error:  # the Rust of tokenizers panics past `Exception`
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise unreadable(files[0], error) from error
+
+
+def _processing_class(path_or_id: str | Path, task: str, **kwargs):
+    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
+    try:
+        found = auto_class.from_pretrained(path_or_id, **kwargs)
     except ImportError as error:
         logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
         return None
+    return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
 
 
 def save_processing_class(processing_class, folder: Path) -> None:
@@ -336,15 +297,6 @@ def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):
     if not model.name_or_path:
         return None
     return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
-
-
-def _ranks(peft_config: LoraConfig) -> list:
-    """Of AdaLoRA, which starts with another rank, the pattern has masks over that."""
-    patterns = (peft_config.rank_pattern or {}).values()
-    return [
-        getattr(peft_config, "init_r", peft_config.r),
-        *(len(each) if isinstance(each, list) else each for each in patterns),
-    ]
 
 
 def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -141,7 +141,7 @@ def _as_processor(processor: BaseImageProcessor | dict) -> BaseImageProcessor:
     with tempfile.TemporaryDirectory() as folder:  # the Auto class, which knows the types, reads files only
         name = CONFIG_NAME if "pretrained_cfg" in processor else IMAGE_PROCESSOR_NAME
         (Path(folder) / name).write_text(json.dumps(processor), encoding="utf-8")
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
 def _coloured(images, processor: BaseImageProcessor):

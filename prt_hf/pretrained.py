@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from itertools import chain
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -20,6 +21,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
+from .checkpoints import check_attention, check_counts, load_whole
 from .contract import (
     IMAGE_CLASSIFICATION,
     TEXT_CLASSIFICATION,
@@ -80,13 +82,17 @@ def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
     """Load a model by id with the Auto class of its task, which its configuration names, and remember its commit.
 
     Raises:
-        PRTValueError: the checkpoint has no head that predicts tokens or labels.
+        PRTValueError: the checkpoint has no head that predicts tokens or labels, lacks weights, or names an attention
+            that is not transformers' own.
     """
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
-    load_kwargs = {"trust_remote_code": False} | load_kwargs | {"revision": commit or "main"}
-    config_kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
-    task = task_of_checkpoint(model_id, **config_kwargs)
-    model = AUTO_CLASSES[task].from_pretrained(model_id, **load_kwargs)
+    # Said either way: asked for code of others, transformers would put the question to the terminal.
+    trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
+    load_kwargs = load_kwargs | trusted | {"revision": commit or "main"}
+    telling = (*CONFIG_KWARGS, "attn_implementation")
+    config = load_config(model_id, **{name: load_kwargs[name] for name in telling if name in load_kwargs})
+    check_attention(config, model_id)
+    model = load_whole(AUTO_CLASSES[_task_of_config(config, model_id)], model_id, **load_kwargs)
     model.config._commit_hash = commit  # where transformers kept it up to 5.17; never written to files
     return model
 
@@ -108,9 +114,13 @@ def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
     Raises:
         PRTValueError: an architecture that transformers does not know, or code that it may not run.
     """
+    trusted = {"trust_remote_code": bool(config_kwargs.get("trust_remote_code"))}
     try:
-        return AutoConfig.from_pretrained(model_id, **config_kwargs)
-    except ValueError as error:
+        check_counts(PreTrainedConfig.get_config_dict(model_id, **config_kwargs)[0], model_id)
+        return AutoConfig.from_pretrained(model_id, **config_kwargs | trusted)
+    except PRTValueError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
         raise PRTValueError(
             f"The configuration of {model_id} cannot be used.",
             expected="an architecture that the installed transformers knows",
@@ -129,9 +139,10 @@ def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
     """
     commit = commit_of(model_id, config_kwargs.get("revision"), config_kwargs.get("token"))
     config = load_config(model_id, **config_kwargs | {"revision": commit or "main"})
+    check_attention(config, model_id)
     auto_class = AUTO_CLASSES[_task_of_config(config, model_id)]
     with torch.device("meta"):
-        model = auto_class.from_config(config, trust_remote_code=config_kwargs.get("trust_remote_code"))
+        model = auto_class.from_config(config, trust_remote_code=bool(config_kwargs.get("trust_remote_code")))
     model.name_or_path, model.config._commit_hash = model_id, commit
     return model
 
@@ -348,14 +359,16 @@ def _telling_buffers(network: nn.Module) -> list[torch.Tensor]:
     return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
 
 
-def share_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A second model on the very same weights: adapters put into one leave the other as it is, and cost no copy."""
-    tensors = chain(model.parameters(), model.buffers())
-    memo = {
-        id(tensor): nn.Parameter(tensor.detach(), requires_grad=False) if type(tensor) is nn.Parameter else tensor
-        for tensor in tensors
-    }
-    return copy.deepcopy(model, memo)
+def share_weights(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
+    """Return a second model on the very same weights: adapters put into one leave the other as it is, and cost no copy;
+    or, on the device `"meta"`, on none."""
+
+    def shared(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is nn.Parameter:
+            return nn.Parameter(tensor.detach().to(device), requires_grad=False)
+        return tensor.to(device) if type(tensor) is torch.Tensor else tensor
+
+    return copy.deepcopy(model, {id(tensor): shared(tensor) for tensor in chain(model.parameters(), model.buffers())})
 
 
 def frozen_norms(network: nn.Module) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import CONFIG_NAME, logging
 
+from .adapter_config import read_peft_config
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
 from .hub import Branch, local_folder
@@ -219,6 +220,7 @@ def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], l
     config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     kwargs = load_kwargs
     if config.is_adapter:
+        read_peft_config(folder, config.reward_base.id)  # before a base is loaded for it
         known = config.reward_base.weights
         base = next((base for base in bases if known and reference_to(base).weights == known), None)
         if base is None:

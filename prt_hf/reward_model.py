@@ -9,7 +9,8 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from .adapter import add_adapter, check_initialisation, zero_head
+from .adapter import add_adapter, zero_head
+from .adapter_config import check_is_of_layers
 from .card_blocks import merged_or_new, read_card, write_card
 from .contract import (
     PRT_CONFIG_NAME,
@@ -21,12 +22,13 @@ from .contract import (
     unwrap_tokenizer,
 )
 from .errors import PRTValueError
+from .full_reward import load_full
 from .hub import local_folder
 from .loading import (
     load_adapter,
-    load_full,
     load_ordinary_adapter,
     load_processing_class,
+    load_saved_processing_class,
     origin_of,
     processing_class_of,
     save_processing_class,
@@ -130,13 +132,13 @@ class RewardModel(Shareable):
                     found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
                     remedy="pass its base model to get another adapter",
                 )
-            check_initialisation(model.peft_config.get("default"))
-            if list(model.peft_config) != ["default"] or model.peft_config["default"].is_prompt_learning:
+            if list(model.peft_config) != ["default"]:
                 raise PRTValueError(
                     "The PeftModel cannot be saved as a reward.",
-                    expected="one adapter, named 'default', that changes layers",
-                    found=", ".join(f"{name!r} ({config.peft_type})" for name, config in model.peft_config.items()),
+                    expected="one adapter, named 'default'",
+                    found=", ".join(map(repr, model.peft_config)),
                 )
+            check_is_of_layers(model.peft_config["default"], beside_base=True)
             network = model
         elif peft_config is not None:
             check_bare(model)
@@ -229,7 +231,7 @@ class RewardModel(Shareable):
         task = task_of(network)
         if processing_class is None:
             kwargs = {"token": token} | load_kwargs
-            processing_class = load_processing_class(folder, task, **kwargs | {"revision": None})
+            processing_class = load_saved_processing_class(folder, task)
             processing_class = processing_class or processing_class_of(network.get_base_model(), task, **kwargs)
         contract = contract_of(network, processing_class)
         snapshot = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
@@ -372,11 +374,10 @@ class RewardModel(Shareable):
     def _take_processing_class(self, folder: Path, source: str | Path | None, load_kwargs: dict) -> None:
         """Read tokenizer or image processor from the reward's folder, else from its base."""
         task, base = self.config.task, self.config.reward_base
-        kwargs = load_kwargs | {"revision": None}
-        self.processing_class = load_processing_class(folder, task, **kwargs)
+        self.processing_class = load_saved_processing_class(folder, task)
         if self.processing_class is None and source is not None:
-            kwargs["revision"] = base.revision if source == base.id else None
-            self.processing_class = load_processing_class(source, task, **kwargs)
+            revision = base.revision if source == base.id else None
+            self.processing_class = load_processing_class(source, task, **load_kwargs | {"revision": revision})
         self.name_tokens()
 
 

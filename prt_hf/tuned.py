@@ -8,13 +8,13 @@ from pathlib import Path
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
-from .adapter import changes_base
+from .adapter_config import changes_base, check_is_of_layers, read_peft_config
 from .backbones import Backbone
 from .contract import PRT_CONFIG_NAME, ModelReference
-from .errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
+from .errors import BaseModelMismatchError, PRTValueError, RewardFileError
 from .fingerprints import file_digest
 from .hub import has_file, local_file
-from .loading import load_processing_class, on_base, origin_of, read_peft_config
+from .loading import load_saved_processing_class, on_base, origin_of
 from .passes import bare_base
 from .pretrained import load_pretrained, reference_to
 from .reward_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -67,7 +67,7 @@ class TunedModel(Backbone):
         base = self._base_in_memory() or load_pretrained(self.base, **self._base_kwargs)
         reference = reference_to(base)  # before the adapter changes it, as some do
         network = on_base(base, self._adapter, self._files[0].parent)
-        self._take(network, load_processing_class(self._named, self.task, token=self._token))
+        self._take(network, load_saved_processing_class(self._files[0].parent, self.task))
         self.reference = reference
 
     @property
@@ -93,12 +93,8 @@ class TunedModel(Backbone):
             )
 
     def _take(self, network, processing_class=None) -> None:
-        if isinstance(network, PeftModel) and network.active_peft_config.is_prompt_learning:
-            raise UnsupportedError(
-                "The adapter puts tokens of its own before the text, so its positions are not those of other models.",
-                expected="an adapter of layers, or a fine-tuned model",
-                found=str(network.active_peft_config.peft_type),
-            )
+        if isinstance(network, PeftModel):
+            check_is_of_layers(network.active_peft_config)
         super()._take(network, processing_class)
         if isinstance(network, PeftModel) and changes_base(network.active_peft_config):
             self.reference = replace(self.reference, weights=None)  # those of the base are gone
@@ -149,7 +145,7 @@ class TunedModel(Backbone):
                 found="no such file; pickled weights can run code and are not loaded",
                 remedy="convert the weights to safetensors",
             )
-        adapter = read_peft_config(self._files[0].parent)
+        adapter = read_peft_config(self._files[0].parent, beside_base=False)
         if not adapter.base_model_name_or_path:
             raise RewardFileError(
                 f"The adapter {place} does not name its base.",

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
+from .checkpoints import load_whole
 from .contract import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, unwrap_tokenizer
 from .errors import PRTValueError
 from .loading import load_processing_class
@@ -201,7 +202,8 @@ def zero_shot_classifier(
     names, templates = _checked_names(class_names), _checked_templates(templates)
     model = model_or_id
     if not isinstance(model, PreTrainedModel):
-        model = AutoModel.from_pretrained(model_or_id, **load_kwargs)
+        trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
+        model = load_whole(AutoModel, model_or_id, **load_kwargs | trusted)
     elif load_kwargs:
         raise PRTValueError(
             "A model in memory is not loaded again.",

@@ -33,7 +33,7 @@ from prt_hf import (
     VocabularyMismatchError,
     default_peft_config,
 )
-from prt_hf.errors import PRTValueError
+from prt_hf.errors import PRTValueError, UnsupportedError
 from prt_hf.pretrained import head_of, reference_to, task_of, weights_fingerprint
 
 
@@ -580,7 +580,7 @@ def test_other_adapters_than_lora(tmp_path, tokenizer):
     assert reference_to(reward.network).weights == weights_fingerprint(tiny.llama(1))
     randomised(reward).save_pretrained(tmp_path)
     torch.testing.assert_close(logits(RewardModel.from_pretrained(tmp_path, base_model=tiny.llama(1))), logits(reward))
-    with pytest.raises(PRTValueError, match="Prompts alone make no reward"):
+    with pytest.raises(UnsupportedError, match="tokens of its own before the text"):
         RewardModel.from_base(tiny.llama(1), tokenizer, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
 
 

@@ -45,6 +45,9 @@ def make_hostile(folder, victim):
         (folder / name).write_bytes(pickle.dumps(Payload()))
     for name in ("tokenization_evil.py", "modeling_evil.py", "sitecustomize.py", "conftest.py"):
         (folder / name).write_text(CODE)
+    config = folder / "tokenizer_config.json"
+    auto_map = {"AutoTokenizer": ["tokenization_evil.Evil", "tokenization_evil.Evil"]}
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"auto_map": auto_map}))
 
 
 @pytest.fixture

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import PeftConfig
 from transformers import PreTrainedModel
 
 from ..adapter import wrap
+from ..adapter_config import read_peft_config
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
 from ..errors import PRTError, PRTValueError, RewardFileError
+from ..full_reward import check_full
 from ..hub import local_file
 from ..loading import load_processing_class
 from ..pretrained import context_length, head_of, load_skeleton, pretrained_parameters, reference_to, task_of
-from ..reward_files import check_files
+from ..reward_files import ADAPTER_CONFIG, check_files
 from ..reward_model import RewardModel
 
 
@@ -137,10 +138,11 @@ def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[Re
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))
     if Path(place).is_dir():
         check_files(Path(place), config)
-    kwargs = {"token": token, "trust_remote_code": trust_remote_code}
+        if not config.is_adapter:
+            check_full(Path(place), config)
     named = config.reward_base
     if not config.is_adapter:
-        network = base = load_skeleton(str(place), **kwargs)
+        network = base = load_skeleton(str(place), token=token)
     elif named.id is None:
         raise RewardFileError(
             "The reward's base was made in memory and has no id to load it by.",
@@ -148,8 +150,9 @@ def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[Re
             found=str(named),
         )
     else:
-        base = load_skeleton(named.id, revision=named.revision, **kwargs)
-        network = wrap(base, PeftConfig.from_pretrained(place, token=token))
+        peft_config = read_peft_config(local_file(place, ADAPTER_CONFIG, token=token).parent, named.id)
+        base = load_skeleton(named.id, revision=named.revision, token=token, trust_remote_code=trust_remote_code)
+        network = wrap(base, peft_config, device="meta")
     processing_class = load_processing_class(place, config.task, token=token)
     if processing_class is None and config.is_adapter:
         processing_class = load_processing_class(named.id, config.task, revision=named.revision or "main", token=token)

@@ -9,11 +9,11 @@ from peft import PeftModel
 from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..adapter import changes_base
+from ..adapter_config import changes_base, check_is_of_layers
 from ..contract import VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
-from ..loading import check_is_of_layers, load_base
+from ..loading import load_base
 from ..passes import can_mix, lock_of
 from ..pretrained import contract_of, unwrap_adapter
 from ..reward_model import RewardModel

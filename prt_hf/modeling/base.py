@@ -21,11 +21,18 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..card_blocks import read_card, write_card
+from ..checkpoints import check_attention
 from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
-from ..errors import PRTValueError, UnsupportedError
+from ..errors import PRTValueError, RewardFileError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
 from ..hub import local_folder
-from ..loading import check_same_model, load_base, load_processing_class, processing_class_of, save_processing_class
+from ..loading import (
+    check_same_model,
+    load_base,
+    load_saved_processing_class,
+    processing_class_of,
+    save_processing_class,
+)
 from ..own_pixels import PRTImageProcessor
 from ..passes import MixedPass, Pass, bare_base, can_mix
 from ..pretrained import (
@@ -246,6 +253,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         if load_kwargs.pop("output_loading_info", False):
             raise UnsupportedError("A recipe has no weights whose loading could be told of.")
         if config._attn_implementation and "attn_implementation" not in load_kwargs:
+            check_attention(config.get_config_dict(folder)[0], folder, RewardFileError)
             load_kwargs["attn_implementation"] = config._attn_implementation  # moved there by the Auto classes
         load_kwargs["token"] = token
         reference = ModelReference(**config.backbone_reference or {})
@@ -258,7 +266,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         bases = [backbone]
         loaded = [load_from_recipe(folder, entry, bases, load_kwargs) for entry in config.reward_references]
         strengths = [entry["strength"] for entry in config.reward_references]
-        model = cls._assemble(backbone, loaded, strengths, load_processing_class(folder, cls.task, **load_kwargs))
+        model = cls._assemble(backbone, loaded, strengths, load_saved_processing_class(folder, cls.task))
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate() and (folder / GENERATION_CONFIG_NAME).exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)

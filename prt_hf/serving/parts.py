@@ -9,13 +9,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..adapter_config import read_peft_config
+from ..checkpoints import read_entries
 from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, RewardFileError, UnsupportedError
+from ..full_reward import check_full
 from ..hub import local_folder
 from ..loading import check_same_reference, load_processing_class
 from ..pretrained import fingerprint_of, load_config, load_skeleton
 from ..recipe import PRTModelConfig, check_complete, place_of_reward
-from ..reward_files import check_files
+from ..reward_files import ADAPTER_CONFIG, check_files
 from . import ADAPTER_BASE
 
 ADAPTERS = "adapters"  # the network that requests' own reward adapters are put on
@@ -191,6 +194,13 @@ def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
             remedy="name it in `prt_rewards`",
         )
     _check_reward(folder, config, parts.contract)
+    if isinstance(read_entries(folder / ADAPTER_CONFIG).get("target_modules"), str):
+        raise UnsupportedError(
+            "The engine would run the reward's regular expression, which may be anybody's.",
+            expected="`target_modules` as a list of names",
+            found=f"a text in {folder / ADAPTER_CONFIG}",
+            remedy="name the reward in `prt_rewards`, or write the names there",
+        )
     check_same_reference(config.reward_base, parts.adapter_base.reference)
     return config.strength
 
@@ -234,6 +244,10 @@ def _check_reward(folder: Path, config: RewardConfig, of_tokenizer: VocabularyCo
             "vLLM serves language models.", expected=f"a reward for {TEXT_GENERATION}", found=config.task
         )
     check_files(folder, config)
+    if config.is_adapter:
+        read_peft_config(folder, config.reward_base.id)
+    else:
+        check_full(folder, config)
     config.contract.check(of_tokenizer)
 
 
