@@ -150,9 +150,10 @@ def _check_entries(entries: dict[str, Any]) -> None:
     Raises:
         ValueError: the file asks for code of others, or for more of the base.
     """
-    for name in ("megatron_config", "layer_replication"):
-        if entries.get(name):
-            raise ValueError(f"{name} = {str(entries[name])[:80]}")
+    if entries.get("megatron_config") is not None:  # PEFT would import the module that it names
+        raise ValueError(f"it is for Megatron: megatron_config = {str(entries['megatron_config'])[:80]}")
+    if entries.get("layer_replication"):
+        raise ValueError(f"layer_replication = {str(entries['layer_replication'])[:80]}")
     if entries.get("peft_type") in ("LORA", "ADALORA") and not {"r", "lora_alpha"} <= entries.keys():
         raise ValueError("no `r` or no `lora_alpha`")
 

@@ -16,7 +16,7 @@ from .pretrained import AUTO_CLASSES
 from .reward_files import ADAPTER_CONFIG, MODEL_CONFIG, read_shapes, weight_files
 
 # They name other weights, change modules, or need what a reward has no use for: none is written by a save of a reward.
-_NOT_IN_A_REWARD = ("quantization_config", "transformers_weights", "fusion_config", "distributed_config", "auto_map")
+_NOT_IN_A_REWARD = ("quantization_config", "transformers_weights", "fusion_config", "distributed_config")
 _MOST = 2**48
 _MOST_UNITS = 2**16  # that a configuration may speak of, even if no dimension of the weights is as large
 _MOST_CALLS = 100  # of torch for each tensor, while the network is laid out; some 5 are needed

@@ -256,7 +256,7 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
 
 def load_saved_processing_class(folder: Path, task: str):
     """Load the tokenizer or image processor that lies in the folder of a reward or an adapter; None where there is
-    none. The folder may be anybody's: no code of it is run.
+    none, or one that needs code. The folder may be anybody's: no code of it is run.
 
     Raises:
         RewardFileError: its files cannot be used.
@@ -265,12 +265,16 @@ def load_saved_processing_class(folder: Path, task: str):
     files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
         return None
+    entries = {}
     try:
-        read_entries(files[0])
+        entries = read_entries(files[0])
         return _processing_class(folder, task, trust_remote_code=False)
     except BaseException as error:  # the Rust of tokenizers panics past `Exception`
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
+        if entries.get("auto_map"):  # as of a base with code of its own, where it lies as well
+            logger.warning(f"The {files[0].name} in {folder} asks for code, which is not run: it is left out.")
+            return None
         raise unreadable(files[0], error) from error
 
 

@@ -457,7 +457,6 @@ def test_counts_that_no_network_has(base, adapter):
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantization_config"),
         ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
         ({"fusion_config": {"a": True}}, "fusion_config"),
-        ({"auto_map": {"AutoConfig": "code.Config"}}, "auto_map"),
         ({"model_type": "nothing"}, "cannot load"),
         ({"attn_implementation": "org/kernels"}, "kernels from elsewhere"),
         ({"_attn_implementation": "org/kernels@main:fn"}, "kernels from elsewhere"),
