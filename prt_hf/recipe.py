@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers.utils import CONFIG_NAME, logging
 
 from .adapter_config import read_peft_config
+from .checkpoints import check_counts
 from .contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from .errors import RewardFileError
 from .hub import Branch, local_folder
@@ -43,6 +44,7 @@ from .reward_model import RewardModel
 logger = logging.get_logger(__name__)
 
 RECIPE_VERSION = "1.0"
+_MOST_REWARDS = 256  # each is loaded, and may bring a base of its own
 _BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
 _REWARD_ENTRY = dict.fromkeys(("id", "revision", "digest", "folder"), str | None) | {"strength": Real}
 
@@ -75,6 +77,7 @@ class PRTModelConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # of this model's own heads, which it has not
 
     def __post_init__(self, **kwargs):
+        check_counts(kwargs, "the recipe", RewardFileError)
         _check_version(self.recipe_version)
         _check_entries(self)
         self.reward_references = self.reward_references or []
@@ -108,10 +111,16 @@ class PRTModelConfig(PreTrainedConfig):
 
 
 def check_complete(config: PRTModelConfig) -> None:
-    """Raises:
-    RewardFileError: the recipe does not say where all its parts lie.
+    """Check that a recipe says where all its parts are.
+
+    Raises:
+        RewardFileError: it does not, or names more rewards than anybody adds up.
     """
     rewards = config.reward_references
+    if rewards and len(rewards) > _MOST_REWARDS:
+        raise RewardFileError(
+            "The recipe names too many rewards.", expected=f"at most {_MOST_REWARDS}", found=str(len(rewards))
+        )
     if not rewards or not all(_REWARD_ENTRY.keys() <= entry.keys() for entry in rewards):
         raise RewardFileError(
             "The recipe is incomplete.",
@@ -350,4 +359,5 @@ def _as_config(config) -> PreTrainedConfig | None:
             expected="a model_type of an installed or imported architecture",
             found=repr(model_type),
         )
+    check_counts(entries, "the recipe", RewardFileError)
     return AutoConfig.for_model(model_type, **entries)

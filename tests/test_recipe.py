@@ -523,6 +523,11 @@ DAMAGED = {
     "configurations of another kind": {"reward_configs": 3},
     "configuration of another kind": {"reward_configs": ["llama"]},
     "no architecture": {"architectures": None},
+    "many rewards": {
+        "reward_references": [{"id": "a/b", "revision": None, "digest": None, "folder": None, "strength": 1.0}] * 10**5
+    },
+    "many labels": {"num_labels": 10**9},
+    "many labels of the backbone": {"backbone_config__num_labels": 10**9},
 }
 
 
@@ -531,6 +536,19 @@ def test_damaged_recipes(recipe, damage):
     edit(recipe, **DAMAGED[damage])
     with pytest.raises(PRTError):
         AutoModelForCausalLM.from_pretrained(recipe)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "[]",
+    ],
+)
+def test_damaged_generation_configurations(recipe, content):
+    (recipe / "generation_config.json").write_text(content)
+    with pytest.raises(PRTError, match="generation_config.json cannot be used"):
+        PRTForCausalLM.from_pretrained(recipe)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])

@@ -21,7 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..card_blocks import read_card, write_card
-from ..checkpoints import check_attention
+from ..checkpoints import check_attention, unreadable
 from ..contract import Contract, LabelContract, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, RewardFileError, UnsupportedError
 from ..functional import as_strength, combine, strength_of_rows
@@ -241,7 +241,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         folder = local_folder(pretrained_model_name_or_path, revision=revision, token=token)
         # What a killed save left is newer than the configuration that the Auto classes have read.
         if folder.name == SAVED or not isinstance(config, PRTModelConfig):
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if not isinstance(config, PRTModelConfig) or config.architectures != [cls.__name__]:
             raise PRTValueError(
                 f"{pretrained_model_name_or_path} holds no recipe of a {cls.__name__}.",
@@ -269,7 +269,10 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         model = cls._assemble(backbone, loaded, strengths, load_saved_processing_class(folder, cls.task))
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         if model.can_generate() and (folder / GENERATION_CONFIG_NAME).exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+            try:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+            except Exception as error:  # whatever its class says of nonsense
+                raise unreadable(folder / GENERATION_CONFIG_NAME, error) from error
         return model.eval()
 
     def save_pretrained(
