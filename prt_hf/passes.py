@@ -37,6 +37,20 @@ def lock_of(model: PreTrainedModel) -> threading.RLock:
     return _LOCKS.setdefault(model.base_model, threading.RLock())
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Put a network into evaluation mode for a while, under its lock."""
+    with lock_of(unwrap_adapter(network)):
+        in_training = [module for module in network.modules() if module.training] if network.training else []
+        for module in in_training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in in_training:
+                module.training = True
+
+
 class Pass:
     """One forward pass of one network.
 

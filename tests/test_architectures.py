@@ -155,7 +155,8 @@ def build(name):
     try:
         config = config_class(**small(config_class().to_dict()))
         for attribute in _OF_GENERATION:
-            vars(config).pop(attribute, None)
+            if getattr(config, attribute, None):
+                vars(config)[attribute] = None
         with torch.device("meta"):
             parameters = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
         assert parameters <= _MOST_PARAMETERS, f"{parameters / 1e6:.0f} million parameters"

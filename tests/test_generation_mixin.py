@@ -1,7 +1,8 @@
 """transformers' own generation tests, which every generating model of the library passes, on a tiny PRT model.
 
 They are no part of the installed package: `PRT_TRANSFORMERS` names a checkout of the transformers that is installed.
-With `RUN_SLOW=1`, also what it marks as slow: SDPA against eager attention, padding-free batches, torch.export.
+With `RUN_SLOW=1` and `-m ""`, also what it marks as slow: SDPA against eager attention, padding-free batches,
+torch.export.
 """
 
 import importlib

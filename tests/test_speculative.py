@@ -14,7 +14,9 @@ from transformers.generation import BaseStreamer
 
 from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel, UnsupportedError, speculative_decoding
 from prt_hf.errors import PRTValueError, RewardFileError
+from prt_hf.generation.probe import behaviour_of
 from prt_hf.generation.state import RewardState
+from prt_hf.passes import Pass
 from prt_hf.pretrained import CACHE
 
 LORA = {"target_modules": "all-linear", "init_lora_weights": False}
@@ -205,6 +207,7 @@ def test_work_is_as_promised(source, backbone, tokenizer):
     """One pass of the backbone a round, one two-row pass of the reward's base a draft; rewards are not recomputed."""
     processor = PRTLogitsProcessor(reward_of("lora", source, tokenizer), tokenizer)
     prompt, passes = tiny.prompts(1, 9), []
+    assert behaviour_of(Pass(backbone)).rewinds  # which takes some passes, once
     handle = backbone.register_forward_pre_hook(lambda *_: passes.append(1))
     ordinary, ours = both(backbone, processor, prompt)
     handle.remove()

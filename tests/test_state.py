@@ -272,6 +272,20 @@ def test_networks_in_training_mode_under_threads(tokenizer):
     assert network.training
 
 
+def test_a_head_of_zeros_tells_nothing_of_its_network():
+    """Nor is it taken for one that tells, when it is tuned later."""
+    network = tiny.gpt2(1, tie_word_embeddings=False)
+    network.lm_head.weight.data.zero_()
+    state, rows = RewardState(network), tiny.prompts(2, 9)
+    rows[0, :3] = 0
+    mask = (rows != 0).long()
+    assert not state(rows, mask).any()
+    torch.nn.init.normal_(network.lm_head.weight)
+    assert_exact(state, rows, mask)
+    assert_exact(state, torch.cat([rows, rows[:, -1:]], 1), torch.cat([mask, mask[:, -1:]], 1))
+    assert state.tokens_computed == 2 * (9 + 9 + 1)
+
+
 def test_longrope_reads_long_texts_anew():
     """Beyond the length of pretraining the whole text is turned by other frequencies, also what the cache holds."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12, "factor": 2.0}

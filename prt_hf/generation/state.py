@@ -16,7 +16,7 @@ from transformers import Cache, CompileConfig, DynamicCache, PreTrainedConfig, S
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from ..errors import UnsupportedError
-from ..passes import MixedPass, Pass, bare_base, lock_of
+from ..passes import MixedPass, Pass, bare_base, evaluating, lock_of
 from ..pretrained import CACHE, check_length, context_length, unwrap_adapter
 from .probe import behaviour_of, check_padding
 from .versions import Versions
@@ -232,14 +232,8 @@ class RewardState:
             kwargs |= {self._cache_name: memory.cache, "use_cache": True}
             if kept and all(memory.cache.is_linear):
                 kwargs.pop("attention_mask", None)  # padding lies behind the state
-        is_training = self.network.training
-        if is_training:
-            self.network.eval()
-        try:
+        with evaluating(self.network):
             output = self._pass(**kwargs) if self._compile_config is None else self._static_step(rows, kept, kwargs)
-        finally:
-            if is_training:
-                self.network.train()
         returned = getattr(output, self._cache_name or "", None)
         memory.cache = returned if isinstance(returned, Cache) else None
         self.tokens_computed += new.numel()
