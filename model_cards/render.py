@@ -11,7 +11,8 @@ from pathlib import Path
 from prt_hf import LabelContract, RewardConfig, VocabularyContract
 from prt_hf.contract import ModelReference
 from prt_hf.demo.images import DIGITS, ImageSettings
-from prt_hf.model_card import METHODS, Measurement, TrainingRecord, render_card, render_recipe_card
+from prt_hf.hub.card import METHODS, Measurement, render_card, render_recipe_card
+from prt_hf.hub.training_record import TrainingRecord
 
 ROOT = Path(__file__).parents[1]
 BULLET_STORIES, TARGET = "me/bullet-stories", "me/stories260K"

@@ -31,10 +31,10 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from prt_hf import RewardModel, combine, default_peft_config, prt_loss
-from prt_hf.adapter import wrap
 from prt_hf.demo import prose
 from prt_hf.demo.text import TextSettings, bullet_lists, collator_of, llama
 from prt_hf.demo.training import Steps, fit
+from prt_hf.networks.adapters import wrap
 
 IGNORED = -100
 MEASURES = {

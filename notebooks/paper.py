@@ -29,11 +29,11 @@ from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel, default_data_collator, set_seed
 
 from prt_hf import EFTLogitsProcessor, PRTConfig, PRTLogitsProcessor, PRTTrainer, RewardModel, default_peft_config
-from prt_hf.collator import TokenCollator
 from prt_hf.demo.images import ImageSettings, turned_digits
 from prt_hf.demo.training import Steps, fine_tune
 from prt_hf.evaluation import portability_report
 from prt_hf.evaluation.files import replace_text
+from prt_hf.training.collators import TokenCollator
 
 IMAGE_STEPS, LATER_STEPS = Steps(320, 1e-3, 64), Steps(80, 3e-4, 64)
 TEXT_STEPS = Steps(300, 3e-3, 16)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from prt_hf.evaluation.figure import Bar, draw
 from prt_hf.evaluation.files import markdown_table, replace_file
-from prt_hf.model_card import METHODS
+from prt_hf.hub.card import METHODS
 
 PLACES = ("source", "target")
 CASES = {

@@ -4,9 +4,6 @@ Chijiwa et al., ICML 2025, arXiv:2502.12776.
 """
 
 from ._version import __version__
-from .adapter import default_peft_config
-from .collator import PixelCollator
-from .config import PRTConfig
 from .contract import LabelContract, RewardConfig, VocabularyContract
 from .errors import (
     BackboneCacheError,
@@ -20,14 +17,23 @@ from .errors import (
     VocabularyMismatchError,
 )
 from .functional import combine, prt_loss
-from .generation import EFTLogitsProcessor, PRTLogitsProcessor, speculative_decoding
-from .modeling import PRTForCausalLM, PRTForImageClassification, PRTForSequenceClassification
-from .own_pixels import PRTImageProcessor
-from .recipe import PRTModelConfig
-from .reward_model import RewardModel
-from .sft import PRTSFTConfig, PRTSFTTrainer
-from .trainer import PRTTrainer
-from .vision import TEMPLATES, ZeroShotForImageClassification, zero_shot_classifier
+from .inference import (
+    EFTLogitsProcessor,
+    PRTForCausalLM,
+    PRTForImageClassification,
+    PRTForSequenceClassification,
+    PRTLogitsProcessor,
+    speculative_decoding,
+)
+from .inference.recipe import PRTModelConfig
+from .networks.pixels import PRTImageProcessor
+from .networks.zero_shot import TEMPLATES, ZeroShotForImageClassification, zero_shot_classifier
+from .reward.adapter import default_peft_config
+from .reward.model import RewardModel
+from .training.collators import PixelCollator
+from .training.config import PRTConfig
+from .training.sft import PRTSFTConfig, PRTSFTTrainer
+from .training.trainer import PRTTrainer
 
 __all__ = [
     "BackboneCacheError",

@@ -14,8 +14,8 @@ from tiny import images, texts
 from torch.distributed.fsdp import FSDPModule
 
 from prt_hf import PRTConfig, PRTTrainer, UnsupportedError, zero_shot_classifier
-from prt_hf.backbones import Backbone
-from prt_hf.fingerprints import weights_digest_of_model
+from prt_hf.networks.identity import weights_digest_of_model
+from prt_hf.reward.backbones import Backbone
 
 FIGURES = ("loss", "grad_norm", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl")
 ZERO3 = {

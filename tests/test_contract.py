@@ -17,7 +17,7 @@ from prt_hf import (
 )
 from prt_hf.contract import PRT_CONFIG_NAME, ModelReference
 from prt_hf.errors import PRTError, PRTValueError
-from prt_hf.pretrained import contract_of
+from prt_hf.networks.anatomy import contract_of
 
 
 def vocabulary(**kwargs):

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prt_hf import NonFiniteRewardError, fused
+from prt_hf import NonFiniteRewardError
 from prt_hf.errors import PRTValueError
 from prt_hf.functional import check_finite, combine, prt_loss, prt_statistics, reward_entropy
-from prt_hf.fused import Projection, fused_prt_loss, fused_prt_statistics
+from prt_hf.networks import lm_head
+from prt_hf.networks.lm_head import Projection
+from prt_hf.training.fused_loss import fused_prt_loss, fused_prt_statistics
 
 
 def random_case(dtype=torch.float32, rows=6, columns=11, seed=0):
@@ -328,7 +330,7 @@ def test_fused_statistics_equal_those_of_whole_logits(kl_coef, monkeypatch):
     whole = [naive_logits(in_float64(projection)) for projection in (backbone, reward)]
     expected = prt_statistics(*whole, labels, kl_coef=kl_coef)
     for held in (10**6, 3 * 11, 1):
-        monkeypatch.setattr(fused, "_CHUNK_ON_CPU", held)
+        monkeypatch.setattr(lm_head, "_CHUNK_ON_CPU", held)
         actual = fused_prt_statistics(backbone, reward, labels, kl_coef=kl_coef)
         assert actual.keys() == expected.keys()
         for name in expected:
@@ -349,7 +351,7 @@ def test_chunks_do_not_change_the_result(held, softcaps, entropy_coef, monkeypat
 
     chunks, whole = run()
     assert chunks == [slice(0, 7)]
-    monkeypatch.setattr(fused, "_CHUNK_ON_CPU", held)
+    monkeypatch.setattr(lm_head, "_CHUNK_ON_CPU", held)
     chunks, found = run()
     rows = max(1, held // 11)
     assert [part.stop - part.start for part in chunks] == [rows] * (7 // rows) + ([7 % rows] if 7 % rows else [])
@@ -436,7 +438,7 @@ def test_no_supervised_position_in_a_fused_micro_batch():
 @pytest.mark.parametrize("held", [10**6, 2 * 11])
 def test_non_finite_fused_rewards_are_named(value, softcaps, held, monkeypatch):
     """By their place among all positions, in whatever chunk they are found."""
-    monkeypatch.setattr(fused, "_CHUNK_ON_CPU", held)
+    monkeypatch.setattr(lm_head, "_CHUNK_ON_CPU", held)
     backbone, reward, labels, _ = projections(softcaps=softcaps, biases=(False, True))
     assert torch.isfinite(fused_prt_loss(backbone, reward, labels))
     bias = reward.bias.clone()
@@ -488,7 +490,7 @@ class Sizes(TorchDispatchMode):
 def test_whole_logits_are_never_made(entropy_coef, dtype, monkeypatch):
     """Neither forward nor backward; the largest tensor is a chunk of them, 8 of 64 positions."""
     n, columns = 64, 500
-    monkeypatch.setattr(fused, "_CHUNK_ON_CPU", 8 * columns)
+    monkeypatch.setattr(lm_head, "_CHUNK_ON_CPU", 8 * columns)
     backbone, reward, labels, _ = projections(
         n, columns, 4, pieces=2, trained=True, biases=(True, True), softcaps=(2.0, 3.0), dtype=dtype
     )

@@ -19,9 +19,9 @@ from trl.scripts.sft import make_parser
 
 from prt_hf import RewardModel, cli
 from prt_hf.cli.train_options import Options
-from prt_hf.config import PRTConfig
 from prt_hf.contract import IMAGE_CLASSIFICATION, TEXT_GENERATION
-from prt_hf.sft import PRTSFTConfig
+from prt_hf.training.config import PRTConfig
+from prt_hf.training.sft import PRTSFTConfig
 
 FOLDER = Path(__file__).parents[1] / "notebooks" / "recipes"
 TEXT = (FOLDER / "README.md").read_text()

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from prt_hf import PRTConfig, PRTForCausalLM, PRTTrainer, RewardFileError, RewardModel
 from prt_hf.cli import main
-from prt_hf.publishing import push_reward
-from prt_hf.recipe import push_recipe
+from prt_hf.hub.publishing import push_reward
+from prt_hf.inference.recipe import push_recipe
 
 TOKENIZER = tiny.tokenizer()
 
@@ -97,8 +97,8 @@ from transformers import AutoModelForCausalLM
 from prt_hf import PRTForCausalLM, PRTError, PRTLogitsProcessor, RewardModel
 from prt_hf.contract import RewardConfig
 from prt_hf.evaluation.results import PortabilityReport
-from prt_hf.publishing import push_reward
-from prt_hf.recipe import PRTModelConfig, push_recipe
+from prt_hf.hub.publishing import push_reward
+from prt_hf.inference.recipe import PRTModelConfig, push_recipe
 from prt_hf.serving.parts import parts_by_name, parts_of_recipe
 
 def doors(name):

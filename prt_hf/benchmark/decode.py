@@ -11,13 +11,12 @@ from functools import partial
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapter import default_peft_config
 from ..errors import PRTValueError
-from ..generation import EFTLogitsProcessor
-from ..modeling import PRTForCausalLM
-from ..pretrained import CACHE
-from ..reward_model import RewardModel
-from .machine import now
+from ..evaluation.machine import now
+from ..inference import EFTLogitsProcessor, PRTForCausalLM
+from ..networks.anatomy import CACHE
+from ..reward.adapter import default_peft_config
+from ..reward.model import RewardModel
 
 BARE = "bare"
 SEQUENTIAL = "PRT"

@@ -18,12 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from ..adapter import default_peft_config
+from ..evaluation.machine import now
 from ..functional import IGNORE_INDEX
-from ..fused import Projection
-from ..heads import last_hidden_state, projection
-from ..sft import PRTSFTConfig, PRTSFTTrainer
-from .machine import now
+from ..networks.lm_head import Projection, last_hidden_state, projection
+from ..reward.adapter import default_peft_config
+from ..training.sft import PRTSFTConfig, PRTSFTTrainer
 
 PLAIN = "plain LoRA (TRL)"
 PLAIN_CHUNKED = "plain LoRA, with PRT's chunked loss"

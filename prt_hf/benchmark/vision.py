@@ -13,12 +13,12 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from ..errors import PRTValueError
+from ..evaluation.machine import now
 from ..functional import combine
-from ..modeling import PRTForImageClassification
-from ..own_pixels import PIXELS, split_inputs
-from ..passes import bare_base
-from ..reward_model import RewardModel
-from .machine import now
+from ..inference import PRTForImageClassification
+from ..networks.adapters import bare_base
+from ..networks.pixels import PIXELS, split_inputs
+from ..reward.model import RewardModel
 
 BARE = "bare"
 PRT = "PRT"

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from .._version import __version__
 from ..errors import PRTError
-from ..hub import is_of_hub
+from ..hub.client import is_of_hub
 from . import bench, check, demo, evaluate, generate, push, train
 
 COMMANDS = (demo, train, generate, evaluate, check, push, bench)

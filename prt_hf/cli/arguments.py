@@ -3,7 +3,6 @@
 import argparse
 
 from ..errors import PRTValueError
-from .demo import positive
 
 DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = ("text", "image", "label")
@@ -56,7 +55,7 @@ def evaluation_rows(args: argparse.Namespace):
     Raises:
         PRTValueError: the data cannot be loaded, or has no such split or column.
     """
-    from ..data import load_data, require_column, require_split
+    from ..training.data import load_data, require_column, require_split
 
     parts = load_data(args.data)
     split = args.split or next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
@@ -118,3 +117,13 @@ def share(text: str) -> float:
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
+
+
+def positive(number: type):
+    def parse(text: str):
+        value = number(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return value
+
+    return parse

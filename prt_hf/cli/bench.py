@@ -4,7 +4,7 @@ import argparse
 import json
 
 from ..errors import PRTValueError
-from .demo import positive
+from .arguments import positive
 
 DECODE_FIGURES = {
     "sequential_of_limit": "PRT / bare, of its limit 1 / (1 + c)",
@@ -110,8 +110,8 @@ def _train(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
-    from ..benchmark.machine import hardware, versions
     from ..benchmark.train import ROWS, TrainSettings, peak_memory, time_training
+    from ..evaluation.machine import hardware, versions
 
     logging.set_verbosity_error()
     settings = TrainSettings(
@@ -165,7 +165,7 @@ def _decode(args: argparse.Namespace) -> None:
     from transformers.utils import logging
 
     from ..benchmark.decode import time_decoding
-    from ..benchmark.machine import hardware, versions
+    from ..evaluation.machine import hardware, versions
 
     logging.set_verbosity_error()  # every row would say the same things again
     backbone, source, reward, tokenizer, prompts = _models(args)
@@ -212,9 +212,8 @@ def _models(args):
             )
         from transformers import AutoTokenizer
 
-        from ..loading import load_base
-        from ..pretrained import load_pretrained
-        from ..reward_model import RewardModel
+        from ..networks.auto import load_base, load_pretrained
+        from ..reward.model import RewardModel
 
         tokenizer = AutoTokenizer.from_pretrained(args.backbone)
         reward = RewardModel.from_pretrained(args.reward)
@@ -253,8 +252,8 @@ def _vision(args: argparse.Namespace) -> None:
     from tqdm.auto import tqdm
     from transformers.utils import logging
 
-    from ..benchmark.machine import hardware, versions
     from ..benchmark.vision import pixels_for, time_vision
+    from ..evaluation.machine import hardware, versions
 
     logging.set_verbosity_error()
     model = _image_model(args)
@@ -286,8 +285,8 @@ def _vision(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from ..benchmark.machine import hardware, versions
     from ..benchmark.serve import BARE, NAMED, PRT, time_serving
+    from ..evaluation.machine import hardware, versions
 
     settings = {name: getattr(args, name) for name in ("requests", "new_tokens", "rounds", "dtype")}
     speeds = time_serving(args.recipe, **settings)
@@ -308,7 +307,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _image_model(args):
     from ..benchmark.vision import random_model
-    from ..modeling import PRTForImageClassification
+    from ..inference import PRTForImageClassification
 
     if not (args.reward or args.backbone):
         return random_model(args.seed)

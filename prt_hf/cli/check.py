@@ -4,7 +4,7 @@ import argparse
 import json
 
 from ..errors import PRTError
-from ..hub import is_of_hub
+from ..hub.client import is_of_hub
 from .arguments import add_evaluation_data, add_loading_options, config_kwargs, device_of, evaluation_rows, load_kwargs
 
 DESCRIPTION = """\
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args, fit):
     """The portability, and how many rows had nothing left to predict once they were cut off."""
-    from ..backbones import Backbone, source_backbones
     from ..evaluation import batches, measure_portability
-    from ..reward_model import RewardModel
+    from ..reward.backbones import Backbone, source_backbones
+    from ..reward.model import RewardModel
 
     device, kwargs = device_of(args), load_kwargs(args)
     rows = evaluation_rows(args)
@@ -86,7 +86,7 @@ def _measure(args, fit):
 
 
 def _describe_fit(args, fit) -> list[str]:
-    from ..pretrained import IMAGE_CLASSIFICATION, TEXT_GENERATION
+    from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION
 
     reward, source = fit.reward, fit.reward.source_backbone
     kind = "reward adapter" if reward.is_adapter else "full reward"
@@ -137,7 +137,7 @@ def _contract(fit) -> str:
 
 
 def _describe(found, skipped: int) -> list[str]:
-    from ..pretrained import TEXT_GENERATION
+    from ..contract import TEXT_GENERATION
 
     is_text = found.task == TEXT_GENERATION
     worth, reasons = found.verdict()

@@ -3,6 +3,7 @@
 import argparse
 
 from ..errors import PRTValueError
+from .arguments import positive
 
 TASKS = ("text", "images")
 
@@ -40,13 +41,3 @@ def run(args: argparse.Namespace) -> None:
             raise PRTValueError("What the models do is not told.", expected="--task text or --task images", found="all")
     for task in TASKS if args.task == "all" else (args.task,):
         print(describe(run_demo(task, args.output_dir, args.seed, own)), flush=True)
-
-
-def positive(number: type):
-    def parse(text: str):
-        value = number(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-        return value
-
-    return parse

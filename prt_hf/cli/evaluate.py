@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
         )
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
-    from ..reward_model import RewardModel
+    from ..reward.model import RewardModel
 
     reward = RewardModel.from_pretrained(args.reward, **load_kwargs(args))
     device = device_of(args)

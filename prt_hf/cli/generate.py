@@ -8,8 +8,17 @@ from pathlib import Path
 from time import perf_counter
 
 from ..errors import ContextLengthError, PRTValueError
-from .arguments import add_loading_options, add_option, boolean, config_kwargs, device_of, load_kwargs, seed, share
-from .demo import positive
+from .arguments import (
+    add_loading_options,
+    add_option,
+    boolean,
+    config_kwargs,
+    device_of,
+    load_kwargs,
+    positive,
+    seed,
+    share,
+)
 
 DESCRIPTION = """\
 Add rewards to the logits of a backbone, and go on with prompts. The backbone needs the rewards' vocabulary; a recipe
@@ -212,10 +221,10 @@ def _is_chat(prompt) -> bool:
 
 
 def _load(args):
-    from ..loading import load_processing_class
-    from ..modeling import PRTForCausalLM
-    from ..pretrained import TEXT_GENERATION, load_config, load_pretrained
-    from ..recipe import PRTModelConfig
+    from ..contract import TEXT_GENERATION
+    from ..inference import PRTForCausalLM
+    from ..inference.recipe import PRTModelConfig
+    from ..networks.auto import load_config, load_pretrained, load_processing_class
 
     device, kwargs, of_backbone = device_of(args), load_kwargs(args), config_kwargs(args)
     is_recipe = isinstance(load_config(args.backbone, **of_backbone), PRTModelConfig)
@@ -266,7 +275,7 @@ def _encode(model, prompt: str | list[dict]) -> list[int]:
 
 def _check_lengths(model, rows: list[list[int]]) -> int | None:
     """All prompts before the first text is made; the longest text that backbone and rewards can read."""
-    from ..pretrained import context_length
+    from ..networks.anatomy import context_length
 
     limits = [context_length(part) for part in (model.backbone, *model.reward_networks)]
     limit = min((each for each in limits if each is not None), default=None)

@@ -38,9 +38,9 @@ Log in first with `hf auth login`, or set HF_TOKEN.""",
 def run(args: argparse.Namespace) -> None:
     import json
 
-    from ..publishing import push_reward, reward_files_to_push
-    from ..recipe import push_recipe, recipe_files_to_push
-    from ..reward_files import RECIPE, folder_to_read, what_lies_in
+    from ..hub.folder import RECIPE, folder_to_read, what_lies_in
+    from ..hub.publishing import push_reward, reward_files_to_push
+    from ..inference.recipe import push_recipe, recipe_files_to_push
 
     folder = folder_to_read(args.folder)
     names = {file.name for file in folder.iterdir()} if folder.is_dir() else ()

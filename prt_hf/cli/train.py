@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> None:
 def _kind(options: Options):
     """The model's task, and the configuration of a reward if it is one."""
     from ..contract import PRT_CONFIG_NAME, RewardConfig
-    from ..data import first_line
-    from ..hub import has_file, local_folder
-    from ..pretrained import task_of_checkpoint
+    from ..hub.client import has_file, local_folder
+    from ..networks.auto import task_of_checkpoint
+    from ..training.data import first_line
 
     name, revision = options.model.model_name_or_path, options.model.model_revision
     try:
@@ -88,9 +88,9 @@ def _kind(options: Options):
 def _config(options: Options, task: str, saved):
     from transformers.utils import is_torch_bf16_gpu_available
 
-    from ..config import PRTConfig
-    from ..pretrained import TEXT_GENERATION
-    from ..sft import PRTSFTConfig
+    from ..contract import TEXT_GENERATION
+    from ..training.config import PRTConfig
+    from ..training.sft import PRTSFTConfig
 
     defaults = {}
     if not (options.adapter.full or (saved and not saved.is_adapter)):
@@ -130,7 +130,7 @@ def _check_output(folder: Path, is_resumed: bool) -> None:
 
 def _checkpoint(config) -> str | None:
     """The checkpoint to go on from: `resume_from_checkpoint` is a folder, or true for the last one."""
-    from ..trainer_hub import last_checkpoint
+    from ..training.saving import last_checkpoint
 
     given, folder = str(config.resume_from_checkpoint or "false"), config.output_dir
     if given.lower() == "false":
@@ -182,9 +182,9 @@ def _be_quiet() -> None:
 
 
 def _trainer(options: Options, config, task: str, saved):
-    from ..pretrained import TEXT_GENERATION
-    from ..sft import PRTSFTTrainer
-    from ..trainer import PRTTrainer
+    from ..contract import TEXT_GENERATION
+    from ..training.sft import PRTSFTTrainer
+    from ..training.trainer import PRTTrainer
 
     try:
         model, processing_class, peft_config = _model(options, config, task, saved)
@@ -219,9 +219,8 @@ def _trainer(options: Options, config, task: str, saved):
 
 def _model(options: Options, config, task: str, saved):
     """A pretrained model or a saved reward; its tokenizer or image processor; the adapter to add."""
-    from ..loading import load_processing_class
-    from ..pretrained import load_pretrained
-    from ..reward_model import RewardModel
+    from ..networks.auto import load_pretrained, load_processing_class
+    from ..reward.model import RewardModel
 
     given, name = options.model, options.model.model_name_or_path
     kwargs = {
@@ -243,7 +242,7 @@ def _model(options: Options, config, task: str, saved):
 
 
 def _required(processing_class, name: str, task: str):
-    from ..pretrained import IMAGE_CLASSIFICATION
+    from ..contract import IMAGE_CLASSIFICATION
 
     if processing_class is None:
         kind = "image processor" if task == IMAGE_CLASSIFICATION else "tokenizer"
@@ -255,7 +254,7 @@ def _required(processing_class, name: str, task: str):
 
 def _places(backbones: list[str | None] | None, saved) -> list[tuple[str | None, str | None]]:
     """Id and revision of every source backbone; None for the model's own base, and for what was made in memory."""
-    from ..backbones import is_own_base
+    from ..reward.backbones import is_own_base
 
     if backbones or not saved:
         return [(name, None) for name in backbones or [None]]
@@ -265,7 +264,7 @@ def _places(backbones: list[str | None] | None, saved) -> list[tuple[str | None,
 
 def _rows(options: Options, config, task: str, network, processing_class, backbones: list) -> list:
     """To tune on, and to evaluate on if that is asked for."""
-    from ..data import load_data, require_split
+    from ..training.data import load_data, require_split
 
     data = options.data
     parts = load_data(data.dataset_name, data.dataset_config)
@@ -276,9 +275,9 @@ def _rows(options: Options, config, task: str, network, processing_class, backbo
 
 def _pixels(config, processing_class, backbones: list) -> dict:
     """What makes the columns of pixels: the reward's, and those of every backbone that wants others."""
-    from ..data import pixel_makers
-    from ..loading import load_processing_class
-    from ..pretrained import IMAGE_CLASSIFICATION, load_config
+    from ..contract import IMAGE_CLASSIFICATION
+    from ..networks.auto import load_config, load_processing_class
+    from ..training.data import pixel_makers
 
     theirs = [
         (None, None)
@@ -291,8 +290,9 @@ def _pixels(config, processing_class, backbones: list) -> dict:
 
 def _prepared(rows, data: DataOptions, config, task: str, network, processing_class, backbones: list):
     """What the trainer takes: language models' rows as they are, classifiers' as inputs and labels."""
-    from ..data import check_language_rows, classified_images, classified_texts
-    from ..pretrained import IMAGE_CLASSIFICATION, TEXT_GENERATION, context_length, unwrap_adapter
+    from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION
+    from ..networks.anatomy import context_length, unwrap_adapter
+    from ..training.data import check_language_rows, classified_images, classified_texts
 
     model_config = unwrap_adapter(network).config
     if task == IMAGE_CLASSIFICATION:
@@ -325,7 +325,7 @@ def _prepared(rows, data: DataOptions, config, task: str, network, processing_cl
 
 
 def _describe(report: dict, task: str, config) -> str:
-    from ..pretrained import TEXT_GENERATION
+    from ..contract import TEXT_GENERATION
 
     folder, steps, seconds = shlex.quote(report["output_dir"]), report["steps"], report["seconds"]
     is_trained = report["train_loss"] is not None

@@ -106,7 +106,7 @@ class AdapterOptions:
 
     def peft_config(self, model):
         """`LoraConfig` for a model, or None for a full reward."""
-        from ..adapter import default_peft_config
+        from ..reward.adapter import default_peft_config
 
         if self.full:
             return None
@@ -152,7 +152,7 @@ class Options:
 
 
 def print_help() -> None:
-    from ..sft import PRTSFTConfig  # has all that classifiers take, and more
+    from ..training.sft import PRTSFTConfig  # has all that classifiers take, and more
 
     parser = _parser(PRTSFTConfig)
     parser.set_defaults(learning_rate=ADAPTER_LEARNING_RATE)
@@ -226,7 +226,7 @@ def _with_readable_config(arguments: list[str]) -> list[str]:
 
 
 def _describe_unknown(parser, unknown: list[str], task: str) -> str:
-    from ..sft import PRTSFTConfig
+    from ..training.sft import PRTSFTConfig
 
     known = [action.dest for action in parser._actions]
     of_language_models = {each.name for each in fields(PRTSFTConfig)}

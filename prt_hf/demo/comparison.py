@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from .. import RewardModel, VocabularyContract, combine
 from ..contract import LabelContract
-from ..pretrained import unwrap_adapter
+from ..networks.anatomy import unwrap_adapter
 
 PRETRAINED, EFT, PRT, REWARD_ONLY, FINE_TUNED = METHODS = ("Pretrained", "EFT", "PRT", "reward only", "fine-tuned")
 PLACES = ("source", "target")

@@ -2,8 +2,8 @@
 
 from datasets import Dataset, DatasetDict
 
-from ..data import first_line, load_data
 from ..errors import PRTValueError
+from ..training.data import first_line, load_data
 
 TEST_SPLITS = ("test", "validation")
 MOST_TEST_ROWS = 200

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from .. import LabelContract
-from ..data import label_ids, pixel_values, require_column
+from ..training.data import label_ids, pixel_values, require_column
 from .comparison import METHODS, Contenders, hits
 from .data import load, load_splits
 from .report import Result

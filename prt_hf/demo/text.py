@@ -19,18 +19,10 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import EFTLogitsProcessor, PRTLogitsProcessor, VocabularyContract
-from ..data import require_column
 from ..errors import PRTValueError
+from ..training.data import require_column
 from . import prose
-from .comparison import (
-    EFT,
-    FINE_TUNED,
-    PRETRAINED,
-    PRT,
-    REWARD_ONLY,
-    Contenders,
-    token_losses,
-)
+from .comparison import EFT, FINE_TUNED, PRETRAINED, PRT, REWARD_ONLY, Contenders, token_losses
 from .data import load, load_splits
 from .report import Result, Sample
 from .training import Steps, fine_tune, fit, tune_reward

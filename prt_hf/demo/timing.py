@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ..reward_model import RewardModel
+from ..reward.model import RewardModel
 from .text import collator_of, llama
 from .training import Steps, fit, tune_reward
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .. import PRTConfig, PRTTrainer, RewardModel
-from ..adapter import default_peft_config, wrap
+from ..networks.adapters import wrap
+from ..reward.adapter import default_peft_config
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """How well a reward fits a backbone, before and after anyone has paid for it."""
 
-from .batches import batches
 from .fit import Fit, check_fit
 from .portability import Portability, measure_portability
 from .report import portability_report
 from .results import PortabilityReport
+from .rows import batches
 
 __all__ = [
     "Fit",

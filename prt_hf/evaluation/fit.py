@@ -7,16 +7,17 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from ..adapter import wrap
-from ..adapter_config import read_peft_config
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
 from ..errors import PRTError, PRTValueError, RewardFileError
-from ..full_reward import check_full
-from ..hub import local_file
-from ..loading import load_processing_class
-from ..pretrained import context_length, head_of, load_skeleton, pretrained_parameters, reference_to, task_of
-from ..reward_files import ADAPTER_CONFIG, check_files
-from ..reward_model import RewardModel
+from ..hub.client import local_file
+from ..hub.folder import ADAPTER_CONFIG, check_files
+from ..networks.adapter_config import read_peft_config
+from ..networks.adapters import wrap
+from ..networks.anatomy import context_length, head_of, pretrained_parameters, task_of
+from ..networks.auto import load_processing_class, load_skeleton
+from ..networks.identity import reference_to
+from ..reward.full import check_full
+from ..reward.model import RewardModel
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..backbones import Backbone
+from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError, RewardFileError
-from ..fingerprints import file_digest, weights_digest_of_model
-from ..model_card import METHODS, Measurement
-from ..modeling import PRTForCausalLM
-from ..pretrained import TEXT_GENERATION
-from ..reward_model import RewardModel
+from ..hub.card import METHODS, Measurement
+from ..hub.folder import file_digest
+from ..inference import PRTForCausalLM
+from ..networks.identity import weights_digest_of_model
+from ..reward.backbones import Backbone
+from ..reward.model import RewardModel
 from .files import check_folder, markdown_table, replace_text, short_name
 from .portability import to_json_numbers
 from .report import check_names

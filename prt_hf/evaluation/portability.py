@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..backbones import Backbone, source_backbones
+from ..contract import TEXT_GENERATION
 from ..functional import check_supervised
-from ..pretrained import TEXT_GENERATION
-from ..reward_model import RewardModel
+from ..reward.backbones import Backbone, source_backbones
+from ..reward.model import RewardModel
 from .reading import Reading
 from .tally import ACCURACY, NLL, SOURCE, TARGET, Tally
 

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..backbones import Backbone, Batch, OwnBase
-from ..benchmark.machine import now
+from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError
 from ..functional import IGNORE_INDEX, check_finite
-from ..fused import Projection
-from ..heads import last_hidden_state, projection, why_not_projected
-from ..own_pixels import split_inputs
-from ..pretrained import TEXT_GENERATION, check_length, context_length, pretrained_parameters
-from ..reward_model import RewardModel
+from ..networks.anatomy import check_length, context_length, pretrained_parameters
+from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
+from ..networks.pixels import split_inputs
+from ..reward.backbones import Backbone, Batch, OwnBase
+from ..reward.model import RewardModel
+from .machine import now
 
 REWARD = "reward"
 _CHUNK = 2**22  # numbers of one network that are held in float64
@@ -81,7 +81,7 @@ class Reading:
             batches: inputs of the models. Language models need `input_ids`, and may have an `attention_mask` (padding
                 on either side) and `labels`, not shifted, -100 where not supervised; by default every token but the
                 first. Classifiers may have `labels`, in the order of the reward's labels, and image classifiers pixels
-                of single backbones, numbered in their order (see [`~prt_hf.own_pixels`]).
+                of single backbones, numbered in their order (see [`~prt_hf.networks.pixels`]).
 
         Raises:
             ContextLengthError: a text is longer than one of the networks can read.

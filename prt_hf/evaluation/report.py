@@ -14,22 +14,23 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from ..backbones import Backbone, source_backbones
-from ..data import require_column
+from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError
-from ..fingerprints import as_bytes, weights_digest_of_model
-from ..loading import load_processing_class
-from ..model_card import METHODS
-from ..pretrained import CONFIG_KWARGS, TEXT_GENERATION, context_length, load_skeleton, unwrap_adapter
-from ..reward_model import RewardModel
-from ..training_record import hub_ids
-from ..tuned import TunedModel
-from .batches import prepared
+from ..hub.card import METHODS
+from ..hub.training_record import hub_ids
+from ..networks.anatomy import context_length, unwrap_adapter
+from ..networks.auto import CONFIG_KWARGS, load_processing_class, load_skeleton
+from ..networks.identity import as_bytes, weights_digest_of_model
+from ..reward.backbones import Backbone, source_backbones
+from ..reward.finetuned import TunedModel
+from ..reward.model import RewardModel
+from ..training.data import require_column
 from .files import check_folder
 from .fit import order_on
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
+from .rows import prepared
 from .tally import ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, TUNED_TARGET, Tally
 
 _AT_TARGET = {

@@ -6,12 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..card_blocks import merge_cards, read_card, write_card
-from ..contract import PRT_CONFIG_NAME, RewardConfig
+from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
 from ..errors import PRTValueError, RewardFileError
-from ..model_card import METHODS, Measurement, render_card
-from ..pretrained import TEXT_GENERATION
-from ..reward_model import RewardModel
+from ..hub.card import METHODS, Measurement, render_card
+from ..hub.card_merge import merge_cards, read_card, write_card
+from ..reward.model import RewardModel
 from .figure import Bar, draw
 from .files import markdown_table, replace_file, replace_text, short_name
 from .portability import Portability, from_json_numbers, to_json_numbers

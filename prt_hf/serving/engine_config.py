@@ -7,8 +7,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from ..errors import PRTValueError
-from ..hub import local_folder
-from ..recipe import PRTModelConfig
+from ..hub.client import local_folder
+from ..inference.recipe import PRTModelConfig
 from . import ADAPTER_BASE
 from .limits import check_engine, check_networks, fit_length
 from .parts import ServedParts, parts_by_name, parts_of_recipe

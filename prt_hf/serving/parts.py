@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..adapter_config import read_peft_config
-from ..checkpoints import read_entries
 from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTValueError, RewardFileError, UnsupportedError
-from ..full_reward import check_full
-from ..hub import local_folder
-from ..loading import check_same_reference, load_processing_class
-from ..pretrained import fingerprint_of, load_config, load_skeleton
-from ..recipe import PRTModelConfig, check_complete, place_of_reward
-from ..reward_files import ADAPTER_CONFIG, check_files
+from ..hub.client import local_folder
+from ..hub.folder import ADAPTER_CONFIG, check_files
+from ..inference.recipe import PRTModelConfig, check_complete, place_of_reward
+from ..networks.adapter_config import read_peft_config
+from ..networks.auto import load_config, load_processing_class, load_skeleton
+from ..networks.checkpoints import read_entries
+from ..networks.identity import check_same_reference, fingerprint_of
+from ..reward.full import check_full
 from . import ADAPTER_BASE
 
 ADAPTERS = "adapters"  # the network that requests' own reward adapters are put on
@@ -277,7 +277,7 @@ def _reference_to(folder: Path, name: str, revision: str | None) -> ModelReferen
 
 
 def _weights_fingerprint(folder: Path) -> str | None:
-    """As [`~prt_hf.pretrained.weights_fingerprint`] of the loaded model, of which it reads the samples only; None where
+    """As [`~networks.identity.weights_fingerprint`] of the loaded model, of which it reads the samples only; None where
     the files hold the weights in another form than the model does."""
     skeleton = load_skeleton(str(folder))
     wanted = {name for name, _ in skeleton.named_parameters()}

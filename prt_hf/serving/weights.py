@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from ..pretrained import load_pretrained
-from ..reward_model import RewardModel
+from ..networks.auto import load_pretrained
+from ..reward.model import RewardModel
 from .parts import ServedReward
 
 

@@ -1,0 +1,1 @@
+"""Read and write what lies in a folder or a repository: files, cards, one commit."""

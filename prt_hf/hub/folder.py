@@ -1,0 +1,315 @@
+"""The folder of a saved reward or recipe: replaced as a whole or not at all, and read only where it is complete."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Collection, Container, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ..contract import PRT_CONFIG_NAME, RewardConfig
+from ..errors import RewardFileError
+
+REWARD, RECIPE = "a reward", "a recipe"
+RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+_MODEL_FILES = (MODEL_CONFIG, "generation_config.json", "model*.safetensors*")
+NETWORK_FILES = (*_ADAPTER_FILES, *_MODEL_FILES)  # patterns, of adapters and full rewards
+CARD_NAME = "README.md"
+# Of all tokenizers and image processors of transformers.
+_PROCESSING_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("preprocessor_config.json", "processor_config.json", "vocab*.json", "vocab*.txt", "merges.txt", "*.model"),
+    *("*.tiktoken", "bpe.codes", "tekken.json", "dict.txt", "normalizer.json", "emoji.json", "byte_maps.json"),
+    *("entity_vocab.json", "word_shape.json", "word_pronunciation.json", "prophetnet.tokenizer"),
+)
+_CHAT_TEMPLATES = "additional_chat_templates"  # a folder
+_KNOWN_FILES = (PRT_CONFIG_NAME, CARD_NAME, *NETWORK_FILES, *_PROCESSING_FILES)  # patterns
+_PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
+# A save is written into the first; once it is whole, the first is renamed to the second, which is what counts from
+# then on. Its files are then linked into their places, and it goes. Whenever that ends, one whole save can be read.
+_STAGING, SAVED = ".saving", ".saved"
+_SAVING = threading.RLock()  # one save at a time; reentrant, as recipes save rewards
+
+
+def folder_to_read(folder: Path) -> Path:
+    """Return where the files of the last whole save into `folder` are: `folder` itself, or what a saver that was killed
+    had not yet put in place. Nothing is written; the next save puts it in place."""
+    whole = folder / SAVED
+    return whole if whole.is_dir() and not whole.is_symlink() else folder
+
+
+@contextmanager
+def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] = ()) -> Iterator[Path]:
+    """Yield an empty folder to write a reward or recipe into; on success what it holds replaces what an earlier save
+    wrote to `folder`. Everything else in `folder` (checkpoints, notes) is kept.
+
+    Killed at any moment, it leaves the earlier save or the new one whole, see [`folder_to_read`]. Threads of a process
+    save one after another; processes that save into one folder at the same time are not provided for.
+
+    Args:
+        kind: `REWARD` or `RECIPE`.
+        subfolders: that a recipe is about to write.
+
+    Raises:
+        RewardFileError: something else is in `folder`, or in one of the subfolders.
+    """
+    folder = Path(folder)
+    with _SAVING:
+        _put_in_place(folder)
+        check_place(folder, kind)
+        _check_unclaimed(folder, subfolders)
+        staging = folder / _STAGING
+        _remove(staging)  # of a saver that was killed
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            written = {path.name for path in staging.iterdir()}
+            os.replace(staging, folder / SAVED)
+            _put_in_place(folder, written)
+        finally:
+            _remove(staging)
+
+
+def known_files(folder: Path) -> list[str]:
+    """Return the names of a folder's files that belong to a reward or recipe, sorted; without those of its rewards."""
+    names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, known) for known in _KNOWN_FILES)]
+    return sorted([*names, *(f"{_CHAT_TEMPLATES}/{path.name}" for path in folder.glob(f"{_CHAT_TEMPLATES}/*.jinja"))])
+
+
+def _put_in_place(folder: Path, written: set[str] | None = None) -> None:
+    """Put what was saved whole where it belongs. Can be cut off anywhere, and done again.
+
+    Args:
+        written (*optional*): names of the files and folders. By default, as after a saver that was killed, those that
+            belong to a reward or recipe: whoever made the folder may have put others there.
+    """
+    whole = folder_to_read(folder)
+    if whole == folder:
+        return
+    staging = folder / _STAGING
+    _remove(staging)
+    staging.mkdir()
+    new = written or {name.partition("/")[0] for name in known_files(whole)} | {
+        path.name for path in whole.iterdir() if is_reward_folder(path.name)
+    }
+    for name in _saved_earlier(folder) - new:
+        _remove(folder / name)
+    # The file last that tells what was saved earlier.
+    for name in sorted(new, key=lambda name: (name in (PRT_CONFIG_NAME, MODEL_CONFIG), name)):
+        if (whole / name).is_dir():
+            shutil.copytree(whole / name, staging / name, symlinks=True, copy_function=link_or_copy)
+            _remove(folder / name)
+        else:
+            link_or_copy(whole / name, staging / name)
+        os.replace(staging / name, folder / name)
+    _remove(staging)
+    os.replace(whole, staging)  # at one stroke: a part of it would be taken for the whole
+    _remove(staging)
+
+
+def _saved_earlier(folder: Path) -> set[str]:
+    """Return the names of what an earlier save may have written to `folder` and a later one may not need any more."""
+    if (folder / PRT_CONFIG_NAME).is_file():
+        is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
+        patterns = _ADAPTER_FILES if is_adapter else _MODEL_FILES
+        return {path.name for pattern in patterns for path in folder.glob(pattern)}
+    return {name for name in reward_folders(_text(folder / MODEL_CONFIG)) if (folder / name).is_dir()}
+
+
+def reward_folders(recipe: str | None) -> set[str]:
+    """Return the folders of rewards that the text of a recipe's `config.json` names; none if it is not a recipe's."""
+    try:
+        names = [entry["folder"] for entry in json.loads(recipe or "{}")["reward_references"]]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return set()
+    return {name for name in names if is_reward_folder(name)}
+
+
+def is_reward_folder(name: object) -> bool:
+    """Whether a recipe may name this folder: `reward-0`, `reward-1`, ... beside it, and nothing else."""
+    return isinstance(name, str) and re.fullmatch("reward-[0-9]{1,6}", name) is not None
+
+
+def check_unclaimed(place: str | Path, taken: Collection[str]) -> None:
+    """Raise if a recipe would overwrite folders that belong to something else.
+
+    Raises:
+        RewardFileError: `taken` names some.
+    """
+    if taken:
+        raise RewardFileError(
+            f"{place} holds {min(taken)}, which the recipe would overwrite.",
+            expected="no folder of that name, or one that belongs to the recipe there",
+            found=", ".join(sorted(taken)),
+            remedy="choose another place, or rename what lies there",
+        )
+
+
+def _check_unclaimed(folder: Path, subfolders: Collection[str]) -> None:
+    named = reward_folders(_text(folder / MODEL_CONFIG)) if subfolders else set()
+    check_unclaimed(folder, {name for name in subfolders if (folder / name).exists()} - named)
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
+    """`REWARD`, `RECIPE`, what else a save or push would spoil, or None; of a folder or repository with these files."""
+    if PRT_CONFIG_NAME in names:
+        return REWARD
+    if MODEL_CONFIG in names:
+        try:
+            model_type = json.loads(read(MODEL_CONFIG)).get("model_type")
+        except (ValueError, AttributeError):
+            model_type = None
+        return RECIPE if model_type == RECIPE_TYPE else f"a model of another kind ({model_type})"
+    if ADAPTER_CONFIG in names:
+        return "an adapter that is no reward"
+    return None
+
+
+def check_place(folder: Path, kind: str) -> None:
+    """
+    Raises:
+        RewardFileError: `folder` is a file, or saving a reward or recipe (`kind`) there would spoil what it holds.
+    """
+    if folder.is_dir():
+        names = {path.name for path in folder.iterdir()}
+        found = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8", errors="replace"))
+    else:
+        found = "a file" if folder.exists() else None
+    if found not in (None, kind):
+        raise RewardFileError(
+            f"{folder} {'holds' if folder.is_dir() else 'is'} {found}; saving {kind} there would spoil it.",
+            expected=f"an empty folder, or one with {kind} that was saved earlier",
+            found=found,
+            remedy="choose another folder",
+        )
+
+
+def check_files(folder: Path, config: RewardConfig) -> None:
+    """Check that all weights are there, whole, and in safetensors.
+
+    Raises:
+        RewardFileError: names the file.
+    """
+    required = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if config.is_adapter else (MODEL_CONFIG,)
+    weights = weight_files(folder, config)
+    for name in dict.fromkeys([*required, *weights]):
+        if not (folder / name).is_file():
+            pickled = [name for name in _PICKLED if (folder / name).exists()]
+            raise RewardFileError(
+                f"{folder} is incomplete: {name} is missing.",
+                expected=", ".join(dict.fromkeys([*required, *weights])),
+                found=f"{pickled[0]}: pickled weights can run code and are not loaded" if pickled else "no such file",
+                remedy="convert the weights to safetensors" if pickled else "download or save the reward again",
+            )
+    for name in weights:
+        read_shapes(folder / name)
+
+
+def link_or_copy(file: str | Path, copy: str | Path) -> None:
+    """The same file under a second name, which stays when the first is replaced or removed."""
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without hard links
+        shutil.copy2(file, copy)
+
+
+def weight_files(folder: Path, config: RewardConfig) -> list[str]:
+    """Names of the files that hold the weights.
+
+    Raises:
+        RewardFileError: the index of a full reward's shards cannot be read, or names files elsewhere.
+    """
+    if config.is_adapter:
+        return [ADAPTER_WEIGHTS]
+    index = folder / MODEL_INDEX
+    if not index.exists():
+        return [MODEL_WEIGHTS]
+    if (folder / MODEL_WEIGHTS).exists():  # which transformers would load in the place of the shards
+        raise RewardFileError(
+            f"{folder} holds weights twice.",
+            expected=f"{MODEL_WEIGHTS}, or {MODEL_INDEX} and its shards",
+            found="both",
+            remedy="download or save the reward again",
+        )
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        is_right = names and all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        is_right = False
+    if not is_right:
+        raise RewardFileError(
+            f"{index} cannot be used.",
+            expected="a `weight_map` to safetensors files beside it",
+            found=index.read_bytes()[:200].decode(errors="replace"),
+            remedy="download or save the reward again",
+        )
+    return names
+
+
+def reward_digest(folder: Path, config: RewardConfig) -> str:
+    """Return the SHA-256 of all that decides what a saved reward says: its weights, the configuration of its network
+    (scale, depth, ...) and `prt_config.json`, by name and content."""
+    network = ADAPTER_CONFIG if config.is_adapter else MODEL_CONFIG
+    names = sorted({*weight_files(folder, config), network, PRT_CONFIG_NAME})
+    return hashlib.sha256(json.dumps({name: file_digest(folder / name) for name in names}).encode()).hexdigest()
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        RewardFileError: truncated, or no safetensors file.
+    """
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def read_shapes(path: Path) -> dict[str, list[int]]:
+    """The shapes of its tensors, after a check of the file's extent, as of [`read_weights`]."""
+    with _opened(path) as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise RewardFileError(
+            f"{path} is damaged: {error}",
+            expected="a complete safetensors file",
+            found=f"{path.stat().st_size} bytes",
+            remedy="download or save the reward again",
+        ) from error
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def file_digest(*paths: Path) -> str:
+    """SHA-256 over the content of files, one after another."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while part := file.read(1 << 24):
+                digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,207 @@
+"""What goes to the Hub: a saved reward or recipe and its card, in one commit."""
+
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub import CommitInfo
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.utils import logging
+
+from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
+from ..errors import RewardFileError
+from .card import render_card
+from .card_merge import join_cards, merge_cards, read_card
+from .client import Branch, commit_files, open_branch
+from .folder import (
+    CARD_NAME,
+    NETWORK_FILES,
+    REWARD,
+    check_files,
+    folder_to_read,
+    known_files,
+    weight_files,
+    what_lies_in,
+)
+
+logger = logging.get_logger(__name__)
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+class Shareable:
+    """What has `save_pretrained`, and goes to the Hub as that writes it."""
+
+    _push_folder: Callable[..., CommitInfo]
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | bool | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Share what [`save_pretrained`] writes, in one commit.
+
+        Args:
+            repo_id: `"user/name"`; made if it does not exist. What users have written into the card there is kept.
+            private: of a new repository.
+            revision: branch; made if it does not exist.
+            commit_message: by default `"Upload reward"` or `"Upload recipe"`.
+            token: of the Hub; by default the one that `hf auth login` stored.
+            create_pr: propose the commit instead.
+
+        Raises:
+            RewardFileError: the repository holds something else.
+            PRTValueError: it is public, and `private`.
+            HfHubHTTPError: no right, the branch has moved meanwhile, ...: the Hub's own errors.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return self._push_folder(
+                folder,
+                repo_id,
+                private=private,
+                revision=revision,
+                commit_message=commit_message,
+                token=token,
+                create_pr=create_pr,
+            )
+
+
+def push_reward(
+    folder: str | Path, repo_id: str, include: Sequence[str] = (), *, checkpoint: str | None = None, **where
+) -> CommitInfo:
+    """Push the reward that was saved in a folder, without loading it.
+
+    Args:
+        include: names of further files of the folder.
+        checkpoint: a folder of the repository that gets the same reward in the same commit.
+        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
+
+    Raises:
+        RewardFileError: the folder holds no whole reward, or the repository something else.
+    """
+    folder = folder_to_read(Path(folder))
+    files = {name: folder / name for name in reward_files_to_push(folder, include)}
+    if checkpoint is not None:
+        files |= {f"{checkpoint}/{name}": path for name, path in files.items()}
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    warn_of_local_base(config.reward_base, "base_model=")
+    return publish(
+        REWARD,
+        files,
+        partial(render_card, config),
+        folder,
+        repo_id,
+        replaced=lambda _: [*NETWORK_FILES, *([f"{checkpoint}/*"] if checkpoint else [])],
+        **where,
+    )
+
+
+def reward_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]:
+    """Return the names of the files of a saved reward that [`push_reward`] pushes.
+
+    Args:
+        include: of further files.
+
+    Raises:
+        RewardFileError: it is not whole, or one of the files is a link.
+    """
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    check_files(folder, config)
+    weights = weight_files(folder, config)
+    names = [name for name in known_files(folder) if name in weights or not name.endswith(".safetensors")]
+    return check_pushed(folder, [*names, *include])
+
+
+def check_pushed(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the names, after a check that they name files of the folder itself.
+
+    Raises:
+        RewardFileError: there is no such file, or it is a link, by which any file of this machine might be pushed.
+    """
+    names = list(dict.fromkeys(names))
+    for name in names:
+        path = folder / name
+        is_inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+        if not is_inside or not path.is_file() or path.is_symlink() or path.parent.is_symlink():
+            raise RewardFileError(
+                f"{name} cannot be pushed.",
+                expected=f"a file in {folder}",
+                found="a link" if path.is_symlink() or path.parent.is_symlink() else "no such file there",
+                remedy="copy what the link stands for into the folder" if is_inside else "name files of the folder",
+            )
+    return names
+
+
+def publish(
+    kind: str,
+    files: Mapping[str, Path],
+    render: Callable[[str], str],
+    folder: Path,
+    repo_id: str,
+    *,
+    replaced: Callable[[Branch], Iterable[str]],
+    commit_message: str | None = None,
+    create_pr: bool = False,
+    **where,
+) -> CommitInfo:
+    """One commit: the files, the card with what users have written into it there or in `folder`, and without files of
+    an earlier push that match the patterns `replaced` gives for the branch.
+
+    Args:
+        render: makes the card for the repository's full name.
+
+    Raises:
+        RewardFileError: the repository holds something else.
+    """
+    branch = open_branch(repo_id, create_pr=create_pr, **where)
+    found = what_lies_in(branch.files, branch.read) or _foreign_weights(branch.files)
+    if found not in (None, kind):
+        raise RewardFileError(
+            f"{branch.repo_id} holds {found}; {kind} would spoil it.",
+            expected=f"a new repository, or one where {kind} lies",
+            found=found,
+            remedy="choose another name, or another branch",
+        )
+    card = render(branch.repo_id)
+    if (here := read_card(folder)) is not None:
+        card = merge_cards(here, card)
+    if (there := branch.read(CARD_NAME)) is not None:
+        card = join_cards(there, card)
+    patterns = list(replaced(branch))
+    stale = [
+        name
+        for name in branch.files
+        if found == kind and name not in files and any(_matches(name, pattern) for pattern in patterns)
+    ]
+    return commit_files(
+        branch,
+        {name: path for name, path in files.items() if name != CARD_NAME} | {CARD_NAME: card},
+        commit_message or f"Upload {kind.removeprefix('a ')}",
+        removed=sorted(stale),
+        create_pr=create_pr,
+    )
+
+
+def warn_of_local_base(reference: ModelReference, argument: str) -> None:
+    if reference.id is None or Path(reference.id).is_dir():
+        logger.warning(f"{reference} is not on the Hub: whoever loads what is pushed has to pass `{argument}`.")
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """As in a shell: `*` stays within a folder."""
+    parts, patterns = name.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
+
+
+def _foreign_weights(names: Collection[str]) -> str | None:
+    """Of libraries that leave no configuration that is known here."""
+    weights = sorted(name for name in names if name.endswith(_WEIGHTS) and not name.endswith(TRAINING_ARGS_NAME))
+    return f"weights of another kind ({weights[0]})" if weights else None

@@ -1,0 +1,38 @@
+"""Algorithm 2: add rewards to a backbone, in `generate()` or as one transformers model."""
+
+from contextlib import suppress
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
+
+from ..networks.pixels import PRTImageProcessor
+from .causal_lm import PRTForCausalLM
+from .classification import PRTForImageClassification, PRTForSequenceClassification
+from .logits_processor import EFTLogitsProcessor, PRTLogitsProcessor
+from .recipe import PRTModelConfig
+from .speculative import speculative_decoding
+from .state import RewardState
+
+__all__ = [
+    "EFTLogitsProcessor",
+    "PRTForCausalLM",
+    "PRTForImageClassification",
+    "PRTForSequenceClassification",
+    "PRTLogitsProcessor",
+    "RewardState",
+    "speculative_decoding",
+]
+
+AutoConfig.register(PRTModelConfig.model_type, PRTModelConfig)
+AutoModelForCausalLM.register(PRTModelConfig, PRTForCausalLM)
+AutoModelForSequenceClassification.register(PRTModelConfig, PRTForSequenceClassification)
+AutoModelForImageClassification.register(PRTModelConfig, PRTForImageClassification)
+with suppress(ImportError):  # where transformers has no image processors: earlier ones want torchvision for them all
+    AutoImageProcessor.register(
+        PRTModelConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), PRTImageProcessor)
+    )

@@ -1,0 +1,330 @@
+"""Language models with rewards: log-probabilities, one cache for all networks, generation."""
+
+import copy
+import weakref
+from functools import partial
+
+import torch
+from torch import nn
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from ..contract import TEXT_GENERATION
+from ..errors import PRTValueError, UnsupportedError
+from ..networks.anatomy import CACHE, check_length
+from .cache import PRTCache
+from .joint_head import JointBase, JointHead, joint_head
+from .logits_processor import PRTLogitsProcessor
+from .probe import behaviour_of, check_padding
+from .prt_model import PRTPreTrainedModel
+from .speculative import speculative_decoding
+from .state import switching_length
+
+logger = logging.get_logger(__name__)
+
+# Their caches follow the text by its content, so they serve from call to call; no part of copies and pickles.
+_DRAFTERS: "weakref.WeakKeyDictionary[PRTForCausalLM, list[PRTLogitsProcessor]]" = weakref.WeakKeyDictionary()
+
+
+class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
+    """A language model with rewards. `logits` are log-probabilities over the contract's tokens, of shape
+    `(batch_size, sequence_length, vocab_size)`, without the columns that pad the networks' heads.
+
+    ```python
+    model = PRTForCausalLM.from_parts("Qwen/Qwen2.5-7B", rewards=["me/gsm8k-reward"])
+    model.generate(**inputs)
+    ```
+    """
+
+    task = TEXT_GENERATION
+    main_input_name = "input_ids"
+    _can_compile_fullgraph = True  # with PEFT's layers or a mixed pass, in parts
+
+    def __init__(self, config, backbone=None, rewards=None, processing_class=None):
+        super().__init__(config, backbone, rewards, processing_class)
+        self.generation_config = copy.deepcopy(self.backbone.generation_config)
+        switches = (switching_length(run.model.config) for run in self._separate)
+        self._switches = [switch for switch in switches if switch is not None]
+
+    @property
+    def base_model(self) -> JointBase:
+        """For trainers that multiply hidden states by the head themselves, as TRL's do."""
+        return JointBase(self)
+
+    def get_output_embeddings(self) -> JointHead:
+        return joint_head(self)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: PRTCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """
+        Args:
+            cache ([`~prt_hf.inference.cache.PRTCache`]): of all networks, as returned by an earlier call. Also taken
+                as `past_key_values`, its name before transformers 5.24.
+            position_ids: counted from 0, for every network; by default without the padding that `attention_mask` tells.
+            output_hidden_states, output_attentions: of the backbone.
+            labels: shifted here, as by every causal language model of transformers; -100 is ignored.
+            kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
+
+        Returns:
+            `CausalLMOutputWithPast`: `logits` normalised, float32.
+
+        Raises:
+            UnsupportedError: a prompt given as embeddings; padding before a text that a network takes for text.
+            ContextLengthError: longer than a reward can read.
+            NonFiniteRewardError: a reward is NaN or infinite.
+        """
+        # Not in the signature, where the Trainer would take it for a label that every batch has.
+        shift_labels = kwargs.pop("shift_labels", None)
+        cache = kwargs.pop("past_key_values", cache)
+        if input_ids is None or inputs_embeds is not None:
+            raise UnsupportedError(
+                "A reward has embeddings of its own, and cannot read the backbone's.",
+                expected="`input_ids`",
+                found="`inputs_embeds`" if inputs_embeds is not None else "neither",
+            )
+        if use_cache is None:
+            use_cache = not self.training and getattr(self.config, "use_cache", False)
+        if cache is not None:
+            self._check_cache(cache)
+        if use_cache and cache is None:
+            cache = self._new_cache()
+            use_cache = cache is not None
+        self._check_length(input_ids, attention_mask, cache)
+        if not torch.compiler.is_compiling():
+            position_ids = self._positions(input_ids, attention_mask, position_ids, cache)
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+        } | kwargs
+        asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
+        inputs, asked = ({k: v for k, v in given.items() if v is not None} for given in (inputs, asked))
+        if cache is not None:
+            cache.rows = len(input_ids)
+        logits, beside = self._run(inputs, asked, None if cache is None else cache.parts)
+        log_probs = self._combine([_keep(value, logits_to_keep, input_ids.shape[1]) for value in logits])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=log_probs,
+                labels=labels,
+                vocab_size=log_probs.shape[-1],
+                num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
+            )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=log_probs,
+            **{CACHE: cache},
+            **beside,
+        )
+
+    @staticmethod
+    def create_masks_for_generate(config, attention_mask=None, **kwargs):
+        """Every network makes its own mask for its own cache of the mask of tokens, which is as long at every step as a
+        static cache, lest every step be compiled anew. Recurrent layers and flash attention read its end, and have it
+        as it is."""
+        cache = kwargs[CACHE]
+        is_read_from_its_end = any(cache.is_linear) or "flash" in (config._attn_implementation or "")
+        if attention_mask is None or is_read_from_its_end:
+            return attention_mask
+        missing = cache.get_max_length() - attention_mask.shape[1]
+        return nn.functional.pad(attention_mask, (0, max(0, missing)))
+
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *,
+        speculative: bool = False,
+        num_draft_tokens: int | None = None,
+        **kwargs,
+    ):
+        """As every model's, see [`~transformers.GenerationMixin.generate`].
+
+        Args:
+            speculative (`bool`): draft with the source backbone and the rewards, verify with the backbone: the same
+                greedy text, samples of the same distribution, faster where the reward is smaller than the backbone. One
+                prompt at a time. With a full reward, `assistant_model` is its source backbone, by default loaded as the
+                reward names it. `return_dict_in_generate` tells what became of the drafts
+                ([`~prt_hf.inference.speculative.SpeculativeOutput`]).
+            num_draft_tokens (`int`, *optional*): the most to draft at a time.
+
+        Raises:
+            UnsupportedError: continuous batching; what cannot be speculative.
+        """
+        asked = (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None))
+        if "paged" in asked:
+            self._refuse_continuous_batching()
+        if speculative:
+            return self._generate_speculatively(inputs, generation_config, num_draft_tokens, **kwargs)
+        if num_draft_tokens is not None:
+            raise PRTValueError("`num_draft_tokens` is for speculative decoding.", remedy="speculative=True")
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def _generate_speculatively(
+        self,
+        inputs,
+        generation_config,
+        num_draft_tokens,
+        *,
+        assistant_model=None,
+        streamer=None,
+        tokenizer=None,
+        stop_strings=None,
+        stopping_criteria=None,
+        **kwargs,
+    ):
+        # The backbone under this model's defaults, on the very same modules.
+        backbone = copy.copy(self.backbone)
+        backbone.generation_config = copy.deepcopy(self.generation_config)
+        generation_config = copy.deepcopy(generation_config or self.generation_config)
+        kwargs = generation_config.update(**kwargs)
+        stopping_criteria = StoppingCriteriaList(stopping_criteria or ())
+        stop_strings = stop_strings or generation_config.stop_strings or self.generation_config.stop_strings
+        if stop_strings:
+            # transformers keeps the tokenizer from a `custom_generate`, and cannot make these without it.
+            stopping_criteria.append(StopStringCriteria(tokenizer or self.processing_class, stop_strings))
+            generation_config.stop_strings = backbone.generation_config.stop_strings = None
+        # Taken out while they are at work: another thread makes its own.
+        rewards = _DRAFTERS.pop(self, None) if assistant_model is None else None
+        if rewards is None:
+            rewards = [
+                PRTLogitsProcessor(reward, self.processing_class, source_backbone=assistant_model)
+                for reward in self.rewards
+            ]
+        for reward, strength in zip(rewards, self.strengths, strict=True):
+            reward.strength = strength
+        decode = partial(speculative_decoding, rewards=rewards, num_draft_tokens=num_draft_tokens, streamer=streamer)
+        output = backbone.generate(
+            inputs,
+            generation_config,
+            stopping_criteria=stopping_criteria,
+            streamer=streamer,
+            custom_generate=decode,
+            **kwargs,
+        )
+        if assistant_model is None:
+            _DRAFTERS[self] = rewards
+        return output
+
+    def init_continuous_batching(self, *args, **kwargs):
+        self._refuse_continuous_batching()
+
+    def generate_batch(self, *args, **kwargs):
+        self._refuse_continuous_batching()
+
+    def _refuse_continuous_batching(self):
+        raise UnsupportedError(
+            "Continuous batching keeps one paged cache for one model, and a PRT model has several.",
+            expected="`generate` with a dynamic or static cache",
+            remedy="serve with vLLM, or generate in batches",
+        )
+
+    @property
+    def _is_cached(self) -> bool:
+        return all(run.is_cached and behaviour_of(run).steps for run in self._separate)
+
+    def _new_cache(self) -> PRTCache | None:
+        if not self._is_cached:
+            return None
+        parts = [DynamicCache(config=run.model.config.get_text_config(decoder=True)) for run in self._passes]
+        return PRTCache(parts, [len(run.blocks) for run in self._passes])
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        given = model_kwargs.get(CACHE)
+        if given is not None:
+            self._check_cache(given)
+            return super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if not self._is_cached:
+            if generation_config.use_cache:
+                logger.warning_once(
+                    "One of the networks keeps no cache of the usual kind: every step reads all tokens."
+                )
+            generation_config.use_cache = False
+        if not generation_config.use_cache:
+            return None
+        parts = []
+        for run in self._passes:
+            made = {}
+            run.model._prepare_cache_for_generation(
+                generation_config, made, generation_mode, batch_size * len(run.blocks), max_cache_length
+            )
+            parts.append(made[CACHE])
+        model_kwargs[CACHE] = PRTCache(parts, [len(run.blocks) for run in self._passes])
+
+    def _check_cache(self, cache) -> None:
+        blocks = [len(run.blocks) for run in self._passes]
+        if not isinstance(cache, PRTCache) or cache.blocks != blocks:
+            raise UnsupportedError(
+                "The cache is not one of this PRT model's passes.",
+                expected=f"`{CACHE}` as an earlier call of this model returned them, with gradients where there "
+                f"are now: blocks of rows {blocks}",
+                found=f"{type(cache).__name__}{f' of {cache.blocks}' if isinstance(cache, PRTCache) else ''}",
+            )
+
+    def _check_length(self, input_ids, attention_mask, cache) -> None:
+        if not self._limits or torch.compiler.is_compiling():
+            return
+        limit = min(self._limits)
+        length = input_ids.shape[1] + (0 if cache is None else int(cache.get_seq_length()))
+        if length > limit and isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            length = int(attention_mask.sum(1).max())
+        check_length(length, limit)
+
+    def _positions(self, input_ids, attention_mask, position_ids, cache):
+        """Count on from the cache and behind padding, where the networks by themselves may not.
+
+        Raises:
+            UnsupportedError: a network cannot tell padding from text, or reads short and long texts in other ways.
+        """
+        length = 0 if cache is None else int(cache.get_seq_length())
+        end = length + input_ids.shape[1]
+        mask = attention_mask if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2 else None
+        for switch in self._switches:
+            if end > switch and (0 < length <= switch or (mask is not None and bool((mask.sum(1) <= switch).any()))):
+                raise UnsupportedError(
+                    "Short and long texts are read with different frequencies of longrope.",
+                    expected=f"at most {switch} tokens (original_max_position_embeddings), or more from the first pass "
+                    "on and in every row",
+                    found=f"{length} tokens in the cache, {end} with the new ones, in {len(input_ids)} rows",
+                    remedy="use_cache=False, for one prompt at a time",
+                )
+        is_padded = length == 0 and mask is not None and bool((mask[:, 0] == 0).any())
+        if is_padded and not self.training:
+            for run in self._separate:
+                check_padding(run)
+        if position_ids is not None or not (length or is_padded):
+            return position_ids
+        if mask is None:
+            return torch.arange(length, end, device=input_ids.device)[None]
+        return (mask.long().cumsum(1) - 1).clamp(min=0)[:, length:end]
+
+
+def _keep(logits: torch.Tensor, logits_to_keep: int | torch.Tensor, length: int) -> torch.Tensor:
+    """Cut the logits of a network that does not know `logits_to_keep`."""
+    if isinstance(logits_to_keep, int):
+        return logits[:, -logits_to_keep:]  # all for 0
+    return logits[:, logits_to_keep] if logits.shape[1] == length else logits

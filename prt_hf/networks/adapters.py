@@ -1,0 +1,131 @@
+"""Wrap networks with PEFT adapters, share their weights, and look beneath the adapters."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from itertools import chain
+
+import torch
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
+from peft.tuners.lora import Conv2d, Linear
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ..errors import PRTValueError, UnsupportedError
+
+ADAPTER = "default"  # the one adapter of a reward
+
+
+def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None = None) -> PeftModel:
+    """Return a PEFT model on the weights of `model`, which itself stays without adapter.
+
+    Args:
+        device (*optional*): `"meta"` shows what the adapter consists of, without memory for it.
+    """
+    peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
+    with warnings.catch_warnings(), nullcontext() if device is None else torch.device(device):
+        # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out
+        # itself.
+        warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|fan_in_fan_out)")
+        network = peft_class(share_weights(model, device), peft_config)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    for parameter in network.parameters():
+        if parameter.requires_grad and parameter.data_ptr() in shared:  # biases, with `bias="all"` or `"lora_only"`
+            parameter.data = parameter.data.clone()
+    return network
+
+
+def bare_base(network: PeftModel) -> PreTrainedModel:
+    """The base of an adapter without its layers, on the very same parameters and buffers."""
+    model = network.get_base_model()
+    memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    base = copy.deepcopy(model, memo)
+    for name, layer in list(wrapped_layers(base)):
+        check_not_merged(layer)
+        is_adapted = isinstance(layer, BaseTunerLayer)
+        base.set_submodule(name, layer.get_base_layer() if is_adapted else layer.original_module)
+    base.__dict__.pop("peft_config", None)
+    return base
+
+
+def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Outermost layers that PEFT put in the place of the base's own."""
+    wrapped = None
+    for name, module in model.named_modules():
+        if wrapped is not None and name.startswith(wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            wrapped = f"{name}."
+            yield name, module
+
+
+def _adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    return wrapped_layers(network.get_base_model())
+
+
+def check_not_merged(layer: nn.Module) -> None:
+    """Raises:
+    UnsupportedError: PEFT has added the adapter to the base's own weights.
+    """
+    if getattr(layer, "merged", False):
+        raise UnsupportedError(
+            "The adapter is merged into weights that its base, the backbone or other rewards share.",
+            expected="an adapter beside its base",
+            remedy="unmerge_adapter(), or tune and load the merged network as a full reward",
+        )
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Plain LoRA, or a layer that is saved whole, switched on."""
+    # FSDP2 makes a class of its own of a layer's: that and FSDPModule come before it.
+    kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
+    if kind is ModulesToSaveWrapper:
+        return layer.active_adapters == [ADAPTER] and not layer.disable_adapters
+    return (
+        kind in (Linear, Conv2d)
+        and not isinstance(layer.get_base_layer(), BaseTunerLayer)
+        and not layer.lora_variant
+        and not layer.merged
+        and not layer.disable_adapters
+        and layer.active_adapters == [ADAPTER]
+    )
+
+
+def check_bare(model: PreTrainedModel) -> None:
+    """Raises:
+    PRTValueError: the model carries an adapter.
+    """
+    if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
+        raise PRTValueError(
+            "The base carries an adapter, so it is no pretrained model any more.",
+            expected="a PreTrainedModel without adapters",
+            found=type(model).__name__,
+            remedy="load the base again, or merge its adapter with `merge_and_unload` if that is what you want",
+        )
+
+
+def share_weights(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
+    """Return a second model on the very same weights: adapters put into one leave the other as it is, and cost no copy;
+    or, on the device `"meta"`, on none."""
+
+    def shared(tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is nn.Parameter:
+            return nn.Parameter(tensor.detach().to(device), requires_grad=False)
+        return tensor.to(device) if type(tensor) is torch.Tensor else tensor
+
+    return copy.deepcopy(model, {id(tensor): shared(tensor) for tensor in chain(model.parameters(), model.buffers())})
+
+
+def tie_parameters(network: nn.Module, base: nn.Module) -> None:
+    """Make parameters of `network` that share their values with parameters of `base` the same objects, so that they
+    stay one when they move to another device or precision."""
+    known = {value.data_ptr(): value for value in base.parameters() if value.numel()}
+    for module in network.modules():
+        for name, value in module._parameters.items():
+            same = None if value is None else known.get(value.data_ptr())
+            if same is not None and same.shape == value.shape and same.dtype == value.dtype:
+                module._parameters[name] = same

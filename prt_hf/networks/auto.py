@@ -1,0 +1,150 @@
+"""Load models, configurations, tokenizers and image processors by id."""
+
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..contract import IMAGE_CLASSIFICATION, ModelReference
+from ..errors import PRTValueError, RewardFileError
+from ..hub.client import commit_of
+from .anatomy import AUTO_CLASSES, _task_of_class
+from .checkpoints import check_attention, check_counts, load_whole
+from .identity import check_same_model, reference_to
+from .pixels import PRTImageProcessor, is_saved_apart
+
+logger = logging.get_logger(__name__)
+_TIMM = "timm_wrapper"  # whose checkpoints name no class
+CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # those that tokenizers and image processors take as well
+
+
+def load_base(reference: ModelReference, token: str | bool | None = None, **load_kwargs) -> PreTrainedModel:
+    """The pretrained model that a file names, at the revision named there.
+
+    Raises:
+        RewardFileError: it was made in memory and has no id.
+        BaseModelMismatchError: what lies there now is another model.
+    """
+    if reference.id is None:
+        raise RewardFileError(
+            "The pretrained model was made in memory and has no id to load it by.",
+            expected="`base_model=` of a reward, or `backbone=` of a PRT model: that model, or its path",
+            found=str(reference),
+        )
+    # A revision among the arguments is of another model: a PRT model's backbone.
+    kwargs = {name: value for name, value in load_kwargs.items() if name != "revision"}
+    pinned = {"revision": reference.revision} if reference.revision else {}
+    model = load_pretrained(reference.id, **{"token": token} | kwargs | pinned)
+    check_same_model(reference, model)
+    return model
+
+
+def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
+    """Load the tokenizer or image processor of a pretrained model; None where it has none."""
+    kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None}
+    try:
+        return _processing_class(path_or_id, task, **{"trust_remote_code": False} | kwargs)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _processing_class(path_or_id: str | Path, task: str, **kwargs):
+    auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
+    try:
+        found = auto_class.from_pretrained(path_or_id, **kwargs)
+    except ImportError as error:
+        logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
+        return None
+    return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
+
+
+def save_processing_class(processing_class, folder: Path) -> None:
+    """Write a tokenizer or image processor, if there is one, so that [`load_processing_class`] finds it."""
+    if is_saved_apart(processing_class):
+        processing_class = PRTImageProcessor(processing_class)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
+
+
+def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):
+    """What lies beside a model's weights, at their revision; None where it was made in memory or has none."""
+    if not model.name_or_path:
+        return None
+    return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
+
+
+def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
+    """Load a model by id with the Auto class of its task, which its configuration names, and remember its commit.
+
+    Raises:
+        PRTValueError: the checkpoint has no head that predicts tokens or labels, lacks weights, or names an attention
+            that is not transformers' own.
+    """
+    commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
+    # Said either way: asked for code of others, transformers would put the question to the terminal.
+    trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
+    load_kwargs = load_kwargs | trusted | {"revision": commit or "main"}
+    telling = (*CONFIG_KWARGS, "attn_implementation")
+    config = load_config(model_id, **{name: load_kwargs[name] for name in telling if name in load_kwargs})
+    check_attention(config, model_id)
+    model = load_whole(AUTO_CLASSES[_task_of_config(config, model_id)], model_id, **load_kwargs)
+    model.config._commit_hash = commit  # where transformers kept it up to 5.17; never written to files
+    return model
+
+
+def task_of_checkpoint(model_id: str, **config_kwargs) -> str:
+    """The task of a model by id, told by its configuration; its weights are not loaded.
+
+    Raises:
+        PRTValueError: the checkpoint has no head that predicts tokens or labels.
+    """
+    return _task_of_config(load_config(model_id, **config_kwargs), model_id)
+
+
+def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
+    """
+    Args:
+        config_kwargs: `revision`, `token`, `trust_remote_code`.
+
+    Raises:
+        PRTValueError: an architecture that transformers does not know, or code that it may not run.
+    """
+    trusted = {"trust_remote_code": bool(config_kwargs.get("trust_remote_code"))}
+    try:
+        check_counts(PreTrainedConfig.get_config_dict(model_id, **config_kwargs)[0], model_id)
+        return AutoConfig.from_pretrained(model_id, **config_kwargs | trusted)
+    except PRTValueError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        raise PRTValueError(
+            f"The configuration of {model_id} cannot be used.",
+            expected="an architecture that the installed transformers knows",
+            found=str(error).strip().splitlines()[0],
+        ) from error
+
+
+def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
+    """A model without its weights, on the meta device: all that its configuration tells, for a few kilobytes.
+
+    Args:
+        config_kwargs: `revision`, `token`, `trust_remote_code`.
+
+    Raises:
+        PRTValueError: the checkpoint has no head that predicts tokens or labels, or its class is not known.
+    """
+    commit = commit_of(model_id, config_kwargs.get("revision"), config_kwargs.get("token"))
+    config = load_config(model_id, **config_kwargs | {"revision": commit or "main"})
+    check_attention(config, model_id)
+    auto_class = AUTO_CLASSES[_task_of_config(config, model_id)]
+    with torch.device("meta"):
+        model = auto_class.from_config(config, trust_remote_code=bool(config_kwargs.get("trust_remote_code")))
+    model.name_or_path, model.config._commit_hash = model_id, commit
+    return model
+
+
+def _task_of_config(config: PreTrainedConfig, model_id: str) -> str:
+    if not config.architectures and config.model_type == _TIMM and config.num_labels > 0:
+        return IMAGE_CLASSIFICATION
+    return _task_of_class((config.architectures or ["unknown"])[0], model_id)

@@ -1,0 +1,169 @@
+"""Identify a network by its id, commit and weights, and check that two are the same."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..contract import ModelReference
+from ..errors import BackboneCacheError, BaseModelMismatchError, UnsupportedError
+from ..hub.folder import file_digest
+from .anatomy import FixedLinear, pretrained_parameters, unwrap_adapter
+
+_BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "problem_type", "transformers_version", "use_cache")
+_SAMPLES_PER_TENSOR = 64
+
+
+def weights_digest_of_files(folder: str | Path) -> str:
+    """SHA-256 of a local model: `config.json` and all safetensors files, by name and content.
+
+    Raises:
+        BackboneCacheError: there are none.
+    """
+    folder = Path(folder)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise BackboneCacheError(
+            f"{folder} has no weights that a model could be told by.",
+            expected="config.json and *.safetensors",
+            found=", ".join(sorted(path.name for path in folder.glob("*"))[:10]) or "nothing",
+            remedy="convert the weights to safetensors",
+        )
+    digests = {path.name: file_digest(path) for path in [folder / "config.json", *weights]}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def weights_digest_of_model(model: PreTrainedModel) -> str:
+    """SHA-256 of a model in memory: all parameters and buffers by name, shape, dtype and value, and the config and the
+    scales of adapters, which say how they are used.
+
+    Raises:
+        BackboneCacheError: some of them are offloaded.
+    """
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise BackboneCacheError(
+            "The weights of this model cannot be told from others: some are offloaded.",
+            expected="all weights in memory, or the model's id or path",
+            found=type(model).__name__,
+            remedy="pass its id or path, or train without stored states",
+        )
+    config = {name: value for name, value in model.config.to_dict().items() if name not in _BOOKKEEPING}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(as_bytes(tensor.reshape(-1)))
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            digest.update(f"{name} {sorted(getattr(module, 'scaling', {}).items())}".encode())
+    return digest.hexdigest()
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+
+
+def origin_of(path_or_repo: str | Path, folder: Path) -> ModelReference:
+    """To what was loaded by name and lies in `folder`; of a repository, the one in the cache that its commit names."""
+    if Path(path_or_repo).is_dir():
+        return ModelReference(os.path.abspath(path_or_repo))
+    return ModelReference(str(path_or_repo), folder.name)
+
+
+def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
+    """The weights decide where they can be read: the same model may have moved, another may have taken its place.
+
+    Raises:
+        BaseModelMismatchError: it is another model, or another revision.
+    """
+    check_same_reference(expected, reference_to(model))
+
+
+def check_same_reference(expected: ModelReference, found: ModelReference) -> None:
+    """As [`check_same_model`], of a model that is not in memory."""
+    if found.weights and expected.weights:
+        same = found.weights == expected.weights
+    else:
+        names = [(reference.id, reference.revision, reference.architecture) for reference in (found, expected)]
+        same = found.id is not None and names[0] == names[1]
+    if not same:
+        raise BaseModelMismatchError(
+            "The pretrained model is not the one that was used before.",
+            expected=str(expected),
+            found=str(found),
+            remedy="use that model, at that revision",
+        )
+
+
+def reference_to(network: nn.Module) -> ModelReference:
+    """Id, commit, class and weights of a network without its adapters.
+
+    Raises:
+        UnsupportedError: DeepSpeed has divided it already.
+    """
+    model = unwrap_adapter(network)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise UnsupportedError(
+            "The model was loaded in parts, so that its weights tell nothing.",
+            expected="a model that is whole until the trainer divides it",
+            found=f"{model.name_or_path or type(model).__name__} of DeepSpeed ZeRO-3",
+            remedy="load it before `PRTConfig` is made, or use FSDP 2 (`fsdp_cpu_ram_efficient_loading`)",
+        )
+    place = model.name_or_path or None
+    return ModelReference(
+        id=os.path.abspath(place) if place and os.path.isdir(place) else place,
+        revision=getattr(model.config, "_commit_hash", None),
+        architecture=type(model).__name__,
+        weights=weights_fingerprint(network),
+    )
+
+
+def weights_fingerprint(network: nn.Module) -> str | None:
+    """SHA-256 over shapes and samples of the pretrained weights, batch statistics and fixed heads, adapters left out.
+
+    Up to 64 samples of each tensor, rounded to bfloat16, so that a model has the same fingerprint in float32 and in
+    bfloat16; without names, which change between versions of transformers. None where the values cannot be read
+    (quantised or offloaded weights) or were rounded otherwise (float16).
+    """
+    return fingerprint_of([*pretrained_parameters(network).values(), *_telling_buffers(network)])
+
+
+def fingerprint_of(tensors: Iterable[torch.Tensor]) -> str | None:
+    """The fingerprint of a model that is made of these tensors, see [`weights_fingerprint`]."""
+    digests = []
+    for tensor in tensors:
+        if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta:
+            return None
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+        samples = flat[::step][:_SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16).view(torch.int16)
+        digests.append(hashlib.sha256(str(tuple(tensor.shape)).encode() + samples.numpy().tobytes()).digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
+
+
+def _telling_buffers(network: nn.Module) -> list[torch.Tensor]:
+    """Running means and variances of batch normalisation, and what a fixed head is made of."""
+    tensors = []
+    for name, module in network.named_modules():
+        if ".modules_to_save." in name:
+            continue
+        names = ("weight", "bias") if isinstance(module, FixedLinear) else ("running_mean", "running_var")
+        tensors += [getattr(module, name, None) for name in names]
+    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+
+
+def digest(network: nn.Module) -> str:
+    """SHA-256 over the values that a reward's file holds: the adapter's, or all."""
+    is_adapter = isinstance(network, PeftModel)
+    values = get_peft_model_state_dict(network, save_embedding_layers=False) if is_adapter else network.state_dict()
+    digest = hashlib.sha256()
+    for value in values.values():
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

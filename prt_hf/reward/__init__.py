@@ -1,0 +1,1 @@
+"""The reward model r_theta: how it starts, is loaded, and meets a backbone."""

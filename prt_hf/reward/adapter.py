@@ -1,0 +1,186 @@
+"""The LoRA form of a reward: which layers it adapts, and where it starts."""
+
+import copy
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..contract import TEXT_GENERATION, ModelReference
+from ..errors import PRTValueError, UnsupportedError
+from ..networks.adapter_config import check_is_of_layers
+from ..networks.adapters import wrap
+from ..networks.anatomy import FixedLinear, has_fixed_head, head_of, layer_stack, task_of
+
+ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
+# Fused kernels read these layers' weights past an adapter, so PEFT refuses to adapt them.
+_FUSED_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_FUSED_LAYERS = {"conv1d", "out_proj"}
+
+
+def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None, **lora_kwargs) -> LoraConfig:
+    """LoRA on every linear or convolutional layer, the head included.
+
+    The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
+    with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
+    small head is tuned whole, that of a zero-shot classifier not at all. A reward has farther to go than a fine-tuned
+    model, because it starts as the pretrained logits, which the backbone adds once more: language models get twice the
+    customary scale of LoRA (see notebooks/lora_rewards.md), classifiers, which lose by that, do not.
+
+    Args:
+        model (`PreTrainedModel`): the reward's base.
+        top_layers (`int`, *optional*): adapt this many of the uppermost layers, and the head. The layers below are then
+            computed once a step for the reward and its own base.
+        lora_kwargs: for [`~peft.LoraConfig`]. If not given, `r` is 16, and `lora_alpha` four times that, a
+            classifier's twice.
+
+    Raises:
+        PRTValueError: `top_layers` of a model whose layers are not so many, or not in one list.
+    """
+    head, _ = head_of(model)
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, ADAPTED_LAYERS) and _takes_lora(model, name, module)
+    ]
+    if top_layers is not None:
+        targets = [name for name in targets if name == head or name.startswith(_prefixes_of_top(model, top_layers))]
+    rank = lora_kwargs.get("r", 16)
+    if task_of(model) == TEXT_GENERATION:
+        defaults = {"task_type": "CAUSAL_LM", "lora_alpha": 4 * rank}
+    else:
+        # PEFT takes any name that ends so for the head, and no layer twice.
+        targets = [name for name in targets if not name.endswith(head)]
+        saved = {} if has_fixed_head(model) else {"modules_to_save": [head]}
+        defaults = saved | {"lora_alpha": 2 * rank}
+    defaults |= {"r": rank, "target_modules": _shorten(model, targets)}
+    return LoraConfig(**defaults | lora_kwargs)
+
+
+def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelReference, *, zero: bool) -> PeftModel:
+    """Wrap a base as a reward; the base itself stays untouched and shares its weights.
+
+    A `LoraConfig` that names no `target_modules` gets those of [`default_peft_config`]. With `zero`, the reward gets an
+    output layer of its own, zero at the start, so that r = 0 and the PRT model starts as the backbone.
+    """
+    peft_config = copy.deepcopy(peft_config)
+    check_is_of_layers(peft_config, beside_base=True)
+    if isinstance(peft_config, LoraConfig) and not peft_config.target_modules and not peft_config.target_parameters:
+        default = default_peft_config(model)
+        peft_config.target_modules = default.target_modules
+        peft_config.modules_to_save = peft_config.modules_to_save or default.modules_to_save
+        peft_config.task_type = peft_config.task_type or default.task_type
+    peft_config.base_model_name_or_path = base.id
+    peft_config.revision = base.revision
+    head, _ = head_of(model)
+    if zero:
+        check_zero(model)
+        # PEFT would reject a layer that is both adapted and saved whole.
+        if isinstance(peft_config.target_modules, set | list):
+            peft_config.target_modules = {
+                name for name in peft_config.target_modules if not (name.endswith(head) or head.endswith(f".{name}"))
+            }
+        peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
+    network = wrap(model, peft_config)
+    _check_saved(network)
+    _check_fixed(network, head, has_fixed_head(model))
+    if zero:
+        zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
+    return network
+
+
+def _check_saved(network: PeftModel) -> None:
+    """PEFT 0.19 leaves tuned biases out of its files."""
+    saved = {value.data_ptr() for value in get_peft_model_state_dict(network, save_embedding_layers=False).values()}
+    lost = [name for name, value in network.named_parameters() if value.requires_grad and value.data_ptr() not in saved]
+    if lost:
+        raise UnsupportedError(
+            "This PEFT does not save all that the adapter would train.",
+            expected="every trainable parameter in its state dict",
+            found=f"{len(lost)} are missing, the first is {lost[0]}",
+            remedy="pip install --upgrade peft, or bias='none'",
+        )
+
+
+def _check_fixed(network: PeftModel, head: str, is_fixed: bool) -> None:
+    found = network.get_base_model().get_submodule(head)
+    if is_fixed and not isinstance(found, FixedLinear):
+        raise PRTValueError(
+            "The adapter changes a head that is fixed.",
+            expected=f"an adapter of other layers than {head!r}, as `default_peft_config(model)` has",
+            found=type(found).__name__,
+            remedy=f"LoraConfig(exclude_modules=[{head!r}], ...)",
+        )
+
+
+def zero_head(model: PreTrainedModel) -> None:
+    """Start a full reward at r = 0, in place; a head that was tied to the input embeddings is untied first."""
+    check_zero(model)
+    _, head = head_of(model)
+    embeddings = model.get_input_embeddings() if task_of(model) == TEXT_GENERATION else None
+    if embeddings is not None and head.weight is embeddings.weight:
+        head = copy.deepcopy(head)
+        model.set_output_embeddings(head)
+        model.config.get_text_config().tie_word_embeddings = model.config.tie_word_embeddings = False
+    zero_(head)
+
+
+def check_zero(model: PreTrainedModel) -> None:
+    """Raises:
+    PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be zero; or
+        the head is fixed, and would stay zero.
+    """
+    if has_fixed_head(model):
+        raise PRTValueError(
+            "A reward with a fixed head cannot start at zero: it would stay there.",
+            expected="reward_init='pretrained'",
+            found=f"{type(model).__name__}, reward_init='zero'",
+        )
+    if "WithTeacher" in type(model).__name__:
+        raise PRTValueError(
+            "A reward of two heads cannot start at zero.",
+            expected="reward_init='pretrained', or the model's class without teacher",
+            found=type(model).__name__,
+        )
+
+
+def zero_(head: nn.Module) -> None:
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+
+
+def _prefixes_of_top(model: PreTrainedModel, count: int) -> tuple[str, ...]:
+    stack = layer_stack(model)
+    depth = 0 if stack is None else len(stack[1])
+    if not 0 < count <= depth:
+        raise PRTValueError(
+            "`top_layers` is not usable.",
+            expected=f"1 ... {depth}" if depth else "a model whose layers are in one list",
+            found=str(count),
+        )
+    return tuple(f"{stack[0]}.{index}." for index in range(depth - count, depth))
+
+
+def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
+    """The layers' names without what repeats from block to block, where that names the same layers."""
+    wanted = set(targets)
+    short = {".".join(_suffix(name.split("."))) for name in targets}
+    matched = {
+        name for name, _ in model.named_modules() if name in short or any(name.endswith(f".{end}") for end in short)
+    }
+    return sorted(short if matched == wanted else wanted)
+
+
+def _takes_lora(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    if getattr(module, "groups", 1) > 1:  # PEFT splits the rank among the groups of a depthwise convolution
+        return False
+    # Attention of torch's own reads the weights of its output layer past an adapter.
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return False
+    return not (model.config.model_type in _FUSED_MODELS and name.rpartition(".")[2] in _FUSED_LAYERS)
+
+
+def _suffix(parts: list[str]) -> list[str]:
+    named = max(index for index, part in enumerate(parts) if not part.isdigit())
+    return parts[named:]

@@ -1,0 +1,179 @@
+"""Fine-tuned models: what EFT shifts a target by, what a reward is distilled from or held against."""
+
+import os
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from ..contract import PRT_CONFIG_NAME, ModelReference
+from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError
+from ..hub.client import has_file, local_file
+from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_digest
+from ..networks.adapter_config import changes_base, check_is_of_layers, read_peft_config
+from ..networks.adapters import bare_base
+from ..networks.auto import load_pretrained
+from ..networks.identity import origin_of, reference_to
+from .backbones import Backbone
+from .loading import load_saved_processing_class, on_base
+from .model import RewardModel
+
+
+class TunedModel(Backbone):
+    """A model that was tuned the usual way: whole, or as an adapter on its base.
+
+    Args:
+        reward ([`RewardModel`]): whose tokens or labels it has.
+        network (`PreTrainedModel`, `PeftModel`, `str` or `Path`): or the id or folder of either, not loaded before
+            [`load`].
+        load_kwargs: for `from_pretrained` of an id.
+
+    Raises:
+        PRTValueError: the id is a reward's.
+        RewardFileError: an adapter cannot be read, its weights are not in safetensors, or it does not name its base.
+    """
+
+    def __init__(self, reward: RewardModel, network: PreTrainedModel | PeftModel | str | Path, **load_kwargs):
+        network = str(network) if isinstance(network, Path) else network
+        is_adapted = isinstance(network, PeftModel)
+        super().__init__(reward, None if is_adapted else network, **load_kwargs)
+        self._adapter, self._is_adapted = None, is_adapted
+        if is_adapted:
+            self._take(network)
+        elif isinstance(network, str):
+            self._adapter = self._adapter_at(network)
+
+    @property
+    def base(self) -> str | None:
+        """Where the base of an adapter lies, or the model itself; None of one in memory."""
+        return self._named if self._adapter is None else self._adapter.base_model_name_or_path
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        if self._adapter is None:
+            return super().identity
+        return {"adapter": file_digest(*self._files)} | Backbone(self._reward, self.base, **self._base_kwargs).identity
+
+    def load(self) -> None:
+        """
+        Raises:
+            VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
+            BaseModelMismatchError, RewardFileError: an adapter does not fit its base, or its weights are damaged.
+        """
+        if self.network is not None or self._adapter is None:
+            return super().load()
+        base = self._base_in_memory() or load_pretrained(self.base, **self._base_kwargs)
+        reference = reference_to(base)  # before the adapter changes it, as some do
+        network = on_base(base, self._adapter, self._files[0].parent)
+        self._take(network, load_saved_processing_class(self._files[0].parent, self.task))
+        self.reference = reference
+
+    @property
+    def origin(self) -> ModelReference:
+        """What was tuned, not the base that it was tuned from."""
+        if self._adapter is None:
+            return ModelReference(architecture=self.reference.architecture) if self._is_adapted else self.reference
+        return origin_of(self._named, self._files[0].parent)
+
+    def check_base(self, source: Backbone) -> None:
+        """Once both are loaded: log pi_ft - log pi_pt is the tuning alone where pi_ft was tuned from pi_pt.
+
+        Raises:
+            BaseModelMismatchError: an adapter sits on another model.
+        """
+        ours, theirs = self.reference.weights, source.reference.weights
+        if isinstance(self.network, PeftModel) and ours and theirs and ours != theirs:
+            raise BaseModelMismatchError(
+                "The adapter was tuned from another model than the reward's source backbone.",
+                expected=str(source.reference),
+                found=str(self.reference),
+                remedy="that model as the source backbone, or an adapter of the present one",
+            )
+
+    def _take(self, network, processing_class=None) -> None:
+        if isinstance(network, PeftModel):
+            check_is_of_layers(network.active_peft_config)
+        super()._take(network, processing_class)
+        if isinstance(network, PeftModel) and changes_base(network.active_peft_config):
+            self.reference = replace(self.reference, weights=None)  # those of the base are gone
+
+    def _base_in_memory(self) -> PreTrainedModel | None:
+        """The base of the reward adapter, on the very same weights, where the adapter names that one."""
+        config, network = self._reward.config, self._reward.network
+        if not isinstance(network, PeftModel):
+            return None
+        if changes_base(network.peft_config["default"]) or changes_base(self._adapter):
+            return None
+        names = {
+            os.path.abspath(name) if Path(name).is_dir() else name
+            for name in (self.base, config.reward_base.id)
+            if name
+        }
+        is_same = (
+            len(names) == 1 and config.reward_base.id and self._adapter.revision in (None, config.reward_base.revision)
+        )
+        return bare_base(network) if is_same else None
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """Of the adapter, on this machine, in one folder."""
+        return [local_file(self._named, name, self._token) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+
+    @property
+    def _base_kwargs(self) -> dict:
+        return self._load_kwargs | ({"revision": self._adapter.revision} if self._adapter.revision else {})
+
+    @property
+    def _token(self) -> str | bool | None:
+        return self._load_kwargs.get("token")
+
+    def _adapter_at(self, place: str) -> PeftConfig | None:
+        if has_file(place, PRT_CONFIG_NAME, self._token):
+            raise PRTValueError(
+                f"{place} is a reward, which is no model by itself.",
+                expected="a fine-tuned model, or an adapter that makes one of its base",
+                found=PRT_CONFIG_NAME,
+            )
+        if not has_file(place, ADAPTER_CONFIG, self._token):
+            return None
+        if not has_file(place, ADAPTER_WEIGHTS, self._token):
+            raise RewardFileError(
+                f"The adapter {place} has no weights that can be loaded.",
+                expected=ADAPTER_WEIGHTS,
+                found="no such file; pickled weights can run code and are not loaded",
+                remedy="convert the weights to safetensors",
+            )
+        adapter = read_peft_config(self._files[0].parent, beside_base=False)
+        if not adapter.base_model_name_or_path:
+            raise RewardFileError(
+                f"The adapter {place} does not name its base.",
+                expected=f"`base_model_name_or_path` in {ADAPTER_CONFIG}",
+                found="none, as of a base made in memory",
+                remedy="write the base's id or folder there, or give the PeftModel itself",
+            )
+        return adapter
+
+
+def teacher_of(
+    reward: RewardModel, sources: list[Backbone], network: PreTrainedModel | PeftModel | str | Path
+) -> TunedModel:
+    """The loaded model that a reward is distilled from. Its base is the source backbone, so that log pi_pt + r can be
+    its distribution.
+
+    Raises:
+        PRTValueError: several source backbones, or a reward.
+        BaseModelMismatchError: it was tuned from another model.
+        VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
+    """
+    if len(sources) != 1:
+        raise PRTValueError(
+            "A reward is distilled on one backbone.",
+            expected="the base of the fine-tuned model",
+            found=f"{len(sources)} backbones",
+        )
+    teacher = TunedModel(reward, network)
+    teacher.load()
+    teacher.check_base(sources[0])
+    return teacher

@@ -1,0 +1,223 @@
+"""The networks that saved files name: a reward's own, and the pretrained model it sits on; checked to be those."""
+
+import copy
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
+from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
+from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
+from ..networks.adapter_config import read_peft_config
+from ..networks.adapters import bare_base, check_bare, wrap
+from ..networks.anatomy import task_of
+from ..networks.auto import _processing_class, load_base, load_pretrained
+from ..networks.checkpoints import read_entries, unreadable
+from ..networks.identity import check_same_model, reference_to
+
+logger = logging.get_logger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_adapter(
+    folder: Path,
+    config: RewardConfig,
+    base_model: str | PreTrainedModel | None,
+    token: str | bool | None,
+    load_kwargs: dict,
+) -> tuple[PeftModel, str | None]:
+    """The adapter on its checked base, and where the base came from."""
+    peft_config = read_peft_config(folder, config.reward_base.id)
+    base, source = base_model, None
+    if base_model is None:
+        source = config.reward_base.id
+        base = load_base(config.reward_base, token, **load_kwargs)
+    else:
+        if not isinstance(base_model, torch.nn.Module):
+            source = str(base_model)
+            base = load_pretrained(source, token=token, **load_kwargs)
+        check_bare(base)
+        check_same_model(config.reward_base, base)
+    network = on_base(base, peft_config, folder)
+    if config.minus_base:
+        check_switchable(network, base)
+    return network, source
+
+
+def read_ordinary_adapter(folder: Path) -> PeftConfig:
+    """The configuration of a PEFT adapter that was not made as a reward, after a check that its weights can be loaded.
+
+    Raises:
+        PRTValueError: it is a reward.
+        RewardFileError: no adapter there, or a damaged or pickled one.
+        UnsupportedError: what it does depends on the text, or it is a prompt.
+    """
+    if (folder / PRT_CONFIG_NAME).exists():
+        raise PRTValueError(
+            f"{folder} is a reward, and no ordinary adapter.",
+            expected="an adapter of a fine-tuned language model",
+            found=PRT_CONFIG_NAME,
+            remedy="RewardModel.from_pretrained",
+        )
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise RewardFileError(
+                f"{folder} holds no adapter that can be loaded.",
+                expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
+                found=f"no {name}; pickled weights can run code and are not loaded",
+                remedy="convert the weights to safetensors, or name another folder",
+            )
+    return read_peft_config(folder)
+
+
+def load_ordinary_adapter(
+    folder: Path, base_model: str | PreTrainedModel | None, token: str | bool | None, load_kwargs: dict
+) -> PeftModel:
+    """A PEFT adapter that was not made as a reward, on its base; by default the one that it names.
+
+    Raises:
+        PRTValueError: it names no base, or its base is no language model.
+        BaseModelMismatchError: its weights do not fit the base.
+        UnsupportedError: it cannot be switched off.
+        RewardFileError: no adapter there, or a damaged or pickled one.
+    """
+    peft_config = read_ordinary_adapter(folder)
+    base = base_model
+    if not isinstance(base, torch.nn.Module):
+        name, revision = str(base), None
+        if base is None:
+            name, revision = peft_config.base_model_name_or_path, peft_config.revision
+        if not name:
+            raise PRTValueError(
+                f"{folder / ADAPTER_CONFIG} names no base.",
+                expected="`base_model_name_or_path`",
+                found=repr(name),
+                remedy="`base_model=` the model that it was tuned on",
+            )
+        pinned = {"revision": revision} if revision else {}
+        base = load_pretrained(name, **{"token": token} | load_kwargs | pinned)
+    check_bare(base)
+    if task_of(base) != TEXT_GENERATION or peft_config.task_type not in (None, "CAUSAL_LM"):
+        raise PRTValueError(
+            "Only adapters of causal language models are carried over.",
+            expected="a base for text-generation, and task_type CAUSAL_LM",
+            found=f"{type(base).__name__}, {peft_config.task_type}",
+        )
+    network = on_base(base, peft_config, folder)
+    check_switchable(network, base)
+    return network.eval()
+
+
+def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
+    """Raises:
+    UnsupportedError: without its adapted layers the network is not the base.
+    """
+    off = bare_base(network)
+    kinds = [[(name, type(module)) for name, module in model.named_modules()] for model in (off, base)]
+    weights = [{name: value.data_ptr() for name, value in model.named_parameters()} for model in (off, base)]
+    changed = [name for name, place in weights[0].items() if place != weights[1].get(name)]
+    if kinds[0] != kinds[1] or changed:
+        raise UnsupportedError(
+            "The adapter changes its base's own weights or modules, so it cannot be switched off.",
+            expected="an adapter beside its base (LoRA with bias='none')",
+            found=f"{network.peft_config['default'].peft_type.value}, {changed[:3] or 'other modules'}",
+            remedy="distil the fine-tuned model into a reward",
+        )
+
+
+def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> PeftModel:
+    """Put a saved adapter on its base, once its weights are known to be those that its configuration describes.
+
+    Raises:
+        BaseModelMismatchError: its layers or its weights are another model's.
+        RewardFileError: its weights are damaged.
+    """
+    file = folder / ADAPTER_WEIGHTS
+    shapes = read_shapes(file)
+    peft_config = copy.deepcopy(peft_config)
+    peft_config.inference_mode = False
+    try:
+        expected, named = _described(base, peft_config, shapes)
+    except Exception as error:  # whatever PEFT says of layers that are not there
+        raise BaseModelMismatchError(
+            "The adapter cannot be put on its base.",
+            expected=f"the configuration of an adapter of {reference_to(base)}",
+            found=f"{folder / ADAPTER_CONFIG}: {str(error)[:200]}",
+            remedy="load the adapter on the base that it was tuned on",
+        ) from error
+    wrong = {name for name in expected if shapes.get(name) != expected[name]} | (
+        shapes.keys() - expected.keys() - named
+    )
+    network, weights = base, {}
+    if not wrong:
+        network, weights = wrap(base, peft_config), read_weights(file)
+        own = get_peft_model_state_dict(network, save_embedding_layers=True) if named else {}
+        wrong = {name for name in named if not _is_same(own[name], weights.pop(name))}
+        wrong |= {name for name, value in weights.items() if not value.is_floating_point()}
+    if wrong:
+        raise BaseModelMismatchError(
+            "The adapter's weights do not fit its base.",
+            expected=f"{len(expected)} tensors for {reference_to(base)}",
+            found=f"{len(shapes)} tensors; missing, left over, of another shape or kind: {sorted(wrong)[:3]}",
+            remedy="load the adapter on the base that it was tuned on",
+        )
+    set_peft_model_state_dict(network, weights)
+    return network
+
+
+def _described(
+    base: PreTrainedModel, peft_config: PeftConfig, shapes: dict[str, list[int]]
+) -> tuple[dict[str, list[int]], set[str]]:
+    """Return what an adapter consists of by its configuration, without memory for it, and which of the stored tensors
+    are no more than embeddings or head of the base, which PEFT saves beside an adapter of them."""
+    peft_config = copy.deepcopy(peft_config)
+    if hasattr(peft_config, "init_lora_weights"):
+        peft_config.init_lora_weights = True  # some others read the base's weights
+    if peft_config.peft_type == PeftType.ADALORA and peft_config.rank_pattern:  # masks, which need values to be applied
+        peft_config.rank_pattern = {
+            name: [index for index, is_kept in enumerate(mask) if is_kept]
+            for name, mask in peft_config.rank_pattern.items()
+        }
+    network = wrap(base, peft_config, device="meta")
+    expected = get_peft_model_state_dict(network, save_embedding_layers=False)
+    others = shapes.keys() - expected.keys()
+    if others:
+        others &= get_peft_model_state_dict(network, save_embedding_layers=True).keys()
+    return {name: list(value.shape) for name, value in expected.items()}, others
+
+
+def load_saved_processing_class(folder: Path, task: str):
+    """Load the tokenizer or image processor that lies in the folder of a reward or an adapter; None where there is
+    none, or one that needs code. The folder may be anybody's: no code of it is run.
+
+    Raises:
+        RewardFileError: its files cannot be used.
+    """
+    names = _PROCESSOR_FILES if task == IMAGE_CLASSIFICATION else _TOKENIZER_FILES
+    files = [folder / name for name in names if (folder / name).is_file()]
+    if not files:
+        return None
+    entries = {}
+    try:
+        entries = read_entries(files[0])
+        return _processing_class(folder, task, trust_remote_code=False)
+    except BaseException as error:  # the Rust of tokenizers panics past `Exception`
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        if entries.get("auto_map"):  # as of a base with code of its own, where it lies as well
+            logger.warning(f"The {files[0].name} in {folder} asks for code, which is not run: it is left out.")
+            return None
+        raise unreadable(files[0], error) from error
+
+
+def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Up to the precision of either: an adapter is not always tuned in the one that its base is stored in."""
+    ours = ours.cpu()
+    return ours.shape == theirs.shape and any(
+        torch.equal(ours.to(dtype), theirs.to(dtype)) for dtype in (ours.dtype, theirs.dtype)
+    )

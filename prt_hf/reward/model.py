@@ -1,0 +1,382 @@
+"""The reward model r_theta: a network, its processing, and what it needs of a backbone."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..contract import (
+    IMAGE_CLASSIFICATION,
+    PRT_CONFIG_NAME,
+    Contract,
+    LabelContract,
+    ModelReference,
+    RewardConfig,
+    VocabularyContract,
+    unwrap_tokenizer,
+)
+from ..errors import PRTValueError
+from ..hub.card import render_card
+from ..hub.card_merge import merged_or_new, read_card, write_card
+from ..hub.client import local_folder
+from ..hub.folder import ADAPTER_CONFIG, REWARD, check_files, replacing_files
+from ..hub.publishing import Shareable, push_reward
+from ..networks.adapter_config import check_is_of_layers
+from ..networks.adapters import check_bare
+from ..networks.anatomy import check_length, context_length, contract_of, task_of
+from ..networks.auto import load_pretrained, load_processing_class, processing_class_of, save_processing_class
+from ..networks.identity import origin_of, reference_to
+from .adapter import add_adapter, zero_head
+from .full import load_full
+from .loading import load_adapter, load_ordinary_adapter, load_saved_processing_class
+
+logger = logging.get_logger(__name__)
+
+REWARD_INITS = ("pretrained", "zero")
+
+
+class RewardModel(Shareable):
+    """r_theta(x, y): one number per vocabulary token or class label.
+
+    Not a `torch.nn.Module` itself: `network` is, and is what a Trainer tunes.
+
+    Attributes:
+        network (`PeftModel` or `PreTrainedModel`): a reward adapter on its base, or a full reward.
+        config ([`RewardConfig`]): contract, base, training coefficients; `prt_config.json`.
+        processing_class: tokenizer or image processor, saved beside the weights; may be None for classifiers.
+        card (`str`, *optional*): the model card that it was loaded with, or that a trainer wrote; saved with it.
+    """
+
+    _push_folder = staticmethod(push_reward)
+
+    def __init__(
+        self,
+        network: PeftModel | PreTrainedModel,
+        config: RewardConfig,
+        processing_class=None,
+        card: str | None = None,
+    ):
+        self.network = network
+        self.config = config
+        self.processing_class = processing_class
+        self.card = card
+
+    @classmethod
+    def from_base(
+        cls,
+        model_or_id: str | PreTrainedModel | PeftModel,
+        processing_class=None,
+        peft_config: PeftConfig | None = None,
+        *,
+        reward_init: str = "pretrained",
+        **load_kwargs,
+    ) -> "RewardModel":
+        """Start a reward from a pretrained model, whose architecture and weights it takes over (Sec. 3 of the paper).
+
+        Args:
+            model_or_id: Hub id, path, or a model in memory. With `peft_config` the model is left as it is, and shares
+                its weights with the reward; without, it becomes the (full) reward, to be tuned in place. A `PeftModel`
+                is taken as the reward adapter that it is.
+            processing_class: tokenizer (needed for language models; loaded beside an id) or image processor.
+            peft_config (`PeftConfig`, *optional*): makes a reward adapter; [`default_peft_config`] is a good one, and
+                fills in for a `LoraConfig` without `target_modules`.
+            reward_init (`str`): `"pretrained"`, r starts as the base's logits, as in the paper; `"zero"`, r = 0, with
+                an output layer of its own.
+            load_kwargs: for `from_pretrained` of an id (`revision`, `dtype`, `trust_remote_code`, ...).
+
+        Raises:
+            PRTValueError: the model predicts neither tokens nor labels, or arguments that exclude each other.
+        """
+        if reward_init not in REWARD_INITS:
+            raise PRTValueError("Unknown `reward_init`.", expected=" or ".join(REWARD_INITS), found=repr(reward_init))
+        model = model_or_id
+        if not isinstance(model, PreTrainedModel | PeftModel):
+            model = load_pretrained(str(model), **load_kwargs)
+            if processing_class is None:
+                processing_class = load_processing_class(model_or_id, task_of(model), **load_kwargs)
+        elif load_kwargs:
+            raise PRTValueError(
+                "A model in memory is not loaded again.",
+                expected="load arguments with an id or path only",
+                found=", ".join(load_kwargs),
+            )
+        base = reference_to(model)
+        contract = contract_of(model, processing_class)
+        if isinstance(model, PeftModel):
+            if peft_config is not None or reward_init != "pretrained":
+                raise PRTValueError(
+                    "The model is a PeftModel already.",
+                    expected="no `peft_config`, and `reward_init='pretrained'`",
+                    found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
+                    remedy="pass its base model to get another adapter",
+                )
+            if list(model.peft_config) != ["default"]:
+                raise PRTValueError(
+                    "The PeftModel cannot be saved as a reward.",
+                    expected="one adapter, named 'default'",
+                    found=", ".join(map(repr, model.peft_config)),
+                )
+            check_is_of_layers(model.peft_config["default"], beside_base=True)
+            network = model
+        elif peft_config is not None:
+            check_bare(model)
+            network = add_adapter(model, peft_config, base, zero=reward_init == "zero")
+        else:
+            network = model
+            if reward_init == "zero":
+                zero_head(model)
+        config = RewardConfig(
+            task=task_of(network),
+            contract=contract,
+            reward_base=base,
+            is_adapter=isinstance(network, PeftModel),
+            reward_init=reward_init,
+        )
+        return cls(network, config, processing_class)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        revision: str | None = None,
+        base_model: str | PreTrainedModel | None = None,
+        *,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        **load_kwargs,
+    ) -> "RewardModel":
+        """Load a reward from a folder or from the Hub, in evaluation mode.
+
+        Args:
+            path_or_repo: folder, or repository id.
+            revision: branch, tag or commit of the reward.
+            token: of the Hub; by default the one that `hf auth login` stored.
+            subfolder: where the reward lies within: a checkpoint (`"last-checkpoint"`), or one reward of a recipe.
+            base_model: the adapter's base if it is in memory already, or where it lies now; by default it is loaded as
+                `prt_config.json` names it, at the revision named there. A model in memory is left as it is and shares
+                its weights. For a full reward of a class that the Auto classes do not know: a model of that class.
+            load_kwargs: for `from_pretrained` of the base, or of the full reward (`dtype`, `device_map`, ...).
+
+        Raises:
+            RewardFileError: no reward there, or an incomplete, damaged or pickled one.
+            BaseModelMismatchError: the base is not the one that the reward was tuned on.
+            VocabularyMismatchError: the tokenizer beside the reward is not the one that it was tuned with.
+        """
+        folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
+        config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+        check_files(folder, config)
+        if config.is_adapter:
+            network, source = load_adapter(folder, config, base_model, token, load_kwargs)
+        else:
+            network, source = load_full(folder, config, base_model, load_kwargs), None
+        reward = cls(network.eval(), config, card=read_card(folder))
+        reward._take_processing_class(folder, source, {"token": token} | load_kwargs)
+        return reward
+
+    @classmethod
+    def from_adapter(
+        cls,
+        path_or_repo: str | Path,
+        revision: str | None = None,
+        base_model: str | PreTrainedModel | None = None,
+        *,
+        processing_class=None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+        **load_kwargs,
+    ) -> "RewardModel":
+        """Carry an ordinary PEFT adapter of a language model over, without training: r = log pi_ft - log pi_pt, as in
+        emulated fine-tuning. The adapter switched on and off are two rows of one pass of its base. [`PRTTrainer`] makes
+        a reward of half the cost of it (`distill_from`).
+
+        Args:
+            path_or_repo: folder, or repository id, of a LoRA or another adapter of layers.
+            revision, token, subfolder: of the adapter, as in [`from_pretrained`].
+            base_model: what the adapter was tuned on, in memory or where it lies now; by default as
+                `adapter_config.json` names it.
+            processing_class (*optional*): the tokenizer that the adapter was tuned with, by default the one that lies
+                beside it, else its base's.
+            load_kwargs: for `from_pretrained` of the base.
+
+        Raises:
+            RewardFileError: no adapter there, or a damaged or pickled one.
+            BaseModelMismatchError: its weights do not fit its base.
+            UnsupportedError: an adapter that cannot be switched off (prompts, tuned biases of the base).
+            PRTValueError: a reward; or not of a causal language model; or no base, or no tokenizer is known.
+        """
+        folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
+        network = load_ordinary_adapter(folder, base_model, token, load_kwargs)
+        task = task_of(network)
+        if processing_class is None:
+            kwargs = {"token": token} | load_kwargs
+            processing_class = load_saved_processing_class(folder, task)
+            processing_class = processing_class or processing_class_of(network.get_base_model(), task, **kwargs)
+        contract = contract_of(network, processing_class)
+        snapshot = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
+        origin = origin_of(path_or_repo, snapshot)
+        config = RewardConfig(task, contract, reference_to(network), minus_base=True, distilled_from=origin)
+        return cls(network, config, processing_class)
+
+    @property
+    def contract(self) -> Contract:
+        return self.config.contract
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the network's logits that are rewards: all but those that pad a vocabulary."""
+        return slice(self.contract.size) if isinstance(self.contract, VocabularyContract) else slice(None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def to(self, *args, **kwargs) -> "RewardModel":
+        self.network.to(*args, **kwargs)
+        return self
+
+    def __call__(self, **inputs) -> torch.Tensor:
+        """r_theta(x, .) for a batch of model inputs, without labels.
+
+        Returns:
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`;
+            rows that pad the vocabulary are cut off.
+
+        Raises:
+            ContextLengthError: the sequence is longer than the network can read.
+        """
+        if "input_ids" in inputs:
+            check_length(inputs["input_ids"].shape[1], context_length(self.network))
+        logits = self.network(**inputs).logits[..., self.columns]
+        if not self.config.minus_base:
+            return logits
+        with torch.no_grad(), self.network.disable_adapter():
+            return logits - self.network(**inputs).logits[..., self.columns]
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Write plain PEFT files (or those of a full model), the tokenizer or image processor, `prt_config.json`, and a
+        model card, `README.md`.
+
+        An interrupted save leaves the reward that was there before whole. Other files of the folder are kept, and so is
+        what users have written into its card.
+
+        Raises:
+            RewardFileError: the folder holds something else: a model or adapter that is no reward, or a recipe.
+            VocabularyMismatchError: `processing_class` is not the tokenizer that the reward was made with.
+        """
+        self.check_processing_class()
+        with replacing_files(folder, REWARD) as staged:
+            if self.config.is_adapter:
+                # "auto" would ask the Hub whether the vocabulary was resized.
+                self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)
+                _sort_lists(staged / ADAPTER_CONFIG)
+            else:
+                self.network.save_pretrained(staged, state_dict=state_dict)
+            save_processing_class(self.processing_class, staged)
+            (staged / PRT_CONFIG_NAME).write_text(self.config.to_json_string(), encoding="utf-8")
+            card = merged_or_new(self.card, render_card(self.config, Path(folder).absolute().name))
+            write_card(staged, card, read_card(Path(folder)))  # in the place of PEFT's template
+
+    def trained_with(
+        self,
+        *source_backbones: ModelReference,
+        kl_coef: float,
+        entropy_coef: float,
+        distilled_from: ModelReference | None = None,
+    ) -> None:
+        """Write down the training that `network` is about to get."""
+        first, *others = source_backbones
+        self.config = replace(
+            self.config,
+            source_backbone=first,
+            more_source_backbones=tuple(others),
+            kl_coef=kl_coef,
+            entropy_coef=entropy_coef,
+            distilled_from=distilled_from or self.config.distilled_from,
+        )
+
+    def order_for(self, backbone: PreTrainedModel, processing_class=None) -> slice | list[int]:
+        """The reward's columns in the order of a backbone's logits, after checking that the two fit together.
+
+        Args:
+            backbone: pi_pt.
+            processing_class (*optional*): the backbone's tokenizer or image processor; by default what lies beside its
+                weights, else, with a warning, the reward's.
+
+        Returns:
+            A slice that cuts padded rows off both models' vocabularies, or the labels' permutation. Image classifiers
+            may want other pixels than one another: see [`~prt_hf.networks.pixels`].
+
+        Raises:
+            VocabularyMismatchError, LabelMismatchError: the backbone speaks of other tokens or labels.
+        """
+        task = self.config.task
+        if processing_class is None:
+            processing_class = processing_class_of(backbone, task)
+        if processing_class is None and task != IMAGE_CLASSIFICATION:
+            logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
+            processing_class = self.processing_class
+        if isinstance(self.contract, VocabularyContract):
+            self.contract.check(contract_of(backbone, processing_class))
+            return self.columns
+        if task != IMAGE_CLASSIFICATION:  # pixels may differ, see networks/pixels.py
+            _check_same_tokens(self.processing_class, processing_class, backbone)
+        return self.contract.check(LabelContract.from_model_config(backbone.config))
+
+    def check_processing_class(self) -> VocabularyContract | None:
+        """The contract that the tokenizer keeps, if the reward has a vocabulary and a tokenizer.
+
+        Raises:
+            VocabularyMismatchError: it is not the reward's.
+        """
+        tokenizer = unwrap_tokenizer(self.processing_class)
+        if tokenizer is None or not isinstance(self.contract, VocabularyContract):
+            return None
+        found = VocabularyContract.from_tokenizer(tokenizer)
+        self.contract.check(found, owner="reward's own tokenizer")
+        return found
+
+    def name_tokens(self) -> None:
+        """Take the token names from the tokenizer, to name differences later: a saved contract has none.
+
+        Raises:
+            VocabularyMismatchError: the tokenizer is not the reward's.
+        """
+        found = self.check_processing_class()
+        if found is not None:
+            self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
+
+    def _take_processing_class(self, folder: Path, source: str | Path | None, load_kwargs: dict) -> None:
+        """Read tokenizer or image processor from the reward's folder, else from its base."""
+        task, base = self.config.task, self.config.reward_base
+        self.processing_class = load_saved_processing_class(folder, task)
+        if self.processing_class is None and source is not None:
+            revision = base.revision if source == base.id else None
+            self.processing_class = load_processing_class(source, task, **load_kwargs | {"revision": revision})
+        self.name_tokens()
+
+
+def _sort_lists(path: Path) -> None:
+    """PEFT writes sets in the order that they have in the process: the same adapter would make other files."""
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in entries.items():
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            entries[name] = sorted(value)
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:
+    """Text classifiers match in their labels, and both also read the same token ids."""
+    ours, theirs = unwrap_tokenizer(ours), unwrap_tokenizer(theirs)
+    if ours is None or theirs is None:
+        return
+    vocabulary = VocabularyContract.from_tokenizer(ours)
+    vocabulary.check(VocabularyContract.from_tokenizer(theirs))
+    vocabulary.check_head(backbone.get_input_embeddings().weight.shape[0])

@@ -1,0 +1,1 @@
+"""Algorithm 1: tune a reward on a frozen backbone."""

@@ -1,0 +1,110 @@
+"""Data sets and batches: what token rows must have, what is padded, what is learned; images as pixels."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import BaseImageProcessor
+from transformers.trainer_utils import has_length
+
+from ..errors import PRTValueError
+from ..functional import IGNORE_INDEX
+from ..networks.pixels import PRTImageProcessor
+
+MASKS = ("attention_mask", "completion_mask", "assistant_masks")
+IMAGE = "image"
+LABELS = ("label", "labels")
+
+
+@dataclass
+class TokenCollator:
+    """Pads token rows on the right and says which tokens are supervised.
+
+    A row has `input_ids`, and may have `labels` (by default the tokens themselves) and masks: labels are -100 wherever
+    `attention_mask`, TRL's `completion_mask` or `assistant_masks` is 0. So are those of padding, by position rather
+    than by token, because many tokenizers pad with a token that texts also end with.
+
+    ```
+    [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, {"input_ids": [8, 9]}]
+    ->  input_ids [[5, 6, 7], [8, 9, pad]]  attention_mask [[1, 1, 1], [1, 1, 0]]  labels [[-100, 6, 7], [8, 9, -100]]
+    ```
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            name: torch.full((len(rows), length), value)
+            for name, value in {
+                "input_ids": self.pad_token_id,
+                "attention_mask": 0,
+                "labels": IGNORE_INDEX,
+            }.items()
+        }
+        for index, row in enumerate(rows):
+            ids = torch.as_tensor(row["input_ids"])
+            masks = {name: torch.as_tensor(row[name]).bool() for name in MASKS if row.get(name) is not None}
+            labels = torch.as_tensor(row["labels"] if row.get("labels") is not None else ids).clone()
+            for mask in masks.values():
+                labels[~mask] = IGNORE_INDEX
+            batch["input_ids"][index, : len(ids)] = ids
+            batch["attention_mask"][index, : len(ids)] = masks.get("attention_mask", torch.ones(len(ids))).long()
+            batch["labels"][index, : len(ids)] = labels
+        return batch
+
+
+class PixelCollator:
+    """Makes the pixels of rows with an `image`, for every model its own, and `labels` of `label` where there is one.
+
+    ```
+    PixelCollator(reward_processor, [backbone_processor])([{"image": <PIL image>, "label": 3}, ...])
+    ->  pixel_values [2, 3, 224, 224]  backbone_0_pixel_values [2, 3, 384, 384]  labels [3, ...]
+    ```
+
+    Args:
+        processor: the reward's image processor, or that of whatever else is tuned; a PRT model's makes the pixels of
+            all its parts.
+        backbones: image processors of `PRTTrainer`'s `backbone=`, in that order; None for the reward's own base. Where
+            one makes the same pixels as the reward's, they are made once.
+    """
+
+    def __init__(self, processor: BaseImageProcessor, backbones: Sequence[BaseImageProcessor | None] = ()):
+        self.processor = PRTImageProcessor.of(processor, "backbone", backbones)
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = dict(self.processor([row[IMAGE] for row in rows], return_tensors="pt"))
+        label = next((name for name in LABELS if name in rows[0]), None)
+        return batch if label is None else batch | {"labels": torch.as_tensor([row[label] for row in rows])}
+
+
+def check_not_empty(name: str, dataset) -> None:
+    """Raises:
+    PRTValueError: a data set of a known length without examples.
+    """
+    if dataset is not None and has_length(dataset) and len(dataset) == 0:
+        raise PRTValueError(f"`{name}` is empty.", expected="at least one example", found="0 examples")
+
+
+def check_tokenized(*datasets) -> None:
+    """Raises:
+    PRTValueError: columns that [`TokenCollator`] cannot make batches of.
+    """
+    for dataset in datasets:
+        columns = getattr(dataset, "column_names", None)
+        if not isinstance(columns, list):
+            continue
+        if "input_ids" not in columns:
+            raise PRTValueError(
+                "The data set is not tokenized.",
+                expected="a column `input_ids`, and `labels` where not all tokens are to be learned",
+                found=", ".join(columns),
+                remedy="dataset.map(lambda row: tokenizer(row['text']))",
+            )
+        if packed := {"position_ids", "seq_lengths"} & set(columns):
+            raise PRTValueError(
+                "The data set is packed.",
+                expected="one document a row",
+                found=", ".join(sorted(packed)),
+                remedy="pass a `data_collator` that keeps the documents of a row apart",
+            )

@@ -1,0 +1,287 @@
+"""The user's own data, of the Hub or in files: its splits, its columns, and what classifiers make of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from PIL import Image as PILImage
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
+from trl.data_utils import is_conversational, is_conversational_from_value
+
+from ..errors import PRTValueError
+from ..networks.pixels import PIXELS, is_same_pixels
+
+logger = logging.get_logger(__name__)
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+SHOWN = 10
+
+
+def load_data(dataset: str, config: str | None = None) -> DatasetDict:
+    """All splits of a data set of the Hub, a folder, or a file.
+
+    Raises:
+        PRTValueError: it cannot be loaded.
+    """
+    path = Path(dataset)
+    suffix = path.suffix.lower()
+    if path.is_file() != (suffix in FORMATS) and not path.is_dir():
+        raise PRTValueError(
+            f"The dataset {dataset} cannot be loaded.",
+            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
+            found=f"a file with the suffix {suffix!r}" if path.is_file() else "no such file",
+        )
+    try:
+        if path.is_file():
+            return load_dataset(FORMATS[suffix], data_files=str(path))
+        return load_dataset(dataset, config)
+    except Exception as error:  # the datasets library raises what its many back ends raise
+        raise PRTValueError(
+            f"The dataset {dataset} cannot be loaded.",
+            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
+            found=first_line(_innermost(error)),
+        ) from error
+
+
+def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
+    """
+    Raises:
+        PRTValueError: the split is missing or empty.
+    """
+    if split not in parts:
+        raise PRTValueError(f"The dataset {dataset} has no split {split!r}.", expected=split, found=", ".join(parts))
+    if len(parts[split]) == 0:
+        raise PRTValueError(
+            f"The split {split!r} of the dataset {dataset} is empty.", expected="at least one row", found="0 rows"
+        )
+    return parts[split]
+
+
+def require_column(rows: Dataset, name: str, dataset: str) -> None:
+    """Raises:
+    PRTValueError: the column is missing.
+    """
+    if name not in rows.column_names:
+        raise PRTValueError(
+            f"The dataset {dataset} has no column {name!r}.",
+            expected=f"a column {name!r}",
+            found=", ".join(rows.column_names),
+            remedy=f"rename the column that holds it to {name!r}",
+        )
+
+
+def require_texts(rows: Dataset, column: str, dataset: str) -> None:
+    """
+    Raises:
+        PRTValueError: the column is missing, or holds something that is no text.
+    """
+    require_column(rows, column, dataset)
+    for index, value in enumerate(rows[column]):
+        if not isinstance(value, str):
+            raise PRTValueError(
+                f"The column {column!r} of the dataset {dataset} holds something that is no text.",
+                expected="a string in every row",
+                found=f"{value!r} in row {index}",
+            )
+
+
+def label_ids(rows: Dataset, column: str, id2label: dict) -> list[int]:
+    """A column of labels as a classifier's ids, matched by name.
+
+    Numbers that are no names are the classifier's ids. Where the data's class names or the classifier's labels are
+    placeholders, and there are as many of both, their order decides. Either is an assumption, and logged.
+
+    Raises:
+        PRTValueError: the column holds no labels, or one that is none of the classifier's.
+    """
+    feature = rows.features[column]
+    if not isinstance(feature, ClassLabel | Value):
+        raise PRTValueError(
+            f"The column {column!r} holds no labels.", expected="one name or number a row", found=str(feature)
+        )
+    ids = {str(name): int(index) for index, name in id2label.items()}
+    labels = sorted(ids, key=ids.get)
+    known, values = ids, list(rows[column])
+    if isinstance(feature, ClassLabel):
+        names = feature.names
+        values = [names[value] if value is not None and value >= 0 else None for value in values]  # -1: no label
+        is_ordered = _are_placeholders(names) or _are_placeholders(labels)
+        if is_ordered and len(names) == len(labels) and not set(names) & set(labels):
+            logger.warning(f"Classes and labels are matched by their order: {_pairs(names, labels)}.")
+            known = {name: index for index, name in enumerate(names)}
+    elif all(isinstance(value, int) for value in values):
+        if {str(value) for value in values} & set(labels):
+            values = [str(value) for value in values]
+        else:
+            logger.warning(f"Labels are numbers, taken for the model's ids: {_pairs(range(len(labels)), labels)}.")
+            known = {index: index for index in ids.values()}
+    if unknown := sorted({value for value in values if value not in known}, key=str):
+        raise PRTValueError(
+            "The dataset has labels that the model does not know.",
+            expected=f"the model's labels: {labels[:SHOWN]}",
+            found=str(unknown[:SHOWN]),
+            remedy="name a classifier that was trained for these labels",
+        )
+    return [known[value] for value in values]
+
+
+def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool, dataset: str) -> None:
+    """Whether TRL can make token rows of a language model's data: text, prompt and completion, or messages.
+
+    Raises:
+        PRTValueError: a column is missing, or messages have no chat template.
+    """
+    columns = set(rows.column_names)
+    if "input_ids" in columns:
+        return
+    is_prompted = "prompt" in columns
+    if (
+        is_prompted
+        and "completion" not in columns
+        or not columns & {text_column, "messages", "conversations", "prompt"}
+    ):
+        raise PRTValueError(
+            f"The dataset {dataset} has no columns that a language model is tuned on.",
+            expected=f"`{text_column}`, or `prompt` and `completion`, or `messages`, or `input_ids`",
+            found=", ".join(rows.column_names),
+            remedy="`dataset_text_field` names the column of texts",
+        )
+    if is_conversational(rows[0]) or is_conversational_from_value(rows[0]):
+        if not has_chat_template:
+            raise PRTValueError(
+                f"The dataset {dataset} holds messages, and the tokenizer has no chat template to write them with.",
+                expected="a tokenizer with a chat template",
+                found="none",
+                remedy="`chat_template_path` names a .jinja file",
+            )
+        return
+    for column in ("prompt", "completion") if is_prompted else (text_column,):
+        require_texts(rows, column, dataset)
+
+
+def classified_texts(
+    rows: Dataset,
+    dataset: str,
+    *,
+    text_column: str,
+    label_column: str,
+    id2label: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int | None,
+) -> Dataset:
+    """Rows of a text classifier: token ids, cut off at `length`, and `labels`.
+
+    Raises:
+        PRTValueError: a column is missing, a label is none of the classifier's, or nothing to pad rows with.
+    """
+    require_texts(rows, text_column, dataset)
+    require_column(rows, label_column, dataset)
+    if tokenizer.pad_token is None:
+        raise PRTValueError(
+            "Rows of texts are padded, and the tokenizer has no token for that.",
+            expected="a `pad_token` in tokenizer_config.json, and its id in the model's config.json",
+            found="none",
+        )
+    labelled = rows.select_columns([text_column]).add_column("labels", label_ids(rows, label_column, id2label))
+
+    def tokenized(batch):
+        return tokenizer(batch[text_column], truncation=length is not None, max_length=length)
+
+    return labelled.map(tokenized, batched=True, remove_columns=[text_column], desc="Tokenizing")
+
+
+def classified_images(
+    rows: Dataset,
+    dataset: str,
+    *,
+    image_column: str,
+    label_column: str,
+    id2label: dict,
+    pixels: Mapping[str, Callable[[PILImage.Image], torch.Tensor]],
+    is_lazy: bool,
+) -> Dataset:
+    """Rows of an image classifier: pixels, made of the image whenever a row is asked for or once, and `labels`.
+
+    Args:
+        pixels: what makes each column of pixels ([`pixel_values`] of an image processor): `pixel_values` of the
+            classifier, and others of models that want others.
+
+    Raises:
+        PRTValueError: a column is missing, holds no images, or a label is none of the classifier's.
+    """
+    require_column(rows, image_column, dataset)
+    require_column(rows, label_column, dataset)
+    feature = rows.features[image_column]
+    if isinstance(feature, Value) and feature.dtype in ("string", "large_string"):
+        rows = rows.cast_column(image_column, Image())  # paths
+    elif not isinstance(feature, Image):
+        raise PRTValueError(
+            f"The column {image_column!r} holds no images.", expected="images, or paths to them", found=str(feature)
+        )
+    labelled = rows.select_columns([image_column]).add_column("labels", label_ids(rows, label_column, id2label))
+
+    def prepared(batch):
+        images = batch.pop(image_column)
+        return batch | {name: [make(image) for image in images] for name, make in pixels.items()}
+
+    if is_lazy:
+        return labelled.with_transform(prepared)
+    rows = labelled.map(prepared, batched=True, remove_columns=[image_column], desc="Reading images")
+    return rows.with_format("torch")
+
+
+def pixel_values(image, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
+    """`(channels, height, width)` of a Pillow image, in as many colours as the classifier sees.
+
+    Raises:
+        PRTValueError: floating-point or 32-bit pixels.
+    """
+    colours = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+    if image.mode.startswith("I;16"):
+        image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # `convert` would cut off at 255
+    elif image.mode in ("I", "F"):
+        raise PRTValueError(
+            "An image's pixels have no known range.", expected="8 or 16 bits a channel", found=f"mode {image.mode}"
+        )
+    return image_processor(image.convert(colours), return_tensors="pt")["pixel_values"][0]
+
+
+def pixel_makers(
+    image_processor: BaseImageProcessor,
+    config: PreTrainedConfig,
+    backbones: Sequence[tuple[BaseImageProcessor | None, PreTrainedConfig | None]],
+) -> dict[str, Callable[[PILImage.Image], torch.Tensor]]:
+    """What makes `pixel_values` of an image, and `backbone_0_pixel_values`, ... of the backbones that want others.
+
+    Args:
+        image_processor, config: of the model whose pixels have the plain name.
+        backbones: image processor and configuration of each; None for those that take the plain ones.
+    """
+    made = {PIXELS: partial(pixel_values, image_processor=image_processor, config=config)}
+    for index, (theirs, their_config) in enumerate(backbones):
+        if not is_same_pixels(image_processor, theirs):
+            made[f"backbone_{index}_{PIXELS}"] = partial(pixel_values, image_processor=theirs, config=their_config)
+    return made
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _are_placeholders(names: list[str]) -> bool:
+    return all(name in (str(index), f"LABEL_{index}") for index, name in enumerate(names))
+
+
+def _pairs(names, labels: list[str]) -> str:
+    pairs = [f"{name} = {label}" for name, label in zip(names, labels, strict=True)]
+    return ", ".join(pairs[:SHOWN]) + (f" and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")

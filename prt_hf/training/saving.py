@@ -1,0 +1,222 @@
+"""What a trainer of a reward saves and pushes: always a whole reward, with its card."""
+
+import copy
+import os
+import shutil
+import tempfile
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+from huggingface_hub import CommitInfo, run_as_future
+from transformers import Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.utils import PushInProgress, logging
+
+from ..errors import PRTValueError
+from ..hub.card import render_card
+from ..hub.card_merge import merged_or_new, read_card, with_metadata, write_card
+from ..hub.folder import link_or_copy
+from ..hub.publishing import push_reward, reward_files_to_push
+from ..hub.training_record import TrainingRecord
+from ..reward.model import RewardModel
+
+logger = logging.get_logger(__name__)
+
+_PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
+
+
+class RewardSaver(Trainer):
+    """The part of [`PRTTrainer`] that saves and pushes `reward`; the Trainer's own knows networks only."""
+
+    reward: RewardModel
+
+    def __init__(self, *args, **kwargs):
+        self.evaluations_elsewhere: list[dict] = []  # entries of the log, of other data than `eval_dataset`
+        super().__init__(*args, **kwargs)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """Train as the Trainer does; `resume_from_checkpoint=True` resumes from the last complete checkpoint in
+        `output_dir`.
+
+        Raises:
+            PRTValueError: there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise PRTValueError(
+                    "There is no checkpoint to resume from.",
+                    expected=f"a complete {_PREFIX}* folder in {self.args.output_dir}",
+                    found="none",
+                    remedy="train without `resume_from_checkpoint`, or name a checkpoint of another folder",
+                )
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        before = len(self.state.log_history)
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        if not (eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset):
+            self.evaluations_elsewhere += self.state.log_history[before:]
+        return metrics
+
+    def create_model_card(
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+        dataset_name: str | list[str] | None = None,
+    ) -> None:
+        """Write the reward's card to `output_dir`; what users have written into it is kept.
+
+        Takes the arguments of the Trainer's and TRL's. `finetuned_from` and `tasks` are not used, because the reward
+        knows its base and its task; nor are `dataset` and `dataset_args`, the names of data sets for people.
+
+        Args:
+            language, license, tags: metadata.
+            model_name: in the lines that load the reward; by default the repository's name, or the folder's.
+            dataset_tags, dataset_name: ids of data sets on the Hub, by default as these tell; files are left out.
+        """
+        if not self.is_world_process_zero():
+            return
+        named = dataset_name or dataset_tags or []
+        datasets = [name for name in ([named] if isinstance(named, str) else named) if not Path(name).exists()]
+        given = {"language": language, "license": license, "tags": tags, "datasets": datasets}
+        self._update_card(model_name)
+        if metadata := {name: value for name, value in given.items() if value}:
+            self.reward.card = with_metadata(self.reward.card, **metadata)
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_card(folder, self.reward.card, read_card(folder))
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card_kwargs,
+    ) -> CommitInfo | Future[CommitInfo] | None:
+        """Save the reward and push it to `args.hub_model_id`, in one commit, as [`RewardModel.push_to_hub`] does.
+
+        Args:
+            blocking: wait; otherwise the return value is a `Future`.
+            token, revision, private: by default those of `args`.
+            card_kwargs: for [`create_model_card`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = self.args.hub_token if token is None else token
+        if private is not None:
+            self.args.hub_private_repo = private  # where `init_hf_repo` looks in all versions
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card_kwargs)
+        self._finish_current_push()
+        arguments = {
+            "private": self.args.hub_private_repo,
+            "revision": revision or self.args.hub_revision,
+            "commit_message": commit_message,
+            "token": token,
+        }
+        if blocking:
+            return push_reward(self.args.output_dir, self.hub_model_id, **arguments)
+        staged = self._staged(self.args.output_dir)
+        return run_as_future(_push_staged, staged, self.hub_model_id, **arguments)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push as `hub_strategy` says: checkpoints as rewards, without the pickled states of the training.
+
+        The Trainer's own would push a fixed list of files, without the reward's.
+        """
+        strategy = self.args.hub_strategy
+        if not self.is_world_process_zero() or strategy == HubStrategy.END:
+            return
+        is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_pushing and not self.args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            logger.warning_once(
+                "Checkpoints are pushed as rewards, without the optimizer's states (pickles): training resumes "
+                f"from {self.args.output_dir} only."
+            )
+        staged = self._staged(checkpoint_folder)
+        place = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }.get(strategy)
+        job = run_as_future(
+            _push_staged,
+            staged,
+            self.hub_model_id,
+            checkpoint=place,
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+            commit_message=f"Training in progress, step {self.state.global_step}",
+            token=self.args.hub_token,
+        )
+        if is_pushing:
+            self.push_in_progress.jobs.append(job)
+        else:
+            self.push_in_progress = PushInProgress([job])
+
+    def _staged(self, folder: str | Path) -> Path:
+        """Return a copy of the reward as it is now, whatever is saved or deleted while it is pushed."""
+        staged = Path(tempfile.mkdtemp(prefix=".pushing-", dir=self.args.output_dir))
+        for name in reward_files_to_push(Path(folder)):
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(Path(folder, name), staged / name)
+        return staged
+
+    def _save(self, output_dir=None, state_dict=None):
+        if not self.args.should_save:
+            return
+        output_dir = output_dir or self.args.output_dir
+        self._update_card()
+        self.reward.save_pretrained(output_dir, state_dict=state_dict)
+        args = copy.copy(self.args)
+        args.hub_token = None  # checkpoints may go to the Hub, where others read them
+        torch.save(args, os.path.join(output_dir, TRAINING_ARGS_NAME))
+
+    def _update_card(self, name: str | None = None) -> None:
+        name = name or self.hub_model_id or Path(self.args.output_dir).absolute().name
+        card = render_card(self.reward.config, name, TrainingRecord.from_trainer(self))
+        self.reward.card = merged_or_new(self.reward.card, card)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Return the last checkpoint that was written to its end; warn of later ones that were not."""
+    numbered = [
+        (int(path.name.removeprefix(_PREFIX)), path)
+        for path in folder.glob(f"{_PREFIX}*")
+        if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir()
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))  # which is written last
+            return str(path)
+        except (OSError, ValueError, TypeError):
+            logger.warning(f"Skipping the incomplete checkpoint {path}.")
+    return None
+
+
+def _push_staged(folder: Path, repo_id: str, **arguments) -> CommitInfo:
+    """In the background, where nobody asks how it went: the log tells of failures."""
+    try:
+        return push_reward(folder, repo_id, **arguments)
+    except Exception as error:
+        logger.error(f"A push to the Hub has failed: {error}")
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,69 @@
+"""`PRTSFTTrainer`: TRL's handling of text data, PRT's objective."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from trl import SFTConfig, SFTTrainer
+
+from ..errors import PRTValueError
+from ..networks.anatomy import unwrap_adapter
+from ..networks.mixed_pass import replaced_forwards
+from .config import PRTConfig
+from .trainer import PRTTrainer
+
+
+@dataclass
+class PRTSFTConfig(SFTConfig, PRTConfig):
+    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`]."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.loss_type != "nll":
+            raise PRTValueError(
+                "`loss_type` is not usable in reward tuning.", expected="'nll', of the PRT model", found=self.loss_type
+            )
+        if self.chat_template_path is not None and not self.chat_template_path.endswith((".jinja", ".j2")):
+            raise PRTValueError(
+                "Another model's chat template may add tokens, and a reward fits its base's vocabulary only.",
+                expected="`chat_template_path` a .jinja or .j2 file",
+                found=self.chat_template_path,
+                remedy="set `tokenizer.chat_template`, or save the template to a file",
+            )
+
+
+class _SFTData(SFTTrainer):
+    """TRL's trainer without its own fused head, which would read the weights of the head past an adapter."""
+
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        base = unwrap_adapter(model)
+        with replaced_forwards([(base, base.forward)]), _head_shown_bare(model):
+            super().__init__(model, *args, **kwargs)
+
+
+class PRTSFTTrainer(PRTTrainer, _SFTData):
+    """[`PRTTrainer`] for the data sets that [`~trl.SFTTrainer`] takes.
+
+    Text, prompt and completion, or messages, tokenized by TRL: chat templates, completion-only and assistant-only loss,
+    truncation, packing, padding-free batches. `args` is a [`PRTSFTConfig`]; `formatting_func` is TRL's; the other
+    arguments are [`PRTTrainer`]'s.
+    """
+
+    def _default_collator(self, train_dataset, eval_dataset, processing_class):
+        """None: TRL makes one, which knows of packing."""
+
+
+@contextmanager
+def _head_shown_bare(model: nn.Module) -> Iterator[None]:
+    """TRL refuses an adapter of the head, as its own loss could not train it."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, BaseTunerLayer):
+        yield
+        return
+    model.get_output_embeddings = head.get_base_layer
+    try:
+        yield
+    finally:
+        del model.get_output_embeddings

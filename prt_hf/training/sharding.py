@@ -1,0 +1,119 @@
+"""Networks that no device holds whole: FSDP2, and ZeRO-3 of DeepSpeed."""
+
+import os
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model
+from packaging.version import Version
+from peft import PeftModel
+from torch.distributed.fsdp import StateDictType
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainingArguments
+from trl.models import prepare_deepspeed
+
+from ..errors import UnsupportedError
+from ..networks.anatomy import unwrap_adapter
+
+_ACCELERATE = Version("1.15")
+
+
+def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
+    """Raises:
+    UnsupportedError: FSDP was asked for, and something else would run; or rewards would not be saved or resumed right.
+    """
+    is_wanted = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if is_wanted and not accelerator.is_fsdp2:
+        raise UnsupportedError(
+            "The networks would not be sharded as the configuration says.",
+            expected="FSDP version 2, on accelerators, in several processes",
+            found="FSDP version 1" if plugin else f"{accelerator.distributed_type} on {accelerator.device}",
+            remedy="`fsdp_version: 2` in the configuration of `accelerate launch`, or no FSDP",
+        )
+    if plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
+        # The Trainer's `save_model` would do nothing.
+        raise UnsupportedError(
+            "A reward is saved whole.",
+            expected="fsdp_state_dict_type: FULL_STATE_DICT",
+            found=plugin.state_dict_type.name,
+        )
+    if plugin is not None and Version(accelerate.__version__) < _ACCELERATE:
+        raise UnsupportedError(
+            "This version of accelerate does not load an adapter's weights when training resumes under FSDP 2.",
+            expected=f"accelerate {_ACCELERATE} or newer",
+            found=accelerate.__version__,
+            remedy="pip install --upgrade accelerate",
+        )
+
+
+def is_sharding(accelerator: Accelerator) -> bool:
+    """Whether the networks that it prepares lie in parts on the devices."""
+    return accelerator.is_fsdp2 or is_zero3(accelerator)
+
+
+def is_zero3(accelerator: Accelerator) -> bool:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return plugin is not None and plugin.zero_stage == 3
+
+
+def name_blocks(network: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
+    """For FSDP 2, leave two kinds of blocks out of those that a network says to keep together: those that it has not,
+    and those around the input embeddings, which accelerate divides later, and FSDP from within only.
+
+    Raises:
+        UnsupportedError: accelerate cannot divide the network, or not as it is loaded.
+    """
+    model = unwrap_adapter(network)
+    try:
+        embeddings = model.get_input_embeddings()
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            "accelerate looks for the input embeddings of a network that FSDP divides.",
+            expected="a network that names them",
+            found=type(model).__name__,
+            remedy="no FSDP",
+        ) from error
+    buffers = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
+    if buffers and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise UnsupportedError(
+            f"accelerate hands over parameters only, and {type(model).__name__} has saved buffers as well.",
+            expected="fsdp_cpu_ram_efficient_loading: false",
+            found=f"true, and {', '.join(sorted(buffers)[:3])}",
+        )
+    around = [module for module in model.modules() if embeddings in list(module.modules())[1:]]
+    there = {type(module).__name__ for module in model.modules()} - {type(module).__name__ for module in around}
+    model._no_split_modules = there.intersection(model._no_split_modules or ())
+
+
+def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+    """A frozen network in parts, a block of layers at a time whole, as the network that is trained.
+
+    Raises:
+        UnsupportedError: some of it would stay whole on every device.
+    """
+    if is_zero3(accelerator):
+        return prepare_deepspeed(network, accelerator).module
+    plugin = accelerator.state.fsdp_plugin
+    kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
+    # accelerate notes here what blocks are called: those of this network, and not of the one that is trained.
+    plugin.transformer_cls_names_to_wrap = None
+    name_blocks(network, accelerator)
+    try:
+        network = fsdp2_prepare_model(accelerator, network)
+    finally:
+        plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap = kept
+    if whole := [name for name, value in network.named_parameters() if not isinstance(value, DTensor)]:
+        raise UnsupportedError(
+            f"FSDP does not shard the whole of {network.name_or_path or type(network).__name__}.",
+            expected="every parameter in parts",
+            found=f"{len(whole)} whole on every device: {', '.join(whole[:3])}",
+            remedy="neither quantised weights nor `fsdp_ignored_modules`",
+        )
+    return network
+
+
+def address(value: torch.Tensor) -> int | None:
+    """Where a parameter lies: of one in parts, this device's part. None where that is empty."""
+    return (value.to_local() if isinstance(value, DTensor) else value).data_ptr() or None

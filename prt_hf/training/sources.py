@@ -1,0 +1,76 @@
+"""Choose the reward and the source backbones that the arguments of a trainer name."""
+
+import copy
+
+import torch
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel
+
+from ..contract import PRT_CONFIG_NAME
+from ..errors import PRTValueError
+from ..hub.client import has_file
+from ..networks.anatomy import task_of
+from ..networks.auto import load_pretrained, load_processing_class
+from ..reward.backbones import Backbone, OwnBase, source_backbones
+from ..reward.model import RewardModel
+from .config import PRTConfig
+
+
+def reward_and_backbones(
+    model: str | PreTrainedModel | PeftModel | RewardModel,
+    backbone: str | PreTrainedModel | None | list,
+    processing_class,
+    peft_config: PeftConfig | None,
+    args: PRTConfig,
+) -> tuple[RewardModel, list[Backbone]]:
+    """The reward, and what it is tuned on: see the arguments of [`PRTTrainer`]."""
+    given = backbone if isinstance(backbone, list | tuple) else [backbone]
+    if isinstance(model, str) and has_file(model, PRT_CONFIG_NAME):
+        model = RewardModel.from_pretrained(model)
+    if isinstance(model, RewardModel):
+        reward = _continued(model, peft_config, args)
+        if backbone is None:
+            return reward, source_backbones(reward)
+        return reward, [Backbone(reward, each) for each in given]
+
+    name = model if isinstance(model, str) else None
+    if name is not None:
+        # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
+        model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
+        processing_class = processing_class or load_processing_class(name, task_of(model))
+    is_own = [each is None or each is model or (name is not None and each == name) for each in given]
+    is_full = peft_config is None and not isinstance(model, PeftModel)
+    pretrained = copy.deepcopy(model) if is_full and name is None and any(is_own) else name
+    reward = RewardModel.from_base(model, processing_class, peft_config, reward_init=args.reward_init)
+
+    def own() -> Backbone:
+        if not is_full:
+            return OwnBase(reward)
+        return Backbone(reward, pretrained, **({} if name is None else {"dtype": torch.float32}))
+
+    return reward, [
+        own() if each_is_own else Backbone(reward, each) for each, each_is_own in zip(given, is_own, strict=True)
+    ]
+
+
+def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
+    """A reward that exists, after checking that it can be tuned as the arguments say."""
+    if peft_config is not None:
+        raise PRTValueError(
+            "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
+        )
+    if reward.config.source_backbone is not None and reward.config.kl_coef != args.kl_coef:
+        raise PRTValueError(
+            "The reward was tuned at another scale.",
+            expected=f"kl_coef={reward.config.kl_coef}, as in its {PRT_CONFIG_NAME}",
+            found=f"kl_coef={args.kl_coef}",
+            remedy=f"PRTConfig(kl_coef={reward.config.kl_coef}, ...)",
+        )
+    if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
+        raise PRTValueError(
+            "A RewardModel has started already.",
+            expected=f"reward_init={reward.config.reward_init!r}",
+            found=repr(args.reward_init),
+            remedy="RewardModel.from_base(..., reward_init=...)",
+        )
+    return reward
