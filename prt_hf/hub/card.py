@@ -21,11 +21,8 @@ from ..contract import (
     ModelReference,
     RewardConfig,
 )
-from ..networks.anatomy import AUTO_CLASSES
-from .card_merge import KINDS, block, identity, merge_cards
+from .card_merge import KINDS, block, identity
 from .training_record import TrainingRecord
-
-__all__ = ["Measurement", "TrainingRecord", "merge_cards", "render_card", "render_recipe_card"]
 
 CITATION = """\
 @inproceedings{chijiwa2025portable,
@@ -164,7 +161,7 @@ def render_recipe_card(name: str, task: str, backbone: ModelReference, rewards: 
         backbone=backbone,
         rewards=rewards,
         cell_reward=lambda place: _link(place) if place in on_hub else f"{_cell(_shown(place))} (in this folder)",
-        auto_class=AUTO_CLASSES[task].__name__,
+        auto_class=PRT_CLASSES[task].replace("PRT", "AutoModel"),  # they differ in nothing else
         prt_class=PRT_CLASSES[task],
         backbone_is_on_hub=_hub_id(backbone.id) is not None,
         sample=_SAMPLES[task],

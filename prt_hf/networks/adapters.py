@@ -63,7 +63,7 @@ def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+def adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
     return wrapped_layers(network.get_base_model())
 
 

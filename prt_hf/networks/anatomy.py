@@ -1,4 +1,4 @@
-"""What prt_hf has to know of a pretrained network: its task, head, context, identity; and how to share its weights."""
+"""Tell a pretrained network's task, head, layers, context length and contract."""
 
 from peft import PeftModel
 from torch import nn
@@ -78,7 +78,7 @@ def task_of(network: nn.Module) -> str:
             found=type(model).__name__,
         )
     try:
-        task = _task_of_class(type(model).__name__, model.name_or_path)
+        task = task_of_class(type(model).__name__, model.name_or_path)
     except PRTValueError:
         # A class of the user's own: its inputs and outputs tell.
         if any(name in type(model).__name__ for name in _OTHER_TASKS):
@@ -217,7 +217,7 @@ def frozen_norms(network: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _task_of_class(class_name: str, model_id: str) -> str:
+def task_of_class(class_name: str, model_id: str) -> str:
     for task, names in _CLASS_NAMES.items():
         if class_name in names:
             return task

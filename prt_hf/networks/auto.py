@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..contract import IMAGE_CLASSIFICATION, ModelReference
 from ..errors import PRTValueError, RewardFileError
 from ..hub.client import commit_of
-from .anatomy import AUTO_CLASSES, _task_of_class
+from .anatomy import AUTO_CLASSES, task_of_class
 from .checkpoints import check_attention, check_counts, load_whole
 from .identity import check_same_model, reference_to
 from .pixels import PRTImageProcessor, is_saved_apart
@@ -147,4 +147,4 @@ def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
 def _task_of_config(config: PreTrainedConfig, model_id: str) -> str:
     if not config.architectures and config.model_type == _TIMM and config.num_labels > 0:
         return IMAGE_CLASSIFICATION
-    return _task_of_class((config.architectures or ["unknown"])[0], model_id)
+    return task_of_class((config.architectures or ["unknown"])[0], model_id)

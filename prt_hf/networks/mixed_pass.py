@@ -18,7 +18,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from ..errors import UnsupportedError
-from .adapters import ADAPTER, _adapted_layers, check_not_merged, is_plain
+from .adapters import ADAPTER, adapted_layers, check_not_merged, is_plain
 from .anatomy import CACHE, first_position, unwrap_adapter
 
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
@@ -127,12 +127,12 @@ class MixedPass(Pass):
         self._thread: list[int | None] = [None]  # that runs the pass
         changes: dict[str, list[tuple[int, Callable]]] = {}
         for index, network in enumerate(self.blocks):
-            for name, layer in _adapted_layers(network) if network is not None else ():
+            for name, layer in adapted_layers(network) if network is not None else ():
                 changes.setdefault(name, []).append((index, _change_of(layer)))
         self._changes = [(base.get_submodule(name), of_blocks) for name, of_blocks in changes.items()]
         adapters = (network for network in self.blocks if network is not None)
         # Adapters are switched as a whole: one layer of each tells.
-        self._witnesses = [layer for network in adapters for _, layer in islice(_adapted_layers(network), 1)]
+        self._witnesses = [layer for network in adapters for _, layer in islice(adapted_layers(network), 1)]
 
     @property
     def is_current(self) -> bool:
@@ -197,7 +197,7 @@ def can_mix(network: nn.Module) -> bool:
     return (
         isinstance(network, PeftModel)
         and getattr(network.peft_config.get(ADAPTER), "bias", "none") == "none"  # else the base's own are changed
-        and all(is_plain(layer) and "expert" not in name for name, layer in _adapted_layers(network))
+        and all(is_plain(layer) and "expert" not in name for name, layer in adapted_layers(network))
     )
 
 
