@@ -21,7 +21,7 @@ from ..contract import (
     ModelReference,
     RewardConfig,
 )
-from .card_merge import KINDS, block, identity
+from .card_merge import KINDS, block
 from .training_record import TrainingRecord
 
 CITATION = """\
@@ -115,7 +115,6 @@ def render_card(
         data,
         name=_shown(name),
         config=config,
-        identity=identity(json.loads(config.to_json_string())),
         is_text=is_text,
         sources=sources,
         source_ids=source_ids,

@@ -305,6 +305,25 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def replace_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file atomically; missing folders are created.
+
+    Args:
+        path: The file.
+        content: What it shall hold; text is encoded as UTF-8. Or a function that writes it to the path it gets.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if callable(content):
+            content(staged)
+        else:
+            staged.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def file_digest(*paths: Path) -> str:
     """SHA-256 over the content of files, one after another."""
     digest = hashlib.sha256()

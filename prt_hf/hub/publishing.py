@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from ..errors import RewardFileError
 from .card import render_card
-from .card_merge import join_cards, merge_cards, read_card
+from .card_merge import merge_cards, read_card
 from .client import Branch, commit_files, open_branch
 from .folder import (
     CARD_NAME,
@@ -171,10 +171,8 @@ def publish(
             remedy="choose another name, or another branch",
         )
     card = render(branch.repo_id)
-    if (here := read_card(folder)) is not None:
-        card = merge_cards(here, card)
-    if (there := branch.read(CARD_NAME)) is not None:
-        card = join_cards(there, card)
+    for earlier in (read_card(folder), branch.read(CARD_NAME)):
+        card = card if earlier is None else merge_cards(earlier, card)
     patterns = list(replaced(branch))
     stale = [
         name
