@@ -2,13 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from glob import escape
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from datasets.naming import camelcase_to_snakecase
-from huggingface_hub import constants
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
@@ -43,28 +39,27 @@ class TrainingRecord:
 
     @classmethod
     def from_trainer(cls, trainer: Trainer) -> "TrainingRecord":
-        """Read a trainer after training.
+        """Return the record of a trainer, after training.
 
-        Data are named where `load_dataset` took them from the Hub, whatever `map` or `filter` made of them; files of
-        one's own and streams are not. Evaluations before the first step are left out; those of other data than the
-        trainer's `eval_dataset` name none.
+        Data sets are named where they know that they came from the Hub (see [`hub_ids`]). Evaluations before the first
+        step are left out; those of data other than the trainer's `eval_dataset` name no data set.
         """
         log = [entry for entry in trainer.state.log_history if entry["step"] > 0]
-        elsewhere = [id(entry) for entry in getattr(trainer, "evaluations_elsewhere", ())]
-        of_training = [entry for entry in log if id(entry) not in elsewhere]
-        evaluated, evaluations = trainer.eval_dataset, _evaluations(trainer, log)
-        if evaluations and id(evaluations[-1]) in elsewhere:
-            evaluated, evaluations = None, evaluations[-1:]
-        evaluations = [entry for entry in evaluations if evaluated is None or id(entry) not in elsewhere]
-        on_hub = hub_ids(evaluated) if evaluations else ()
+        elsewhere = getattr(trainer, "evaluations_elsewhere", ())  # times in them tell entries of one step apart
+        evaluations = _evaluations(trainer, log)
+        if evaluations and evaluations[-1] in elsewhere:
+            evaluations, evaluated, ids = evaluations[-1:], None, ()
+        else:
+            evaluations, evaluated = [entry for entry in evaluations if entry not in elsewhere], trainer.eval_dataset
+            ids = hub_ids(evaluated) if evaluations else ()
         return cls(
             datasets=hub_ids(trainer.train_dataset),
             hyperparameters=_hyperparameters(trainer),
             evaluation={name: value for entry in evaluations for name, value in _figures(entry).items()},
-            rows=_thinned(_log_rows(of_training)),
+            rows=_thinned(_log_rows([entry for entry in log if entry not in elsewhere])),
             versions={__package__.partition(".")[0]: __version__} | {name: version(name) for name in _PACKAGES},
-            evaluation_dataset=on_hub[0] if len(on_hub) == 1 else None,
-            evaluation_split=str(evaluated.split) if len(on_hub) == 1 and evaluated.split else None,
+            evaluation_dataset=ids[0] if len(ids) == 1 else None,
+            evaluation_split=str(evaluated.split) if len(ids) == 1 and evaluated.split else None,
         )
 
 
@@ -116,21 +111,7 @@ def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def hub_ids(dataset) -> tuple[str, ...]:
-    """Where `load_dataset` took the data from. It does not write that down (up to datasets 4 it did), but its files lie
-    in folders that tell."""
+def hub_ids(dataset: Any) -> tuple[str, ...]:
+    """Return the ids of the data sets on the Hub from which `load_dataset` took the data, if it noted their URLs."""
     urls = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = [match[1] for url in urls if (match := re.match(r"hf://datasets/(.+?)@", url))]
-    for file in getattr(dataset, "cache_files", ()):
-        for folder in Path(file["filename"]).parts:
-            namespace, _, name = folder.partition("___")
-            found += _downloaded(namespace, name) if name else []
-    return tuple(dict.fromkeys(found))
-
-
-def _downloaded(namespace: str, name: str) -> list[str]:
-    """The folder of the data has the name in snake case, that of the download as it is."""
-    prefix = f"datasets--{namespace}--"
-    names = [path.name.removeprefix(prefix) for path in Path(constants.HF_HUB_CACHE).glob(f"{escape(prefix)}*")]
-    same = [f"{namespace}/{each}" for each in names if camelcase_to_snakecase(each) == name]
-    return same if len(same) == 1 else []
+    return tuple(dict.fromkeys(match[1] for url in urls if (match := re.match(r"hf://datasets/(.+?)@", url))))

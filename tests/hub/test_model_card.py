@@ -12,10 +12,10 @@ import tiny
 import torch
 import yaml
 from datasets import Dataset, DatasetInfo, NamedSplit
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 from PIL import Image
-from transformers import Trainer, ViTImageProcessorPil
+from transformers import ViTImageProcessorPil
 
 from prt_hf import (
     LabelContract,
@@ -340,22 +340,6 @@ def test_an_evaluation_of_other_data_does_not_name_the_trainers(tmp_path, tokeni
     own = trainer.evaluate(trainer.eval_dataset)["eval_loss"]
     record = TrainingRecord.from_trainer(trainer)
     assert (record.evaluation["eval_loss"], record.evaluation_dataset) == (own, "me/data")
-
-
-def test_data_of_the_hub_are_known_by_their_folders(tmp_path, monkeypatch):
-    """As `load_dataset` leaves them: prepared in snake case, downloaded as they are called."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    for name in ("me--UltraStories", "me--others", "you--ultra_stories", "me--Two", "me--two"):
-        (tmp_path / "hub" / f"datasets--{name}").mkdir(parents=True)
-    ids = {}
-    for name in ("me___ultra_stories", "me___two", "me___gone", "json", "own___"):
-        folder = tmp_path / "datasets" / name / "default" / "0.0.0" / "c0ffee"
-        tiny.texts(4).save_to_disk(folder)
-        rows = Dataset.from_file(str(folder / "data-00000-of-00001.arrow")).map(lambda row: row)
-        record = TrainingRecord.from_trainer(Trainer(tiny.llama(1), train_dataset=rows.add_column("n", [0, 1, 2, 3])))
-        ids[name] = record.datasets
-    none = dict.fromkeys(("me___two", "me___gone", "json", "own___"), ())
-    assert ids == {"me___ultra_stories": ("me/UltraStories",)} | none
 
 
 def test_a_long_log_is_thinned(tmp_path, tokenizer):
