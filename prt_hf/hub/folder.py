@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..contract import PRT_CONFIG_NAME, RewardConfig
-from ..errors import RewardFileError
+from ..errors import PRTValueError, RewardFileError
 
 REWARD, RECIPE = "a reward", "a recipe"
 RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
@@ -303,6 +303,23 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Check that files can be written into a folder, which need not exist yet. Nothing is created.
+
+    Raises:
+        PRTValueError: It cannot be written.
+    """
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise PRTValueError(
+            f"Nothing can be written into {folder}.",
+            expected="a folder that can be written or created",
+            found=f"{there} is {'not writable' if there.is_dir() else 'a file'}",
+        )
 
 
 def replace_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:

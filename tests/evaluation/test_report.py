@@ -466,7 +466,7 @@ def test_the_card_has_the_figures_and_keeps_what_users_wrote(places):
     reward.save_pretrained("reward")
     text = card.read_text()
     assert "| `two` | `me/stories` | `nll`" in text and "| `one` |" not in text and "My own words." in text
-    with pytest.raises(PRTValueError, match="The report is of another reward"):
+    with pytest.raises(PRTValueError, match="The report is about another reward"):
         again.write_to_card(reward_on(tiny.llama(1), tiny.tokenizer()))
 
 
@@ -507,7 +507,7 @@ def test_arguments_that_cannot_be_right_are_refused(places, tokenizer):
         ({"methods": ("prompting",)}, "expected: pretrained, eft, prt, reward_only, finetuned\n  found: 'prompting'$"),
         ({"methods": ()}, "There is nothing to measure"),
         ({"methods": ("eft",), "eft": None}, "found: only the methods eft, without a model that they need"),
-        ({"strength": math.nan}, "The strength is no number"),
+        ({"strength": math.nan}, "The strength is not a number"),
         ({"output_dir": "one/config.json"}, "Nothing can be written into one/config.json"),
         ({"output_dir": "one/config.json/report"}, "config.json is a file"),
         ({"targets": []}, "There are no targets"),
