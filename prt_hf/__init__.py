@@ -12,72 +12,90 @@ networks/      what is known of others' models    demo/, benchmark/, cli/   toy 
 
 A room imports from those below it only: errors < functional, contract < hub < networks < reward
 < training | inference < evaluation | serving < demo, benchmark < cli.
+
+Names are imported at first use, so that `import prt_hf` loads neither torch nor transformers.
 """
 
-from ._version import __version__
-from .contract import LabelContract, RewardConfig, VocabularyContract
-from .errors import (
-    BackboneCacheError,
-    BaseModelMismatchError,
-    ContextLengthError,
-    LabelMismatchError,
-    NonFiniteRewardError,
-    PRTError,
-    RewardFileError,
-    UnsupportedError,
-    VocabularyMismatchError,
-)
-from .functional import combine, prt_loss
-from .inference import (
-    EFTLogitsProcessor,
-    PRTForCausalLM,
-    PRTForImageClassification,
-    PRTForSequenceClassification,
-    PRTLogitsProcessor,
-    speculative_decoding,
-)
-from .inference.recipe import PRTModelConfig
-from .networks.pixels import PRTImageProcessor
-from .networks.zero_shot import TEMPLATES, ZeroShotForImageClassification, zero_shot_classifier
-from .reward.adapter import default_peft_config
-from .reward.model import RewardModel
-from .training.collators import PixelCollator
-from .training.config import PRTConfig
-from .training.sft import PRTSFTConfig, PRTSFTTrainer
-from .training.trainer import PRTTrainer
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "BackboneCacheError",
-    "BaseModelMismatchError",
-    "ContextLengthError",
-    "EFTLogitsProcessor",
-    "LabelContract",
-    "LabelMismatchError",
-    "NonFiniteRewardError",
-    "PRTConfig",
-    "PRTError",
-    "PRTForCausalLM",
-    "PRTForImageClassification",
-    "PRTForSequenceClassification",
-    "PRTImageProcessor",
-    "PRTLogitsProcessor",
-    "PRTModelConfig",
-    "PRTSFTConfig",
-    "PRTSFTTrainer",
-    "PRTTrainer",
-    "PixelCollator",
-    "RewardConfig",
-    "RewardFileError",
-    "RewardModel",
-    "TEMPLATES",
-    "UnsupportedError",
-    "VocabularyContract",
-    "VocabularyMismatchError",
-    "ZeroShotForImageClassification",
-    "__version__",
-    "combine",
-    "default_peft_config",
-    "prt_loss",
-    "speculative_decoding",
-    "zero_shot_classifier",
-]
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .contract import LabelContract, RewardConfig, VocabularyContract
+    from .errors import (
+        BackboneCacheError,
+        BaseModelMismatchError,
+        ContextLengthError,
+        LabelMismatchError,
+        NonFiniteRewardError,
+        PRTError,
+        RewardFileError,
+        UnsupportedError,
+        VocabularyMismatchError,
+    )
+    from .functional import combine, prt_loss
+    from .inference import (
+        EFTLogitsProcessor,
+        PRTForCausalLM,
+        PRTForImageClassification,
+        PRTForSequenceClassification,
+        PRTLogitsProcessor,
+        PRTModelConfig,
+        speculative_decoding,
+    )
+    from .networks.pixels import PRTImageProcessor
+    from .networks.zero_shot import TEMPLATES, ZeroShotForImageClassification, zero_shot_classifier
+    from .reward.adapter import default_peft_config
+    from .reward.model import RewardModel
+    from .training.collators import PixelCollator
+    from .training.config import PRTConfig
+    from .training.sft import PRTSFTConfig, PRTSFTTrainer
+    from .training.trainer import PRTTrainer
+
+_EXPORTS = {  # the same, for use
+    "contract": ("LabelContract", "RewardConfig", "VocabularyContract"),
+    "errors": (
+        "BackboneCacheError",
+        "BaseModelMismatchError",
+        "ContextLengthError",
+        "LabelMismatchError",
+        "NonFiniteRewardError",
+        "PRTError",
+        "RewardFileError",
+        "UnsupportedError",
+        "VocabularyMismatchError",
+    ),
+    "functional": ("combine", "prt_loss"),
+    "inference": (
+        "EFTLogitsProcessor",
+        "PRTForCausalLM",
+        "PRTForImageClassification",
+        "PRTForSequenceClassification",
+        "PRTLogitsProcessor",
+        "PRTModelConfig",
+        "speculative_decoding",
+    ),
+    "networks.pixels": ("PRTImageProcessor",),
+    "networks.zero_shot": ("TEMPLATES", "ZeroShotForImageClassification", "zero_shot_classifier"),
+    "reward.adapter": ("default_peft_config",),
+    "reward.model": ("RewardModel",),
+    "training.collators": ("PixelCollator",),
+    "training.config": ("PRTConfig",),
+    "training.sft": ("PRTSFTConfig", "PRTSFTTrainer"),
+    "training.trainer": ("PRTTrainer",),
+}
+_MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import resource
 import shutil
 import subprocess
 import sys
@@ -216,6 +217,20 @@ def test_saving_into_a_hostile_folder_stays_in_it(saved, victim, kind):
     assert (saved / kind / "mine.txt").read_text() == "mine"
     loaded = (RewardModel if kind == "reward" else PRTForCausalLM).from_pretrained(saved / kind)
     assert loaded.processing_class.get_vocab() == TOKENIZER.get_vocab()
+
+
+def test_a_full_disk_is_a_clear_error(saved):
+    """Whichever library meets it; what was saved there before stays whole."""
+    before = contents(saved / "reward")
+    reward = RewardModel.from_base(str(saved / "base"), TOKENIZER, LoraConfig(r=2))
+
+    def save_on_a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        with pytest.raises(RewardFileError, match="(?s)could not be saved: .*too large.*remedy: save again once"):
+            reward.save_pretrained(saved / "reward")
+
+    assert not tiny.killed_after(10**6, save_on_a_full_disk)
+    assert contents(saved / "reward") == before
 
 
 # What leaves the machine

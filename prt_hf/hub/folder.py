@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..contract import PRT_CONFIG_NAME, RewardConfig
-from ..errors import PRTValueError, RewardFileError
+from ..errors import PRTError, PRTValueError, RewardFileError
 
 REWARD, RECIPE = "a reward", "a recipe"
 RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
@@ -61,7 +61,7 @@ def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] =
         subfolders: that a recipe is about to write.
 
     Raises:
-        RewardFileError: something else is in `folder`, or in one of the subfolders.
+        RewardFileError: something else is in `folder` or in one of the subfolders, or the disk is full.
     """
     folder = Path(folder)
     with _SAVING:
@@ -76,6 +76,15 @@ def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] =
             written = {path.name for path in staging.iterdir()}
             os.replace(staging, folder / SAVED)
             _put_in_place(folder, written)
+        except PRTError:
+            raise
+        except (OSError, SafetensorError) as error:
+            raise RewardFileError(
+                f"{folder} could not be saved: {error}",
+                expected="a folder that can be written, with enough space",
+                found=type(error).__name__,
+                remedy="save again once there is space; what was saved there before is not lost",
+            ) from error
         finally:
             _remove(staging)
 

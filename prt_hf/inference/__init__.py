@@ -24,6 +24,7 @@ __all__ = [
     "PRTForImageClassification",
     "PRTForSequenceClassification",
     "PRTLogitsProcessor",
+    "PRTModelConfig",
     "RewardState",
     "speculative_decoding",
 ]
