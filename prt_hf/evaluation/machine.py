@@ -1,4 +1,4 @@
-"""The clock, and what was measured on what."""
+"""The clock, and a description of this machine."""
 
 import os
 import platform
@@ -6,10 +6,11 @@ from importlib.metadata import version
 from time import perf_counter
 
 import torch
+from transformers import PreTrainedModel
 
 
 def hardware() -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Describe the machine that figures are measured on."""
     found = {"machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -17,12 +18,13 @@ def hardware() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that figures depend on."""
     names = ("torch", "transformers", "peft", "prt_hf")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def now(model) -> float:
-    """Seconds, once all that the model was asked for is done."""
+def now(model: PreTrainedModel) -> float:
+    """Return the time in seconds, once all work on the model's device is done."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return perf_counter()
