@@ -2,6 +2,7 @@
 
 import os
 import platform
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from time import perf_counter
 
@@ -28,6 +29,35 @@ def now(model: PreTrainedModel) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return perf_counter()
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    model: PreTrainedModel,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, list[float]]:
+    """Time calls in turn, for several rounds after one that warms up.
+
+    Take the fastest round of each: other programs only ever add time.
+
+    Args:
+        calls: The calls by name.
+        rounds: The number of rounds that are timed.
+        model: A model on the device that the calls use.
+        progress: Wraps the rounds.
+
+    Returns:
+        The seconds of each call, by name and round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in progress(range(rounds + 1)):
+        for name, call in calls.items():
+            start = now(model)
+            call()
+            if index:
+                seconds[name].append(now(model) - start)
+    return seconds
 
 
 def _processor() -> str:
