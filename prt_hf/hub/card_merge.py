@@ -55,8 +55,10 @@ def merge_cards(old: str, new: str) -> str:
 
 
 def merged_or_new(old: str | None, new: str) -> str:
-    """Return [`merge_cards`] of the two, or `new` if there is no old card or one that cannot be read, so that no
-    weights are lost because of a card."""
+    """Return [`merge_cards`] of the two, or `new` if there is no old card or it cannot be read.
+
+    So a save never fails because of a card.
+    """
     if old is None:
         return new
     try:

@@ -1,4 +1,4 @@
-"""What a trainer knows of a reward's training, for its card."""
+"""Record a reward's training for its card."""
 
 import re
 from dataclasses import dataclass, field
@@ -10,23 +10,24 @@ from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from .._version import __version__
 
-MOST_ROWS = 20  # of the table of a training's log
+MOST_ROWS = 20  # of the log's table
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "trl")
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a trainer knows of a reward's training, and `prt_config.json` does not.
+    """The facts about a reward's training that are not in `prt_config.json`.
 
     Args:
-        datasets (tuple of `str`): ids of the training data on the Hub, or names.
-        hyperparameters (`dict`): name -> value.
-        evaluation (`dict[str, float]`): the last evaluation with the source backbone, of the weights that the reward
-            has now (with `load_best_model_at_end`, those of the best checkpoint): `eval_loss`, `eval_accuracy`, ...
-        rows (`list[dict]`): the log as a table: `step`, `training_loss`, and the figures of evaluations.
-        versions (`dict[str, str]`): package -> version.
-        evaluation_dataset, evaluation_split (`str`, *optional*): what was evaluated on.
+        datasets (tuple of `str`): The ids of the training data on the Hub, or names.
+        hyperparameters (`dict`): Name -> value.
+        evaluation (`dict[str, float]`): The last evaluation of the present weights with the source backbone
+            (with `load_best_model_at_end`, those of the best checkpoint): `eval_loss`, `eval_accuracy`, ...
+        rows (`list[dict]`): The log as a table: `step`, `training_loss`, and the figures of evaluations.
+        versions (`dict[str, str]`): Package -> version.
+        evaluation_dataset (`str`, *optional*): The data of `evaluation`.
+        evaluation_split (`str`, *optional*): The split of that data.
     """
 
     datasets: tuple[str, ...] = ()
@@ -64,7 +65,7 @@ class TrainingRecord:
 
 
 def _log_rows(log: list[dict]) -> list[dict[str, float]]:
-    """One row for each evaluation, with the last training loss before it; without evaluations, one for each loss."""
+    """Return a row for each evaluation, with the last training loss before it; or for each loss, if there are none."""
     rows, loss = {}, {}
     evaluations = [entry for entry in log if _figures(entry)]
     for entry in log:
@@ -72,19 +73,19 @@ def _log_rows(log: list[dict]) -> list[dict[str, float]]:
             loss = {"training_loss": entry["loss"]}
         if entry in evaluations if evaluations else "loss" in entry:
             row = rows.get(entry["step"], {"step": entry["step"]} | loss)
-            rows[entry["step"]] = row | _figures(entry) | row  # after training, other weights may have been loaded
+            rows[entry["step"]] = row | _figures(entry) | row  # the first counts: later, other weights may be loaded
     return list(rows.values())
 
 
 def _thinned(rows: list[dict]) -> list[dict]:
-    """At most `MOST_ROWS`, the first and the last among them."""
+    """Return at most `MOST_ROWS` rows, including the first and the last."""
     if len(rows) <= MOST_ROWS:
         return rows
     return [rows[index * (len(rows) - 1) // (MOST_ROWS - 1)] for index in range(MOST_ROWS)]
 
 
 def _evaluations(trainer: Trainer, log: list[dict]) -> list[dict]:
-    """The last of the weights that the trainer has now. Of several sets, each is an entry of its own at one step."""
+    """Return the last evaluations of the present weights; several data sets have one entry each at the same step."""
     ends = [index for index, entry in enumerate(log) if "train_runtime" in entry]
     evaluations = [entry for entry in log if _figures(entry)]
     if ends and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
@@ -98,7 +99,7 @@ def _figures(entry: dict) -> dict[str, float]:
 
 
 def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    """Those of transformers' cards, and the adapter's."""
+    """Return the hyperparameters in transformers' cards, and those of the adapter."""
     args, adapter = trainer.args, getattr(trainer.model, "peft_config", {}).get("default")
     found = extract_hyperparameters_from_trainer(trainer) | {"optimizer": args.optim.value}
     if "adam" in args.optim.value:

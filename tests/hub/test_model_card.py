@@ -195,9 +195,9 @@ def test_many_labels_and_backbones():
     config = replace(IMAGES, contract=labels, more_source_backbones=(ModelReference(None, None, "ViT"),))
     card = render_card(config, "me/reward", RECORD)
     assert "`label-47` and 952 more (`prt_config.json` has all)." in card and "label-48" not in card
-    assert "| tuned on (source backbone) | a `ViT` that was made in memory |\n" in card
+    assert "| tuned on (source backbone) | a `ViT` that was created in memory |\n" in card
     assert "with the source backbones (the mean)" in card and "model-index" not in card
-    assert "It was not tuned yet." in render_card(replace(TEXT, source_backbone=None), "me/reward")
+    assert "It has not been tuned yet." in render_card(replace(TEXT, source_backbone=None), "me/reward")
 
 
 def test_folders_are_shown_by_their_names_and_are_no_metadata():
