@@ -32,7 +32,7 @@ _ERRORS = 2  # standard errors that a difference has to be away from 0
 
 @dataclass(frozen=True)
 class Portability:
-    """How well a reward that was tuned on a source backbone does on a target backbone.
+    """The performance on a target backbone of a reward that was tuned on a source backbone.
 
     Means are over positions: the supervised tokens of a language model, or the rows of a classifier. With
     s = `strength`, Prop. 3.2 says that the PRT models of source and target are within O(sqrt(eps)) of each other, by a
@@ -78,9 +78,9 @@ class Portability:
         no threshold is known.
         """
         if self.advantage is None:
-            return None, ["the data has no labels, so that nothing tells better from worse"]
+            return None, ["the data has no labels, so better and worse are unknown"]
         if self.rows < 2:
-            return None, ["one row tells nothing of the noise"]
+            return None, ["one row gives no estimate of the noise"]
         unit = "nats per token" if self.task == TEXT_GENERATION else "in accuracy"
         verdicts, reasons = [], []
         for rival, text in RIVALS.items():

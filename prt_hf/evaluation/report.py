@@ -154,7 +154,7 @@ def portability_report(
 
 
 class _Run:
-    """All passes with one target.
+    """The passes over the data with one target.
 
     Args:
         reward: The reward.
@@ -372,7 +372,7 @@ def _missing_notes(
     if without("eft", with_eft):
         notes.append("EFT is left out: it needs the fine-tuned source (`eft=`)")
     if names := without("finetuned", with_finetuned):
-        notes.append(f"fine-tuned is left out, for want of the model (`finetuned=`), at: {', '.join(names)}")
+        notes.append(f"fine-tuned is left out, because the model (`finetuned=`) is missing, at: {', '.join(names)}")
     return notes
 
 

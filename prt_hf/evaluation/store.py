@@ -1,4 +1,4 @@
-"""Results that are kept as JSON while they are measured, so that an interrupted run goes on."""
+"""Store results as JSON while they are measured, so that an interrupted run can continue."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""How good each method is at each place, with its sampling error.
+"""Count how good each method is at each place, with its sampling error.
 
 A method adds up log-probabilities of a few networks; `TERMS` is the one list of them.
 """

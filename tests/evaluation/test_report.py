@@ -201,7 +201,7 @@ def test_a_method_holds_the_weights_of_its_networks_once(tokenizer):
     for place in report.places:
         time = {method: figures.milliseconds for method, figures in place.figures.items()}
         assert time["prt"] == pytest.approx(time["pretrained"] + time["reward_only"])
-    assert report.notes == ["fine-tuned is left out, for want of the model (`finetuned=`), at: new"]
+    assert report.notes == ["fine-tuned is left out, because the model (`finetuned=`) is missing, at: new"]
 
 
 # Words
@@ -442,7 +442,7 @@ def test_what_is_saved(places):
     cells = " | ".join(f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in prt)
     assert f"| PRT | {cells} |" in lines
     assert lines[at + 8].startswith("| fine-tuned | ") and lines[at + 8].endswith(" |  |"), "of `two` not given"
-    assert lines[-1] == "- fine-tuned is left out, for want of the model (`finetuned=`), at: two"
+    assert lines[-1] == "- fine-tuned is left out, because the model (`finetuned=`) is missing, at: two"
     with Image.open("out/report.png") as picture:
         assert picture.format == "PNG" and picture.size[0] > 900
 
