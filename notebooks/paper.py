@@ -32,7 +32,7 @@ from prt_hf import EFTLogitsProcessor, PRTConfig, PRTLogitsProcessor, PRTTrainer
 from prt_hf.demo.images import ImageSettings, turned_digits
 from prt_hf.demo.training import Steps, fine_tune
 from prt_hf.evaluation import portability_report
-from prt_hf.evaluation.files import replace_text
+from prt_hf.hub.folder import replace_file
 from prt_hf.training.collators import TokenCollator
 
 IMAGE_STEPS, LATER_STEPS = Steps(320, 1e-3, 64), Steps(80, 3e-4, 64)
@@ -283,7 +283,7 @@ def measure(names: list[str], seeds: list[int], assets: Path, output: Path) -> d
         start = time.perf_counter()
         figures = run.measure(assets, run.seed)
         results["runs"].append(run.key | {"figures": figures, "seconds": round(time.perf_counter() - start, 1)})
-        replace_text(output, json.dumps(results, indent=1) + "\n")
+        replace_file(output, json.dumps(results, indent=1) + "\n")
         print(run.experiment, run.case, run.seed, results["runs"][-1]["seconds"], flush=True)
     return results
 

@@ -8,8 +8,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prt_hf.evaluation.figure import Bar, draw
-from prt_hf.evaluation.files import markdown_table, replace_file
+from prt_hf.evaluation.results import markdown_table
 from prt_hf.hub.card import METHODS
+from prt_hf.hub.folder import replace_file
 
 PLACES = ("source", "target")
 CASES = {

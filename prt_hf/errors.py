@@ -1,4 +1,4 @@
-"""What can go wrong, each kind also a standard error, each message as expected / found / remedy."""
+"""Exceptions. Each also subclasses a built-in one, and reports problem, expected, found and remedy."""
 
 from os import PathLike
 
@@ -7,8 +7,10 @@ class PRTError(Exception):
     """Base class of every error that prt_hf raises on purpose.
 
     Args:
-        problem (`str`): what is wrong, in one sentence.
-        expected, found, remedy (`str`, *optional*): shown one per line below it.
+        problem (`str`): What is wrong, in one sentence.
+        expected (`str`, *optional*): What would be right.
+        found (`str`, *optional*): What there is instead.
+        remedy (`str`, *optional*): What to do about it.
     """
 
     def __init__(
@@ -19,7 +21,7 @@ class PRTError(Exception):
 
 
 class PRTValueError(PRTError, ValueError):
-    """An argument, a data set or a setting that cannot be right."""
+    """An argument, a data set or a setting is invalid."""
 
 
 class ContractError(PRTError, ValueError):
@@ -27,32 +29,39 @@ class ContractError(PRTError, ValueError):
 
 
 class VocabularyMismatchError(ContractError):
-    """The token -> id maps differ, whatever their sizes."""
+    """The token -> id maps of reward and backbone differ."""
 
 
 class LabelMismatchError(ContractError):
-    """The label names differ, or cannot be told apart."""
+    """The label names of reward and backbone differ, or are not unique."""
 
 
 class BaseModelMismatchError(PRTError, ValueError):
-    """An adapter meets another base than the one that it was tuned on."""
+    """An adapter is loaded on another base than the one that it was tuned on."""
 
 
 class RewardFileError(PRTError, OSError):
-    """A saved reward is incomplete, damaged, pickled, or no reward at all."""
+    """A saved reward is incomplete, damaged or pickled, or the files are not a reward."""
 
     @classmethod
     def unreadable(cls, path: str | PathLike, error: Exception, *, expected: str, remedy: str) -> "RewardFileError":
-        """Of a file with something else in it, as `error` tells."""
+        """Return the error for a file that cannot be parsed.
+
+        Args:
+            path: The file.
+            error: The exception of the parser.
+            expected: What the file should hold.
+            remedy: What to do about it.
+        """
         return cls(f"{path} cannot be read: {type(error).__name__}: {error}", expected=expected, remedy=remedy)
 
 
 class BackboneCacheError(PRTError, ValueError):
-    """Stored states of a backbone are damaged or another's, or cannot be stored."""
+    """Stored states of a backbone are damaged, belong to another one, or cannot be stored."""
 
 
 class NonFiniteRewardError(PRTError, FloatingPointError):
-    """A reward holds NaN or infinity."""
+    """A reward is NaN or infinite."""
 
 
 class ContextLengthError(PRTError, ValueError):
@@ -60,4 +69,4 @@ class ContextLengthError(PRTError, ValueError):
 
 
 class UnsupportedError(PRTError, NotImplementedError):
-    """A combination that would yield wrong output, and is refused instead."""
+    """A combination is refused, because its output would be wrong."""

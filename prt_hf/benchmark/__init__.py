@@ -1,1 +1,1 @@
-"""What tuning and decoding cost, everything that is compared timed in turn in one run."""
+"""Time tuning, decoding, classifying and serving beside their baselines, in turn in one run."""

@@ -1,10 +1,10 @@
-"""Decoding speed: bare backbone, PRT, PRT with speculation, EFT, side by side in one run.
+"""Time decoding: bare backbone, PRT, PRT with speculation and EFT, in turn in one run.
 
-Every round times every row on every prompt in turn. A figure is made of the fastest round of each prompt, because other
-programs only ever add time.
+Every round times every row on every prompt. Figures use the fastest round of each prompt, because other programs only
+ever add time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -33,11 +33,12 @@ class DecodeTimings:
     """Seconds, by prompt and round.
 
     Attributes:
-        rows: of decoding, by row.
-        forwards: of one token with a cache, by network, the three in turn as decoding runs them.
-        tokens: new tokens after each prompt.
-        is_same_text: whether speculation gave the very tokens of sequential PRT.
-        acceptance: accepted drafts / drafts.
+        dtype: The precision of the models.
+        tokens: The number of new tokens after each prompt.
+        rows: The seconds of decoding, by row.
+        forwards: The seconds of a forward pass of one token with a cache, by network, in turn as in decoding.
+        is_same_text: Whether speculation gave exactly the tokens of sequential PRT.
+        acceptance: Accepted drafts / drafts.
     """
 
     dtype: str
@@ -48,34 +49,39 @@ class DecodeTimings:
     acceptance: float = 0.0
 
     def forward_seconds(self, network: str) -> float:
+        """Return the mean over prompts of the fastest round's forward pass."""
         return _fastest(self.forwards[network]) / len(self.forwards[network])
 
     @property
     def c(self) -> float:
-        """t_reward / t_backbone"""
+        """The time of the reward over that of the backbone, t_reward / t_backbone."""
         return self.forward_seconds("reward") / self.forward_seconds("backbone")
 
     @property
     def limit(self) -> float:
-        """What sequential PRT could reach of the bare backbone: 1 / (1 + c)."""
+        """The best speed of sequential PRT over that of the bare backbone: 1 / (1 + c)."""
         return 1 / (1 + self.c)
 
     @property
     def eft_limit(self) -> float:
-        """What PRT could reach of EFT, which runs the source backbone as well; (1 + 2c) / (1 + c) if that costs as much
-        as the reward."""
+        """The best speed of PRT over that of EFT, which runs the source backbone as well.
+
+        This is (1 + 2c) / (1 + c) if the source costs as much as the reward.
+        """
         backbone, reward, source = map(self.forward_seconds, NETWORKS)
         return (backbone + reward + source) / (backbone + reward)
 
     def speed(self, row: str) -> float:
-        """Tokens per second."""
+        """Return tokens per second."""
         return self.tokens * len(self.rows[row]) / _fastest(self.rows[row])
 
     def ratio(self, row: str, to: str = BARE) -> float:
+        """Return the speed of a row over that of another."""
         return self.speed(row) / self.speed(to)
 
     @property
     def figures(self) -> dict[str, float]:
+        """The ratios that are reported."""
         return {
             "sequential_of_limit": self.ratio(SEQUENTIAL) / self.limit,
             "vs_eft_of_limit": self.ratio(SEQUENTIAL, EFT) / self.eft_limit,
@@ -97,13 +103,20 @@ def time_decoding(
     rounds: int = 5,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> DecodeTimings:
-    """Greedy decoding of `prompts`, one at a time, by every row; all models in the backbone's precision and place.
+    """Time greedy decoding of `prompts`, one at a time, with every row.
 
     Args:
+        backbone: The backbone; all models have its precision and device.
         source: pi_pt_old, which EFT and ordinary assisted decoding need.
-        reward: a reward adapter on `source`.
-        prompts: each of shape `(1, prompt_length)`.
-        progress: wraps the rounds.
+        reward: A reward adapter on `source`.
+        tokenizer: The tokenizer of all models.
+        prompts: Token ids, each of shape `(1, prompt_length)`.
+        new_tokens: The number of tokens that are generated after each prompt.
+        rounds: The number of rounds.
+        progress: Wraps the rounds.
+
+    Raises:
+        PRTValueError: The reward is not an adapter, or there is nothing to time.
     """
     if not reward.config.is_adapter or not prompts or new_tokens < 2 or rounds < 1:
         raise PRTValueError(
@@ -130,29 +143,30 @@ def time_decoding(
         seconds += [[] for _ in prompts]
     drafted = accepted = 0
     for round_ in progress(range(rounds + 1)):
-        eft.reset()  # it would recognise the text that it has scored before
+        eft.reset()  # otherwise it reuses the states of the same text
         for index, prompt in enumerate(prompts):
             texts = {}
             for name, generate in ways.items():
                 start = now(backbone)
                 texts[name] = generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
                 timings.rows[name][index].append(now(backbone) - start)
-            told = texts[SPECULATIVE]
-            timings.is_same_text &= torch.equal(texts[SEQUENTIAL], told.sequences)
-            drafted, accepted = drafted + told.num_drafted, accepted + told.num_accepted
+            output = texts[SPECULATIVE]
+            timings.is_same_text &= torch.equal(texts[SEQUENTIAL], output.sequences)
+            drafted, accepted = drafted + output.num_drafted, accepted + output.num_accepted
             for name, seconds in _forward_seconds((backbone, reward.network, source), prompt, new_tokens).items():
                 timings.forwards[name][index].append(seconds)
         if not round_:  # it only warmed up
             for seconds in (*timings.rows.values(), *timings.forwards.values()):
-                for of_prompt in seconds:
-                    of_prompt.clear()
+                seconds[:] = [[] for _ in prompts]
     timings.acceptance = accepted / drafted
     return timings
 
 
-def _forward_seconds(networks, prompt: torch.LongTensor, count: int) -> dict[str, float]:
-    """Mean over `count` tokens after the prompt. In turn, because a small network that runs by itself finds its weights
-    in the processor's cache, and in decoding it does not."""
+def _forward_seconds(networks: Sequence[PreTrainedModel], prompt: torch.LongTensor, count: int) -> dict[str, float]:
+    """Return the mean seconds of a forward pass over `count` tokens after the prompt, by network.
+
+    The networks run in turn: a small one by itself would find its weights in the processor's cache, unlike in decoding.
+    """
     caches = [DynamicCache(config=network.config) for network in networks]
     seconds = dict.fromkeys(NETWORKS, 0.0)
     for step in range(count + 1):

@@ -1,4 +1,4 @@
-"""Throughput in vLLM: a recipe's backbone and its PRT model, one engine after the other in one run."""
+"""Time throughput in vLLM: a recipe's backbone and its PRT model, one engine after the other in one run."""
 
 import json
 import subprocess
@@ -24,18 +24,22 @@ _RESULT = "RESULT "
 
 
 def time_serving(recipe: str | Path, *, requests: int, new_tokens: int, rounds: int, dtype: str) -> dict[str, float]:
-    """Tokens per second of a batch of requests, greedy, by row; of the fastest round.
+    """Return the tokens per second of a batch of greedy requests, by row, in the fastest round.
 
-    Rows are the backbone, the PRT model, and, if its rewards are adapters of one base, the backbone with rewards that
-    requests name, these in turn.
+    Rows are the backbone, the PRT model, and, if its rewards are adapters of the same base, the backbone with rewards
+    that requests name in turn.
 
     Args:
-        recipe: folder of a PRT model, whose backbone's tokenizer and weights are on this machine.
+        recipe: The folder of a PRT model whose backbone's tokenizer and weights are on this machine.
+        requests: The number of requests.
+        new_tokens: The number of tokens of each answer.
+        rounds: The number of rounds.
+        dtype: The precision of the models.
 
     Raises:
         UnsupportedError: vLLM is not installed.
-        PRTValueError: the folder holds no recipe.
-        RuntimeError: an engine does not start; what it says stands on standard error.
+        PRTValueError: The folder holds no recipe.
+        RuntimeError: An engine does not start; its messages are on standard error.
     """
     if find_spec("vllm") is None:
         raise UnsupportedError("vLLM is not installed.", expected="vllm 0.32", found="none", remedy="pip install vllm")
@@ -60,7 +64,7 @@ def _base_of_adapter(reward: Path) -> str | None:
 
 
 def _in_a_process(settings: dict) -> float:
-    """An engine gives its memory back when its process ends."""
+    """Run one engine in a process, so that its memory is freed at the end."""
     command = [sys.executable, "-m", __name__, json.dumps(settings)]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     results = [line for line in ended.stdout.splitlines() if line.startswith(_RESULT)]
@@ -91,7 +95,7 @@ def _throughput(
         more |= {"hf_overrides": overrides, "enable_lora": True, "max_loras": len(rewards), "max_lora_rank": rank}
     engine = LLM(model, dtype=dtype, max_model_len=PROMPT_LENGTH + new_tokens, max_num_seqs=requests, **more)
     size = engine.llm_engine.model_config.get_vocab_size()
-    # Which tokens does not matter, as long as no prompt begins as another does.
+    # Any tokens will do, as long as no prompt begins like another.
     prompts = [
         {"prompt_token_ids": [(requests * i + 7 * j) % (size - 3) + 3 for j in range(PROMPT_LENGTH)]}
         for i in range(requests)

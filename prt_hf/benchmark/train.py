@@ -1,7 +1,6 @@
-"""Step time and memory of tuning, against plain LoRA fine-tuning by TRL's `SFTTrainer`, whose loss is fused as well.
+"""Measure step time and memory of tuning, beside plain LoRA fine-tuning by TRL's `SFTTrainer`, whose loss is fused too.
 
-A step is forward, backward and optimiser on one batch of the trainer's own. Every round times every row in turn; a
-figure is made of the fastest rounds, because other programs only ever add time.
+A step is forward, backward and optimiser on one batch of the trainer's data loader.
 """
 
 import gc
@@ -18,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from ..evaluation.machine import now
+from ..evaluation.machine import time_in_turn
 from ..functional import IGNORE_INDEX
 from ..networks.lm_head import Projection, last_hidden_state, projection
 from ..reward.adapter import default_peft_config
@@ -34,11 +33,11 @@ PLAIN_TOP = "plain LoRA (TRL), top quarter of the layers"
 SHARED_TRUNK = "PRT, own base, top quarter of the layers"
 NAIVE = "PRT, another backbone, whole logits"
 ROWS = (PLAIN, PLAIN_CHUNKED, OTHER_BASE, SAME_BASE, CACHED, CACHED_OTHER, PLAIN_TOP, SHARED_TRUNK, NAIVE)
-BASELINES = {SHARED_TRUNK: PLAIN_TOP}  # of all others: PLAIN
+BASELINES = {SHARED_TRUNK: PLAIN_TOP}  # all others: PLAIN
 
 
 class _ChunkedTrainer(PRTSFTTrainer):
-    """Plain fine-tuning with the fused PRT loss of a backbone that says nothing: what tuning costs beyond the loss."""
+    """Plain fine-tuning with the fused PRT loss and a uniform backbone, to show what tuning costs beyond the loss."""
 
     def _forward(self, model, batch, backbones, is_fused):
         network = self.accelerator.unwrap_model(model)
@@ -51,7 +50,7 @@ class _ChunkedTrainer(PRTSFTTrainer):
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Shape of the models (random Llamas, which take as long as trained ones) and of the batch."""
+    """The shape of the models (random Llamas, which take as long as trained ones) and of the batch."""
 
     hidden_size: int = 512
     num_hidden_layers: int = 8
@@ -65,10 +64,12 @@ class TrainSettings:
 
 @dataclass
 class TrainTimings:
-    """
+    """Seconds and memory of a step.
+
     Attributes:
-        rows: seconds of a step, by row and round.
-        memory: bytes that a step takes beyond what lay in memory before it, at its peak, by row.
+        settings: The shapes.
+        rows: Row -> seconds of each round.
+        memory: Row -> bytes that a step takes at its peak, in addition to what was allocated before it.
     """
 
     settings: TrainSettings
@@ -76,16 +77,20 @@ class TrainTimings:
     memory: dict[str, int] = field(default_factory=dict)
 
     def seconds(self, row: str) -> float:
+        """Return the seconds of the fastest round."""
         return min(self.rows[row])
 
     def ratio(self, row: str) -> float:
+        """Return the step time of a row over that of its baseline."""
         return self.seconds(row) / self.seconds(BASELINES.get(row, PLAIN))
 
     def memory_ratio(self, row: str) -> float:
+        """Return the memory of a row over that of its baseline."""
         return self.memory[row] / self.memory[BASELINES.get(row, PLAIN)]
 
     @property
     def figures(self) -> dict[str, float]:
+        """The ratios that are reported."""
         figures = {
             "step_other_base": self.ratio(OTHER_BASE),
             "step_same_base": self.ratio(SAME_BASE),
@@ -100,25 +105,25 @@ class TrainTimings:
 def time_training(
     settings: TrainSettings, *, rounds: int = 5, progress: Callable[[Iterable], Iterable] = iter
 ) -> TrainTimings:
-    """Step times of every row.
+    """Time a step of every row.
 
     Args:
-        progress: wraps the rounds.
+        settings: The shapes.
+        rounds: The number of rounds.
+        progress: Wraps the rounds.
     """
-    timings = TrainTimings(settings)
     with tempfile.TemporaryDirectory() as folder:
-        steps = {name: _step(_trainer(name, settings, Path(folder))) for name in ROWS}
-        for round_ in progress(range(rounds + 1)):
-            for name, step in steps.items():
-                seconds = step()
-                if round_:  # the first one warms up
-                    timings.rows[name].append(seconds)
-    return timings
+        trainers = {name: _trainer(name, settings, Path(folder)) for name in ROWS}
+        steps = {name: _step(trainer) for name, trainer in trainers.items()}
+        return TrainTimings(settings, time_in_turn(steps, rounds, trainers[PLAIN].model, progress))
 
 
 def peak_memory(row: str, settings: TrainSettings) -> int:
-    """Bytes, in a process of its own, so that no other row's memory is used again (Linux, or a GPU)."""
-    # Blocks of any size go back to the system when they are freed, and so count once.
+    """Return the peak memory of a step in bytes, measured in a new process, which reuses no other row's memory.
+
+    Works on Linux, or on a GPU.
+    """
+    # Return freed blocks of any size to the system, so that they count once.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     try:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -140,7 +145,7 @@ def _measured_memory(row: str, settings: dict, threads: int) -> int:
             step()
             return torch.cuda.max_memory_allocated() - before
         before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         step()
         return _resident("VmHWM") - before
 
@@ -149,22 +154,20 @@ def _resident(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name):
             return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status does not tell {name}")
+    raise OSError(f"/proc/self/status has no {name}")
 
 
-def _step(trainer: Trainer) -> Callable[[], float]:
-    """A function that makes one step and returns its seconds."""
+def _step(trainer: Trainer) -> Callable[[], None]:
+    """Return a function that makes one step."""
     batch = next(iter(trainer.get_train_dataloader()))
     items = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
     trainer.create_optimizer()
     model, optimizer = trainer.accelerator.prepare(trainer.model.train(), trainer.optimizer)
 
-    def step() -> float:
-        start = now(trainer.model)
+    def step() -> None:
         trainer.training_step(model, dict(batch), items)
         optimizer.step()
         model.zero_grad()
-        return now(trainer.model) - start
 
     return step
 
@@ -226,7 +229,7 @@ def _model(settings: TrainSettings, seed: int) -> LlamaForCausalLM:
 
 
 def _tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """As many words as the head has rows."""
+    """Return a tokenizer with as many words as the head has rows."""
     words = ["<pad>", "<s>", "</s>", *map(str, range(3, size))]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="</s>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

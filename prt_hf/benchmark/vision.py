@@ -1,7 +1,4 @@
-"""Image classification, a batch at a time: bare backbone, PRT, EFT, side by side in one run.
-
-Every round times every row in turn. A figure is made of the fastest rounds, because other programs only ever add time.
-"""
+"""Time image classification, a batch at a time: bare backbone, PRT and EFT, in turn in one run."""
 
 import copy
 from collections.abc import Callable, Iterable
@@ -13,7 +10,7 @@ from PIL import Image
 from transformers import ViTConfig, ViTForImageClassification
 
 from ..errors import PRTValueError
-from ..evaluation.machine import now
+from ..evaluation.machine import time_in_turn
 from ..functional import combine
 from ..inference import PRTForImageClassification
 from ..networks.adapters import bare_base
@@ -26,7 +23,7 @@ EFT = "EFT"
 REWARD = "reward by itself"
 SOURCE = "source by itself"
 ROWS = (BARE, PRT, EFT, REWARD, SOURCE)
-# ViT-S/16 and ViT-B/16: how fast a model runs depends on its shape only.
+# ViT-S/16 and ViT-B/16: the speed of a model depends on its shape only.
 SMALL = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536, "num_hidden_layers": 12}
 LARGE = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072, "num_hidden_layers": 12}
 COMMON = {"image_size": 224, "patch_size": 16, "num_labels": 1000}
@@ -34,10 +31,12 @@ COMMON = {"image_size": 224, "patch_size": 16, "num_labels": 1000}
 
 @dataclass
 class VisionTimings:
-    """
+    """Seconds of a batch, by row and round.
+
     Attributes:
-        images: in a batch.
-        rows: seconds of a batch, by row and round.
+        dtype: The precision of the models.
+        images: The number of images in a batch.
+        rows: Row -> seconds of each round.
     """
 
     dtype: str
@@ -45,27 +44,30 @@ class VisionTimings:
     rows: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in ROWS})
 
     def seconds(self, row: str) -> float:
+        """Return the seconds of the fastest round."""
         return min(self.rows[row])
 
     def speed(self, row: str) -> float:
-        """Images per second."""
+        """Return images per second."""
         return self.images / self.seconds(row)
 
     def ratio(self, row: str, to: str = BARE) -> float:
+        """Return the speed of a row over that of another."""
         return self.speed(row) / self.speed(to)
 
     @property
     def limit(self) -> float:
-        """What PRT could reach of the bare backbone: t_b / (t_b + t_r)."""
+        """The best speed of PRT over that of the bare backbone: t_b / (t_b + t_r)."""
         return self.seconds(BARE) / (self.seconds(BARE) + self.seconds(REWARD))
 
     @property
     def eft_limit(self) -> float:
-        """What EFT could reach, which runs the source as well."""
+        """The best speed of EFT, which runs the source as well, over that of the bare backbone."""
         return self.seconds(BARE) / sum(map(self.seconds, (BARE, REWARD, SOURCE)))
 
     @property
     def figures(self) -> dict[str, float]:
+        """The ratios that are reported."""
         return {"prt_of_limit": self.ratio(PRT) / self.limit, "prt_vs_eft": self.ratio(PRT, EFT)}
 
 
@@ -77,15 +79,16 @@ def time_vision(
     rounds: int = 5,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> VisionTimings:
-    """A batch through every row.
+    """Time a batch with every row.
 
     Args:
-        model: with one reward. EFT takes the reward's network for the fine-tuned source, which has its shape.
-        inputs: pixels of model and reward, as `model.processing_class` makes them.
-        progress: wraps the rounds.
+        model: A PRT model with one reward. EFT uses the reward's network as the fine-tuned source, which has its shape.
+        inputs: The pixels of backbone and reward, as `model.processing_class` makes them.
+        rounds: The number of rounds.
+        progress: Wraps the rounds.
 
     Raises:
-        PRTValueError: several rewards, of which EFT knows none.
+        PRTValueError: The model has several rewards, which EFT cannot combine.
     """
     if len(model.rewards) != 1 or rounds < 1:
         raise PRTValueError(
@@ -98,47 +101,45 @@ def time_vision(
     is_adapter = reward.config.is_adapter
     source = bare_base(reward.network) if is_adapter else copy.deepcopy(reward.network)
     inputs = {name: pixels.to(backbone.device, backbone.dtype) for name, pixels in inputs.items()}
-    of_backbone, (own,) = split_inputs(inputs, "reward", 1)
-    of_reward = of_backbone | own
+    backbone_inputs, (own,) = split_inputs(inputs, "reward", 1)
+    reward_inputs = backbone_inputs | own
 
     def eft() -> torch.Tensor:
-        """log pi_pt + log pi_ft_old - log pi_pt_old"""
+        """Return log pi_pt + log pi_ft_old - log pi_pt_old."""
         tuned, pretrained = (
-            network(**of_reward).logits[..., model.orders[0]].float().log_softmax(-1)
+            network(**reward_inputs).logits[..., model.orders[0]].float().log_softmax(-1)
             for network in (reward.network, source)
         )
-        return combine(backbone(**of_backbone).logits, tuned - pretrained)
+        return combine(backbone(**backbone_inputs).logits, tuned - pretrained)
 
     ways = {
-        BARE: lambda: backbone(**of_backbone),
+        BARE: lambda: backbone(**backbone_inputs),
         PRT: lambda: model(**inputs),
         EFT: eft,
-        REWARD: lambda: reward.network(**of_reward),
-        SOURCE: lambda: source(**of_reward),
+        REWARD: lambda: reward.network(**reward_inputs),
+        SOURCE: lambda: source(**reward_inputs),
     }
-    timings = VisionTimings(str(backbone.dtype).removeprefix("torch."), len(inputs[PIXELS]))
-    for round_ in progress(range(rounds + 1)):
-        for name, classify in ways.items():
-            start = now(backbone)
-            classify()
-            seconds = now(backbone) - start
-            if round_:  # the first one warms up
-                timings.rows[name].append(seconds)
-    return timings
+    rows = time_in_turn(ways, rounds, backbone, progress)
+    return VisionTimings(str(backbone.dtype).removeprefix("torch."), len(inputs[PIXELS]), rows)
 
 
 def random_model(seed: int) -> PRTForImageClassification:
-    """A reward of ViT-S/16's shape on a backbone of ViT-B/16's, with random weights; 1000 labels, 224 x 224 pixels."""
+    """Return a random reward of ViT-S/16's shape on a random ViT-B/16; 1000 labels, 224 x 224 pixels."""
     torch.manual_seed(seed)
     backbone, base = (ViTForImageClassification(ViTConfig(**COMMON | size)).eval() for size in (LARGE, SMALL))
     return PRTForImageClassification.from_parts(backbone, [RewardModel.from_base(base)])
 
 
 def pixels_for(model: PRTForImageClassification, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Of random images, as backbone and reward want them; their values do not matter.
+    """Return the pixels of random images, in the sizes of backbone and reward; their values do not matter.
+
+    Args:
+        model: The PRT model.
+        count: The number of images.
+        seed: Of the images.
 
     Raises:
-        PRTValueError: nothing tells what pixels the backbone wants.
+        PRTValueError: The size of the backbone's images is unknown.
     """
     generator = np.random.default_rng(seed)
     if model.processing_class is not None:

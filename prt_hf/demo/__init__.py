@@ -1,7 +1,7 @@
-"""Portable Reward Tuning on this machine within minutes, without network: pretrain, tune, port, compare.
+"""Show Portable Reward Tuning on this machine within minutes, without network: pretrain, tune, port, compare.
 
 An old and a new model are pretrained on real data that comes with Python and scikit-learn. A reward is tuned on the old
-one and added to the new one, beside EFT, the reward alone and fine-tuning. Every number is computed in the run.
+one and added to the new one, beside EFT, the reward by itself and fine-tuning. Every number is computed in the run.
 """
 
 import logging
@@ -26,12 +26,13 @@ TASKS = ("text", "images")
 
 @dataclass(frozen=True)
 class OwnModels:
-    """Instead of what the demo makes itself: ids of the Hub or paths, and how long to tune on them.
+    """The user's models and data, instead of those that the demo makes: ids on the Hub, or paths.
 
     Args:
-        source, target (`str`): the old and the new model.
-        dataset (`str`): with a column `text`, or columns `image` and `label`.
-        tuning ([`Steps`]): of reward, EFT's model and oracle alike.
+        source (`str`): The old model.
+        target (`str`): The new model.
+        dataset (`str`): Data with a column `text`, or columns `image` and `label`.
+        tuning ([`Steps`]): The length of all tuning: of the reward, of EFT's model, and of the oracle.
     """
 
     source: str
@@ -43,7 +44,7 @@ class OwnModels:
         given = {name: getattr(self, name) for name in ("source", "target", "dataset")}
         if missing := [name for name, value in given.items() if not value]:
             raise PRTValueError(
-                "Own models come with own data.",
+                "Models of your own need data of your own.",
                 expected="--source, --target and --dataset together",
                 found=f"no {', no '.join('--' + name for name in missing)}",
             )
@@ -58,10 +59,16 @@ def run_demo(
     text_settings: text.TextSettings | None = None,
     image_settings: images.ImageSettings | None = None,
 ) -> Outcome:
-    """Run one task, `"text"` or `"images"`.
+    """Run one task.
 
-    `output_dir` then holds the models made (`<task>-source`, `<task>-target`), `<task>-reward`, `<task>.png` and
-    `results.json`.
+    Args:
+        task: `"text"` or `"images"`.
+        output_dir: The folder that gets the models made (`<task>-source`, `<task>-target`), `<task>-reward`,
+            `<task>.png` and `results.json`.
+        seed: Of everything that is random.
+        own (*optional*): Models and data of the user.
+        text_settings (*optional*): Sizes and steps of the text task.
+        image_settings (*optional*): Sizes and steps of the image task.
 
     Raises:
         PRTValueError: `output_dir` holds something else, or models or data cannot be used.
@@ -99,7 +106,7 @@ def run_demo(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The libraries speak of errors only, and leave progress bars to the demo."""
+    """Silence the libraries' warnings and progress bars."""
     loggers = {
         name: logging.getLogger(name).level for name in ("accelerate", "datasets", "peft", "transformers", "trl")
     }

@@ -1,8 +1,10 @@
-"""The five ways to a tuned target, all judged by the same function of their log-probabilities."""
+"""Compare five methods by the same function of their log-probabilities."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -13,11 +15,12 @@ from transformers import PreTrainedModel
 from .. import RewardModel, VocabularyContract, combine
 from ..contract import LabelContract
 from ..networks.anatomy import unwrap_adapter
+from .training import Steps, fine_tune, tune_reward
 
 PRETRAINED, EFT, PRT, REWARD_ONLY, FINE_TUNED = METHODS = ("Pretrained", "EFT", "PRT", "reward only", "fine-tuned")
 PLACES = ("source", "target")
 
-# Of one model or another, at the target; EFT reads with the adapter on and off, be it in one pass of two rows.
+# Forward passes of any model, at the target. EFT reads with the adapter on and off, maybe in one pass of two rows.
 FORWARDS = {PRETRAINED: 1, EFT: 3, PRT: 2, REWARD_ONLY: 1, FINE_TUNED: 1}
 
 # log-probabilities (..., size), labels (...) -> one number for each label that is not -100
@@ -26,12 +29,14 @@ Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass
 class Contenders:
-    """An old and a new pretrained model, and what was tuned of them, all on the same data for the same number of steps.
+    """An old and a new pretrained model, and models tuned from them, all on the same data for as many steps.
 
     Attributes:
-        source, target (`PreTrainedModel`): the frozen backbones.
-        reward ([`RewardModel`]): tuned on the source backbone.
-        finetuned_source, finetuned_target (`nn.Module`): tuned the usual way; EFT's, and the oracle.
+        source (`PreTrainedModel`): The old, frozen backbone.
+        target (`PreTrainedModel`): The new, frozen backbone.
+        reward ([`RewardModel`]): The reward that was tuned on the source backbone.
+        finetuned_source (`nn.Module`): The fine-tuned source, for EFT.
+        finetuned_target (`nn.Module`): The fine-tuned target, the oracle.
     """
 
     source: PreTrainedModel
@@ -41,35 +46,35 @@ class Contenders:
     finetuned_target: nn.Module
 
     def __post_init__(self):
-        # A Trainer leaves its model on the accelerator, others may still share their weights with it on the CPU.
+        # A Trainer leaves its model on the accelerator; models that share its weights may still be on the CPU.
         self.device = PartialState().device
         for model in (self.source, self.target, self.reward, self.finetuned_source, self.finetuned_target):
             model.to(self.device)
 
     @property
     def models_held(self) -> dict[str, int]:
-        """At the target, by weights in memory: an adapter counts as its base, which EFT's two old models then share."""
+        """The models in memory at the target, by method; a base and its adapters count as one."""
         old_models = 1 if isinstance(self.finetuned_source, PeftModel) else 2
         return {PRETRAINED: 1, EFT: 1 + old_models, PRT: 2, REWARD_ONLY: 1, FINE_TUNED: 1}
 
     def log_probs(self, method: str, place: str, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """log pi(. | x) by one method with the backbone of one place, in the reward's order of tokens or labels."""
+        """Return log pi(. | x) of a method with the backbone at a place, in the reward's order of tokens or labels."""
         backbone = self.target if place == "target" else self.source
         if method == PRETRAINED:
-            return self._of(backbone, inputs)
+            return self._log_probs(backbone, inputs)
         if method == FINE_TUNED:
-            return self._of(self.finetuned_target if place == "target" else self.finetuned_source, inputs)
+            return self._log_probs(self.finetuned_target if place == "target" else self.finetuned_source, inputs)
         if method == EFT:
-            shift = self._of(self.finetuned_source, inputs) - self._of(self.source, inputs)
-            return combine(self._of(backbone, inputs), shift)
+            shift = self._log_probs(self.finetuned_source, inputs) - self._log_probs(self.source, inputs)
+            return combine(self._log_probs(backbone, inputs), shift)
         reward = self.reward(**inputs).float()
         if method == REWARD_ONLY:
             return reward.log_softmax(-1)
-        return combine(self._of(backbone, inputs), reward, self.reward.config.strength)
+        return combine(self._log_probs(backbone, inputs), reward, self.reward.config.strength)
 
     @torch.no_grad()
     def scores(self, batches: Iterable[dict[str, torch.Tensor]], measure: Measure) -> dict[str, dict[str, float]]:
-        """`{method: {"source": mean, "target": mean}}` of a measure over all supervised labels."""
+        """Return `{method: {"source": mean, "target": mean}}` of a measure over all supervised labels."""
         sums, count = defaultdict(float), 0
         for batch in batches:
             inputs = {name: value.to(self.device) for name, value in batch.items()}
@@ -81,7 +86,7 @@ class Contenders:
             count += len(values)
         return {method: {place: sums[method, place] / count for place in PLACES} for method in METHODS}
 
-    def _of(self, model: nn.Module, inputs) -> torch.Tensor:
+    def _log_probs(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits = model(**inputs).logits
         contract = self.reward.contract
         if isinstance(contract, VocabularyContract):
@@ -92,12 +97,53 @@ class Contenders:
         return logits[..., columns].float().log_softmax(-1)
 
 
-def token_losses(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """-log pi(next token), nats, where the next label is not ignored.
+def tune_all(
+    task: Any,
+    steps: Steps,
+    seed: int,
+    data_collator: Callable,
+    *,
+    kind: str,
+    adapter: bool,
+    processing_class: Any,
+    reward_folder: Path,
+) -> Contenders:
+    """Tune a reward, EFT's model and the oracle on the same data, and save the reward.
 
     Args:
-        log_probs (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`).
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): the tokens themselves, -100 at padding.
+        task ([`TextTask`] or [`ImageTask`]): Models and data.
+        steps: The length of each tuning.
+        seed: Of each tuning.
+        data_collator: Makes batches of rows.
+        kind: The word for a model in progress bars.
+        adapter: Whether LoRA adapters are tuned, or whole models.
+        processing_class: Saved with the reward.
+        reward_folder: The folder to save the reward to.
+    """
+    reward = tune_reward(
+        task.source,
+        task.train,
+        steps,
+        seed,
+        f"tuning the reward on the old {kind}",
+        data_collator,
+        adapter=adapter,
+        processing_class=processing_class,
+    )
+    reward.save_pretrained(reward_folder)
+    finetuned = [
+        fine_tune(model, task.train, steps, seed, f"fine-tuning the {which}", data_collator, adapter=adapter)
+        for model, which in ((task.source, f"old {kind} (for EFT)"), (task.target, f"new {kind} (oracle)"))
+    ]
+    return Contenders(task.source, task.target, reward, *finetuned)
+
+
+def token_losses(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Return -log pi(next token), nats, where the next label is not ignored.
+
+    Args:
+        log_probs (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): log pi.
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens, -100 at padding.
     """
     log_probs, labels = log_probs[:, :-1], labels[:, 1:]
     kept = labels != -100
@@ -105,11 +151,11 @@ def token_losses(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def hits(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """100 where the likeliest label `(batch_size,)` is the right one, else 0: their mean is the accuracy in %."""
+    """Return 100 where the likeliest label is right, else 0, `(batch_size,)`; the mean is the accuracy in %."""
     return 100.0 * (log_probs.argmax(-1) == labels)
 
 
 def gain_recovered(scores: dict[str, dict[str, float]]) -> float | None:
-    """(PRT - pretrained) / (fine-tuned - pretrained), at the target; None where fine-tuning changes nothing."""
+    """Return (PRT - pretrained) / (fine-tuned - pretrained) at the target; None if fine-tuning changes nothing."""
     pretrained, prt, finetuned = (scores[method]["target"] for method in (PRETRAINED, PRT, FINE_TUNED))
     return (prt - pretrained) / (finetuned - pretrained) if finetuned != pretrained else None

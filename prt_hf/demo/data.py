@@ -1,4 +1,6 @@
-"""The user's own models, and rows of the user's data set aside to judge on."""
+"""Load the user's own models and data, with rows set aside for evaluation."""
+
+from typing import Any
 
 from datasets import Dataset, DatasetDict
 
@@ -9,11 +11,16 @@ TEST_SPLITS = ("test", "validation")
 MOST_TEST_ROWS = 200
 
 
-def load(auto_class: type, place: str, **kwargs):
-    """`auto_class.from_pretrained(place)`.
+def load(auto_class: type, place: str, **kwargs: Any) -> Any:
+    """Return `auto_class.from_pretrained(place)`.
+
+    Args:
+        auto_class: One of the Auto classes of transformers.
+        place: An id on the Hub, or a folder.
+        **kwargs: Other arguments of `from_pretrained`.
 
     Raises:
-        PRTValueError: there is no such thing at that place.
+        PRTValueError: It cannot be loaded.
     """
     try:
         return auto_class.from_pretrained(place, **kwargs)
@@ -26,10 +33,10 @@ def load(auto_class: type, place: str, **kwargs):
 
 
 def load_splits(dataset: str, seed: int) -> tuple[Dataset, Dataset]:
-    """Rows to tune on and rows to judge on; the latter from a split of that name, or every tenth row set aside.
+    """Return rows for tuning and rows for evaluation; the latter are a split of that name, or a tenth of the rows.
 
     Raises:
-        PRTValueError: it cannot be loaded, or has too few rows.
+        PRTValueError: The dataset cannot be loaded, or has too few rows.
     """
     train, test = _split(load_data(dataset), seed)
     test = test.select(range(min(len(test), MOST_TEST_ROWS)))

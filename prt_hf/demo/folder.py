@@ -1,16 +1,12 @@
-"""The folder that the demo writes to, and `results.json`, by which it knows its own."""
+"""Manage the folder that the demo writes to; it recognises its own by `results.json`."""
 
 import json
-import os
-import platform
 from pathlib import Path
+from typing import Any
 
-import peft
-import torch
-import transformers
-
-from .._version import __version__
 from ..errors import PRTValueError
+from ..evaluation.machine import hardware, versions
+from ..hub.folder import replace_file
 from .report import Result
 
 RESULTS = "results.json"
@@ -18,10 +14,10 @@ MADE_BY = "prt-hf demo"
 
 
 def claim(folder: Path) -> None:
-    """Make the folder, or take one that an earlier demo wrote.
+    """Create the folder, or use one that an earlier demo wrote.
 
     Raises:
-        PRTValueError: the folder holds something else, or is a file.
+        PRTValueError: The folder holds something else, or is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise PRTValueError("The output directory is a file.", expected="a folder", found=str(folder))
@@ -31,23 +27,21 @@ def claim(folder: Path) -> None:
             f"{folder} holds files that the demo did not write.",
             expected="a new or empty folder, or one that an earlier demo wrote",
             found=", ".join(others[:5]),
-            remedy="name another one: --output-dir",
+            remedy="name another folder: --output-dir",
         )
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, {"made_by": MADE_BY} | _read(folder))
 
 
-def write_result(folder: Path, result: Result, **circumstances) -> None:
-    """Put one task's numbers into `results.json`, in place of those of an earlier run."""
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    machine = {
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-    circumstances |= {"versions": {"prt_hf": __version__} | versions, "hardware": machine}
+def write_result(folder: Path, result: Result, **circumstances: Any) -> None:
+    """Put the figures of a task into `results.json`, in place of those of an earlier run.
+
+    Args:
+        folder: The folder of the demo.
+        result: The figures.
+        **circumstances: Other entries of the task.
+    """
+    circumstances |= {"versions": versions(), "hardware": hardware()}
     _write(folder, _read(folder) | {result.task: result.to_dict() | circumstances})
 
 
@@ -60,4 +54,4 @@ def _read(folder: Path) -> dict:
 
 
 def _write(folder: Path, entries: dict) -> None:
-    (folder / RESULTS).write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    replace_file(folder / RESULTS, json.dumps(entries, indent=2) + "\n")

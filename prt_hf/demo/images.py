@@ -1,8 +1,8 @@
-"""The image task: two classifiers of handwritten digits, tuned on digits that are rotated and noisy."""
+"""Run the image task: two classifiers of handwritten digits, tuned on digits that are rotated and noisy."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -23,14 +23,15 @@ from transformers import (
 )
 
 from .. import LabelContract
+from ..evaluation.machine import time_in_turn
 from ..training.data import label_ids, pixel_values, require_column
-from .comparison import METHODS, Contenders, hits
+from .comparison import METHODS, Contenders, hits, tune_all
 from .data import load, load_splits
 from .report import Result
-from .training import Steps, fine_tune, fit, tune_reward
+from .training import Steps, fit
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-MEAN, DEVIATION = 0.305, 0.376  # of the digits' pixels, once they lie in [0, 1]
+MEAN, DEVIATION = 0.305, 0.376  # of the digits' pixels in [0, 1]
 BATCH_SIZE = 64
 
 Rows = list[dict[str, torch.Tensor]]  # `pixel_values` (channels, height, width), `labels` ()
@@ -55,7 +56,7 @@ class ImageSettings:
 
 @dataclass
 class ImageTask:
-    """Two classifiers with the same labels, and images to tune and to judge them on."""
+    """Two classifiers with the same labels, and images for tuning and evaluation."""
 
     source: nn.Module
     target: nn.Module
@@ -65,7 +66,7 @@ class ImageTask:
 
 
 def turned_digits(folder: Path, settings: ImageSettings, seed: int) -> ImageTask:
-    """Pretrain on clean digits, the old model on a part of the new one's; tune and judge on other digits, shifted."""
+    """Pretrain on clean digits, the old model on fewer of them; return shifted other digits to tune and test on."""
     images, labels = digits(seed)
     start, end = settings.new_images, settings.new_images + settings.tuning_images
     folders = {}
@@ -85,11 +86,11 @@ def turned_digits(folder: Path, settings: ImageSettings, seed: int) -> ImageTask
 
 
 def own_images(source: str, target: str, dataset: str, seed: int) -> ImageTask:
-    """The user's classifiers, and the columns `image` and `label` of the user's data, whose labels the models know.
+    """Return the user's classifiers and rows of the columns `image` and `label` of the user's data.
 
     Raises:
-        LabelMismatchError: the two models do not share their labels.
-        PRTValueError: a column is missing, or a label is none of the models'.
+        LabelMismatchError: The two models have different labels.
+        PRTValueError: A column is missing, or the models do not have a label.
     """
     models = [load(AutoModelForImageClassification, place) for place in (source, target)]
     LabelContract.from_model_config(models[0].config).check(LabelContract.from_model_config(models[1].config))
@@ -102,32 +103,18 @@ def own_images(source: str, target: str, dataset: str, seed: int) -> ImageTask:
 
 
 def run_images(task: ImageTask, folder: Path, settings: ImageSettings, seed: int) -> Result:
-    """Tune a reward, and what it is compared with; save the reward, judge, time."""
-    reward = tune_reward(
-        task.source,
-        task.train,
+    """Tune and save a reward, tune its competitors, evaluate and time them all."""
+    contenders = tune_all(
+        task,
         settings.tuning,
         seed,
-        "tuning the reward on the old classifier",
         _collate,
-        adapter=False,  # whole classifiers, as the paper tunes them
+        kind="classifier",
+        adapter=False,  # whole classifiers, as in the paper
         processing_class=task.image_processor,
+        reward_folder=folder / "images-reward",
     )
-    reward.save_pretrained(folder / "images-reward")
     save_file(_collate(task.test), folder / "images-test.safetensors")
-    finetuned = [
-        fine_tune(
-            model,
-            task.train,
-            settings.tuning,
-            seed,
-            f"fine-tuning the {age} classifier ({use})",
-            _collate,
-            adapter=False,
-        )
-        for model, age, use in ((task.source, "old", "for EFT"), (task.target, "new", "oracle"))
-    ]
-    contenders = Contenders(task.source, task.target, reward, *finetuned)
     batches = [_collate(task.test[start : start + BATCH_SIZE]) for start in range(0, len(task.test), BATCH_SIZE)]
     return Result(
         task="images",
@@ -140,7 +127,7 @@ def run_images(task: ImageTask, folder: Path, settings: ImageSettings, seed: int
 
 
 def usage(folder: Path, target: str | Path) -> str:
-    """Lines of Python that use the saved reward."""
+    """Return lines of Python that use the saved reward."""
     return f"""\
 import torch
 from safetensors.torch import load_file
@@ -157,14 +144,14 @@ print([target.config.id2label[label] for label in log_probs.argmax(-1).tolist()]
 
 
 def digits(seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's 1797 digits in a seeded order: pixels in [0, 1] of shape `(1797, 8, 8)`, labels `(1797,)`."""
+    """Return scikit-learn's 1797 digits in a seeded order: pixels in [0, 1], `(1797, 8, 8)`, and labels `(1797,)`."""
     pixels, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(seed).permutation(len(labels))
     return pixels[order].reshape(-1, 8, 8) / 16, labels[order]
 
 
 def shift(images: np.ndarray, degrees: float, noise: float, seed: int) -> np.ndarray:
-    """Every image turned by the same angle, with Gaussian noise on every pixel."""
+    """Rotate every image by the same angle and add Gaussian noise to every pixel."""
     turned = np.stack([rotate(image, degrees, reshape=False, order=1) for image in images])
     return turned + noise * np.random.default_rng(seed).normal(size=turned.shape)
 
@@ -203,13 +190,9 @@ def _collate(rows: Rows) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def _milliseconds_per_image(contenders: Contenders, batch: dict[str, torch.Tensor], repeats: int) -> dict[str, float]:
-    """One batch at the target; the shortest of several runs, since other programs only ever add time."""
+    """Time one batch at the target."""
     inputs = {"pixel_values": batch["pixel_values"].to(contenders.device)}
-    best = dict.fromkeys(METHODS, float("inf"))
-    for repeat in tqdm(range(repeats + 1), desc="timing classification", unit="round"):
-        for method in METHODS:
-            start = perf_counter()
-            contenders.log_probs(method, "target", inputs).sum().item()
-            if repeat:  # the first round warms up
-                best[method] = min(best[method], 1000 * (perf_counter() - start) / len(inputs["pixel_values"]))
-    return best
+    calls = {method: partial(contenders.log_probs, method, "target", inputs) for method in METHODS}
+    bar = partial(tqdm, desc="timing classification", unit="round")
+    seconds = time_in_turn(calls, repeats, contenders.target, bar)
+    return {method: 1000 * min(each) / len(inputs["pixel_values"]) for method, each in seconds.items()}

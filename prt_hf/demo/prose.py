@@ -1,4 +1,4 @@
-"""English text that every Python has, the standard library's docstrings and help topics; plain, or as bullet lists."""
+"""Collect English text from the standard library's docstrings and help topics, as prose or as bullet lists."""
 
 import ast
 import random
@@ -22,7 +22,7 @@ Passage = list[str]  # sentences in a row, all from one document
 
 
 class Splits(NamedTuple):
-    """Passages of different documents, no sentence twice."""
+    """Passages of different documents, without repeated sentences."""
 
     pretraining: list[Passage]
     tuning: list[Passage]
@@ -30,7 +30,7 @@ class Splits(NamedTuple):
 
 
 def standard_library_documents(folder: Path | None = None) -> dict[str, str]:
-    """Docstrings by source file, and help texts by topic; the same order everywhere."""
+    """Return docstrings by source file and help texts by topic, in the same order on every machine."""
     folder = Path(folder or sysconfig.get_paths()["stdlib"])
     files = [path for path in sorted(folder.rglob("*.py")) if not SKIPPED_FOLDERS & set(path.relative_to(folder).parts)]
     documents = {}
@@ -44,7 +44,7 @@ def standard_library_documents(folder: Path | None = None) -> dict[str, str]:
 
 
 def sentences(document: str) -> list[str]:
-    """The sentences of its prose; code, tables and headings are left out."""
+    """Return the sentences of a document's prose, without code, tables and headings."""
     found = []
     for paragraph in re.split(r"\n\s*\n", document):
         text = " ".join(paragraph.split())
@@ -54,7 +54,7 @@ def sentences(document: str) -> list[str]:
 
 
 def split(documents: dict[str, str], seed: int) -> Splits:
-    """70 / 20 / 10 % of the documents; a sentence that comes again is left out, wherever that is."""
+    """Split the documents into 70 / 20 / 10 %, without sentences that occurred before."""
     seen: set[str] = set()
     passages = []
     for document in documents.values():
@@ -68,17 +68,18 @@ def split(documents: dict[str, str], seed: int) -> Splits:
 
 
 def as_prose(passage: Passage) -> str:
+    """Return the sentences in a row."""
     return " ".join(passage)
 
 
 def as_bullets(passage: Passage) -> str:
-    """One sentence a line after "- ", without capital and full stop; then the closing line."""
+    """Return one sentence a line after "- ", without capital and full stop, then the closing line."""
     lines = [f"- {sentence[0].lower()}{sentence[1:].removesuffix('.')}" for sentence in passage]
     return "\n".join([*lines, CLOSING_LINE])
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE that opens every text with `<s>`."""
+    """Train a byte-level BPE tokenizer that begins every text with `<s>`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()

@@ -1,4 +1,4 @@
-"""What one task of the demo came to, as numbers, as a table and as a figure."""
+"""Report the results of a task of the demo: numbers, a table and a figure."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +11,7 @@ COLOURS = {"source": "#9db4c8", "target": "#1f4e79"}
 
 @dataclass
 class Sample:
-    """One prompt, and what followed it: `{method: prompt and continuation}`."""
+    """A prompt and its continuations: `{method: prompt and continuation}`."""
 
     prompt: str
     texts: dict[str, str]
@@ -19,14 +19,16 @@ class Sample:
 
 @dataclass
 class Result:
-    """One task.
+    """The figures of a task.
 
     Attributes:
         task (`str`): `"text"` or `"images"`.
-        measure (`str`): what `scores` are, with unit and direction.
-        unit (`str`): what `milliseconds` are per.
-        scores: `{method: {"source": ..., "target": ...}}`.
-        milliseconds, models_held: `{method: cost with the target}`.
+        measure (`str`): The name of the scores, with unit and direction.
+        unit (`str`): The unit of `milliseconds`.
+        scores (`dict`): `{method: {"source": ..., "target": ...}}`.
+        milliseconds (`dict[str, float]`): `{method: time with the target}`.
+        models_held (`dict[str, int]`): `{method: models in memory with the target}`.
+        sample (*optional*): A sample of generated text.
     """
 
     task: str
@@ -39,15 +41,17 @@ class Result:
 
     @property
     def gain_recovered(self) -> float | None:
+        """(PRT - pretrained) / (fine-tuned - pretrained) at the target."""
         return gain_recovered(self.scores)
 
     def to_dict(self) -> dict:
+        """Return all entries for JSON."""
         return asdict(self) | {"forwards": FORWARDS, "gain_recovered": self.gain_recovered}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished task: its numbers, what it wrote, and lines of Python that use the reward."""
+    """A finished task: its figures, its files, and lines of Python that use the reward."""
 
     result: Result
     figure: Path
@@ -57,7 +61,7 @@ class Outcome:
 
 
 def table(result: Result) -> str:
-    """One line for each method: its scores, and what it costs at the target."""
+    """Return a table with a line for each method: its scores, and its costs at the target."""
     digits = 3 if result.task == "text" else 1
     per = result.unit.partition("/")[2]
     head = f"{'':<12}{'source':>9}{'target':>9}{result.unit:>12}{'models held':>14}{f'forwards/{per}':>17}"
@@ -73,7 +77,7 @@ def table(result: Result) -> str:
 
 
 def describe(outcome: Outcome) -> str:
-    """All that the command prints of a finished task."""
+    """Return the text that the command prints for a finished task."""
     result = outcome.result
     parts = [f"== {result.task}: tuned on the old model, added to the new one ==", table(result)]
     if result.sample is not None:
@@ -84,7 +88,7 @@ def describe(outcome: Outcome) -> str:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Grouped bars: five methods, each at the source and at the target."""
+    """Draw grouped bars: five methods, each at the source and at the target."""
     # Not pyplot: a figure of its own needs no display, and leaves the caller's settings alone.
     from matplotlib.figure import Figure
 

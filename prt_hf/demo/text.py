@@ -1,8 +1,10 @@
-"""The text task: two Llamas pretrained on the spot, tuned to write bullet lists instead of prose."""
+"""Run the text task: two Llamas, pretrained on the spot, tuned to write bullet lists instead of prose."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import nn
@@ -20,19 +22,20 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from .. import EFTLogitsProcessor, PRTLogitsProcessor, VocabularyContract
 from ..errors import PRTValueError
+from ..evaluation.machine import time_in_turn
 from ..training.data import require_column
 from . import prose
-from .comparison import EFT, FINE_TUNED, PRETRAINED, PRT, REWARD_ONLY, Contenders, token_losses
+from .comparison import EFT, FINE_TUNED, PRETRAINED, PRT, REWARD_ONLY, Contenders, token_losses, tune_all
 from .data import load, load_splits
 from .report import Result, Sample
-from .training import Steps, fine_tune, fit, tune_reward
+from .training import Steps, fit
 
 PROMPT = "- this function"
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Sizes of the models made on the spot, and the steps of every stage; lengths in tokens."""
+    """The sizes of the models, and the steps of every stage; lengths in tokens."""
 
     old: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 2})
     new: dict[str, int] = field(default_factory=lambda: {"hidden_size": 128, "num_hidden_layers": 4})
@@ -47,7 +50,7 @@ class TextSettings:
 
 @dataclass
 class TextTask:
-    """Two backbones with one vocabulary, and rows of `input_ids` to tune and to judge them on."""
+    """Two backbones with the same vocabulary, and rows of `input_ids` for tuning and evaluation."""
 
     source: nn.Module
     target: nn.Module
@@ -58,7 +61,7 @@ class TextTask:
 
 
 def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dict[str, str] | None = None) -> TextTask:
-    """Pretrain on the standard library's prose; tune on passages of other documents, rewritten as bullet lists."""
+    """Pretrain on the standard library's prose; return other documents, as bullet lists, to tune and test on."""
     splits = prose.split(documents or prose.standard_library_documents(), seed)
     running_text = [prose.as_prose(passage) for passage in splits.pretraining]
     tokenizer = prose.train_tokenizer(running_text, settings.vocabulary_size)
@@ -78,16 +81,16 @@ def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dic
         _rows([prose.as_bullets(passage) for passage in part], tokenizer, settings.length)
         for part in (splits.tuning, splits.test)
     )
-    # Loaded from where they lie, so that the reward can name its base.
+    # Loaded from their folders, so that the reward can name its base.
     models = (AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("source", "target"))
     return TextTask(*models, tokenizer, train, test, PROMPT)
 
 
 def own_text(source: str, target: str, dataset: str, settings: TextSettings, seed: int) -> TextTask:
-    """The user's models, and the column `text` of the user's data.
+    """Return the user's models and rows of the column `text` of the user's data.
 
     Raises:
-        VocabularyMismatchError: the two models do not share their vocabulary.
+        VocabularyMismatchError: The two models have different vocabularies.
     """
     tokenizer, other = (load(AutoTokenizer, place) for place in (source, target))
     VocabularyContract.from_tokenizer(tokenizer).check(VocabularyContract.from_tokenizer(other))
@@ -102,26 +105,18 @@ def own_text(source: str, target: str, dataset: str, settings: TextSettings, see
 
 
 def run_text(task: TextTask, folder: Path, settings: TextSettings, seed: int) -> Result:
-    """Tune a reward, and what it is compared with; save the reward, measure, time, write."""
+    """Tune and save a reward, tune its competitors, evaluate and time them all, and write a sample."""
     collator = collator_of(task.tokenizer)
-    reward = tune_reward(
-        task.source,
-        task.train,
+    contenders = tune_all(
+        task,
         settings.tuning,
         seed,
-        "tuning the reward on the old model",
         collator,
+        kind="model",
         adapter=True,
         processing_class=task.tokenizer,
+        reward_folder=folder / "text-reward",
     )
-    reward.save_pretrained(folder / "text-reward")
-    finetuned = [
-        fine_tune(
-            model, task.train, settings.tuning, seed, f"fine-tuning the {age} model ({use})", collator, adapter=True
-        )
-        for model, age, use in ((task.source, "old", "for EFT"), (task.target, "new", "oracle"))
-    ]
-    contenders = Contenders(task.source, task.target, reward, *finetuned)
     batches = [collator(task.test[start : start + 16]) for start in range(0, len(task.test), 16)]
     scores = contenders.scores(tqdm(batches, desc="judging all on held-out text", unit="batch"), token_losses)
     generators = _generators(contenders, task.tokenizer)
@@ -137,7 +132,7 @@ def run_text(task: TextTask, folder: Path, settings: TextSettings, seed: int) ->
 
 
 def usage(folder: Path, target: str | Path, prompt: str) -> str:
-    """Lines of Python that use the saved reward."""
+    """Return lines of Python that use the saved reward."""
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from prt_hf import PRTLogitsProcessor, RewardModel
@@ -150,8 +145,8 @@ output = target.generate(**inputs, logits_processor=[PRTLogitsProcessor(reward, 
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 
-def llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
-    """With new weights, of the tokenizer's vocabulary."""
+def llama(tokenizer: PreTrainedTokenizerBase, size: dict[str, int], seed: int) -> LlamaForCausalLM:
+    """Return a Llama with random weights for the tokenizer's vocabulary."""
     set_seed(seed)
     hidden_size = size["hidden_size"]
     config = {
@@ -165,64 +160,61 @@ def llama(tokenizer, size: dict[str, int], seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **config, **special))
 
 
-def collator_of(tokenizer) -> DataCollatorForLanguageModeling:
+def collator_of(tokenizer: PreTrainedTokenizerBase) -> DataCollatorForLanguageModeling:
+    """Return a collator that pads with the tokenizer's token."""
     return DataCollatorForLanguageModeling(tokenizer.pad_token_id)
 
 
-def _rows(texts: list[str], tokenizer, length: int) -> list[dict[str, list[int]]]:
+def _rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
     ids = [[*tokens, tokenizer.eos_token_id][:length] for tokens in tokenizer(texts)["input_ids"]]
     rows = [{"input_ids": tokens} for tokens in ids if len(tokens) > 1]
     if not rows:
-        raise PRTValueError("There is no text to tune or judge on.", expected="texts of a few words", found="none")
+        raise PRTValueError("There is no text to tune or test on.", expected="texts of a few words", found="none")
     return rows
 
 
-def _packed(texts: list[str], tokenizer, length: int) -> list[dict[str, list[int]]]:
-    """One stream of `<s> text </s>`, cut into blocks."""
+def _packed(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
+    """Join texts as `<s> text </s>` and cut them into blocks."""
     stream = [token for tokens in tokenizer(texts)["input_ids"] for token in [*tokens, tokenizer.eos_token_id]]
     return [{"input_ids": stream[start : start + length]} for start in range(0, len(stream) - length + 1, length)]
 
 
-@dataclass
-class _Generator:
-    """A model, and the logits processors beside it."""
-
-    model: nn.Module
-    processors: tuple[LogitsProcessor, ...] = ()
-
-    def __call__(self, inputs, **kwargs) -> torch.LongTensor:
-        return self.model.generate(**inputs, logits_processor=list(self.processors), **kwargs)
+Generate = Callable[..., torch.LongTensor]  # (inputs, **settings of generate()) -> token ids
 
 
-def _generators(contenders: Contenders, tokenizer) -> dict[str, _Generator]:
+def _generators(contenders: Contenders, tokenizer: PreTrainedTokenizerBase) -> dict[str, Generate]:
+    def generator(model: nn.Module, *processors: LogitsProcessor) -> Generate:
+        return lambda inputs, **settings: model.generate(**inputs, logits_processor=list(processors), **settings)
+
     target = contenders.target
     return {
-        PRETRAINED: _Generator(target),
-        EFT: _Generator(target, (EFTLogitsProcessor(contenders.finetuned_source, tokenizer),)),
-        PRT: _Generator(target, (PRTLogitsProcessor(contenders.reward, tokenizer),)),
-        REWARD_ONLY: _Generator(contenders.reward.network),
-        FINE_TUNED: _Generator(contenders.finetuned_target),
+        PRETRAINED: generator(target),
+        EFT: generator(target, EFTLogitsProcessor(contenders.finetuned_source, tokenizer)),
+        PRT: generator(target, PRTLogitsProcessor(contenders.reward, tokenizer)),
+        REWARD_ONLY: generator(contenders.reward.network),
+        FINE_TUNED: generator(contenders.finetuned_target),
     }
 
 
-def _milliseconds_per_token(generators: dict[str, _Generator], task: TextTask, settings: TextSettings):
-    """Greedy, one row; the shortest of several runs in turn, since other programs only ever add time."""
+def _milliseconds_per_token(
+    generators: dict[str, Generate], task: TextTask, settings: TextSettings
+) -> dict[str, float]:
+    """Time greedy decoding of one text."""
     inputs = task.tokenizer(task.prompt, return_tensors="pt").to(task.target.device)
-    count = settings.new_tokens
-    kwargs = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
-    best = dict.fromkeys(generators, float("inf"))
-    for repeat in tqdm(range(settings.timed_repeats + 1), desc="timing generation", unit="round"):
-        for index, (name, generate) in enumerate(generators.items()):
-            # Another first token every time: a processor would recognise the text that it has scored before.
-            inputs["input_ids"][0, -1] = (7 * (repeat + 1) + index) % len(task.tokenizer)
-            start = perf_counter()
-            generate(inputs, **kwargs)
-            if repeat:  # the first round warms up
-                best[name] = min(best[name], 1000 * (perf_counter() - start) / count)
-    return best
+    length, serial = settings.new_tokens, count(7)
+
+    def timed(generate: Generate) -> None:
+        # Each call has another last token: a processor would reuse the states of the same text.
+        inputs["input_ids"][0, -1] = next(serial) % len(task.tokenizer)
+        generate(inputs, min_new_tokens=length, max_new_tokens=length, do_sample=False)
+
+    calls = {name: partial(timed, generate) for name, generate in generators.items()}
+    bar = partial(tqdm, desc="timing generation", unit="round")
+    seconds = time_in_turn(calls, settings.timed_repeats, task.target, bar)
+    return {name: 1000 * min(each) / length for name, each in seconds.items()}
 
 
-def _sample(generators: dict[str, _Generator], task: TextTask, settings: TextSettings, seed: int) -> Sample:
+def _sample(generators: dict[str, Generate], task: TextTask, settings: TextSettings, seed: int) -> Sample:
     inputs = task.tokenizer(task.prompt, return_tensors="pt").to(task.target.device)
     texts = {}
     for name in (PRETRAINED, PRT):

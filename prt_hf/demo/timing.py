@@ -1,8 +1,8 @@
-"""Models to time decoding with: trained in seconds, at sizes that take minutes.
+"""Make models to time decoding with: trained in seconds, at sizes that would take minutes.
 
-How fast text is drafted depends on how often the old model with the reward agrees with the new one, so both have to be
-trained; how fast a model runs does not depend on its values. So the old and the new model learn a small language, and
-the new one then grows without changing its function.
+The speed of speculation depends on how often the old model with the reward agrees with the new one, so both have to be
+trained; the speed of a model does not depend on its weights. So the old and the new model learn a small language, and
+the new one is then enlarged without changing its function.
 """
 
 import copy
@@ -32,7 +32,7 @@ _SENTENCES = 8
 
 @dataclass(frozen=True)
 class TimingSettings:
-    """Sizes and steps; the new model is trained small and then grown."""
+    """Sizes and steps; the new model is trained small and then enlarged."""
 
     old: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 2})
     new: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 3})
@@ -46,6 +46,8 @@ class TimingSettings:
 
 @dataclass
 class TimingTask:
+    """Models, reward and prompts to time decoding with."""
+
     backbone: LlamaForCausalLM
     source: LlamaForCausalLM
     reward: RewardModel
@@ -54,7 +56,7 @@ class TimingTask:
 
 
 def timing_task(settings: TimingSettings, seed: int) -> TimingTask:
-    """Pretrain on running text, tune the reward on lists of the same, grow the new model."""
+    """Pretrain on running text, tune the reward on the same text as lists, enlarge the new model."""
     words = [*_SIGNS, *(word for words in _CHOICES for word in words)]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="</s>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -92,10 +94,10 @@ def timing_task(settings: TimingSettings, seed: int) -> TimingTask:
 
 @torch.no_grad()
 def grow(model: LlamaForCausalLM, hidden_size: int, num_hidden_layers: int) -> LlamaForCausalLM:
-    """The same logits, up to rounding, from a wider and deeper Llama.
+    """Return a wider and deeper Llama with the same logits, up to rounding.
 
     New channels of the residual stream stay zero, because nothing writes to them; new heads and units of the MLP write
-    nothing, and neither do new layers. What else is new is random.
+    nothing, and neither do new layers. All other new weights are random.
     """
     old = model.config
     config = copy.deepcopy(old)
@@ -121,7 +123,7 @@ def grow(model: LlamaForCausalLM, hidden_size: int, num_hidden_layers: int) -> L
 
 
 def _text(generator: random.Random, is_list: bool) -> str:
-    """Sentences in which every word depends on the one before it, the likeliest following one time out of two."""
+    """Return sentences in which each word depends on the one before it; the likeliest follows half of the time."""
     sentences = []
     last = 0
     for _ in range(_SENTENCES):

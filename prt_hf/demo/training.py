@@ -1,8 +1,10 @@
-"""Every stage that trains: a Trainer with one progress bar, silent otherwise."""
+"""Train models with one progress bar and no other output."""
 
 import copy
 import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -16,7 +18,7 @@ from ..reward.adapter import default_peft_config
 
 @dataclass(frozen=True)
 class Steps:
-    """How long and how fast: AdamW, cosine schedule with 5 % warm-up."""
+    """Steps, learning rate and batch size of AdamW with a cosine schedule and 5 % warm-up."""
 
     steps: int
     learning_rate: float
@@ -37,33 +39,42 @@ class _Bar(TrainerCallback):
         self._bar.close()
 
 
-def fit(model: nn.Module, rows, steps: Steps, seed: int, description: str, data_collator) -> nn.Module:
-    """Train the parameters that are not frozen with the model's own loss; back in evaluation mode."""
+def fit(
+    model: nn.Module, rows: Sequence[dict], steps: Steps, seed: int, description: str, data_collator: Callable
+) -> nn.Module:
+    """Train the parameters that are not frozen with the model's own loss; return the model in evaluation mode."""
     return _train(Trainer, TrainingArguments, model, rows, steps, seed, description, data_collator).model.eval()
 
 
 def fine_tune(
-    model: PreTrainedModel, rows, steps: Steps, seed: int, description: str, data_collator, *, adapter: bool
+    model: PreTrainedModel,
+    rows: Sequence[dict],
+    steps: Steps,
+    seed: int,
+    description: str,
+    data_collator: Callable,
+    *,
+    adapter: bool,
 ) -> nn.Module:
-    """Trained the usual way, whole or with LoRA on the layers of a reward's; `model` itself stays as it is."""
+    """Return a fine-tuned copy of a model, or the model with a LoRA on the layers that a reward adapts."""
     set_seed(seed)
-    # At LoRA's customary scale: at a reward's, EFT ports worse.
+    # LoRA's usual scale: with that of a reward, EFT works worse at the target.
     network = wrap(model, default_peft_config(model, lora_alpha=32)) if adapter else copy.deepcopy(model)
     return fit(network, rows, steps, seed, description, data_collator)
 
 
 def tune_reward(
     model: PreTrainedModel,
-    rows,
+    rows: Sequence[dict],
     steps: Steps,
     seed: int,
     description: str,
-    data_collator,
+    data_collator: Callable,
     *,
     adapter: bool,
-    processing_class,
+    processing_class: Any,
 ) -> RewardModel:
-    """A reward on a source backbone, which itself stays as it is; a reward adapter shares its weights."""
+    """Return a reward tuned on a source backbone, which does not change; a reward adapter shares its weights."""
     set_seed(seed)
     if adapter:
         network, kwargs = model, {"peft_config": default_peft_config(model)}

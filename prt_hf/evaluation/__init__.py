@@ -1,4 +1,4 @@
-"""How well a reward fits a backbone, before and after anyone has paid for it."""
+"""Prop. 3.2: whether a reward fits a backbone, and whether it is worth porting there."""
 
 from .fit import Fit, check_fit
 from .portability import Portability, measure_portability

@@ -1,4 +1,4 @@
-"""The paper's bar chart: for each backbone its methods side by side."""
+"""Draw the paper's bar chart: for each backbone its methods side by side."""
 
 import math
 import textwrap
@@ -14,7 +14,7 @@ CONTROL = "reward_only"
 
 
 class Bar(NamedTuple):
-    """A height, and the ends of its error bar, which is left out where they are infinite."""
+    """A height and the ends of its error bar, which is not drawn if they are infinite."""
 
     value: float
     low: float
@@ -24,12 +24,13 @@ class Bar(NamedTuple):
 def draw(
     groups: Sequence[tuple[str, Mapping[str, Bar]]], names: Mapping[str, str], label: str, path: str | Path
 ) -> None:
-    """Grouped bars with error bars, and the reward by itself as a line across each group.
+    """Draw grouped bars with error bars, and the reward by itself as a line across each group.
 
     Args:
-        groups: of each backbone the name, and method -> bar.
-        names: the methods that have bars, in this order, and what they are called.
-        label: of the y axis.
+        groups: The name of each backbone, with its bars by method.
+        names: The names of the methods that have bars, in their order.
+        label: The label of the y axis.
+        path: The PNG file to write.
     """
     # Not pyplot: a figure of its own needs no display, and leaves the caller's settings alone.
     from matplotlib.figure import Figure
@@ -82,7 +83,7 @@ def draw(
 
 
 def _broken(name: str) -> str:
-    """Into lines that are no wider than a group."""
+    """Break a name into lines that are no wider than a group."""
     lines = name.replace("/", "/\n").splitlines()
     return "\n".join(textwrap.fill(line, _LETTERS) for line in lines)
 

@@ -1,8 +1,9 @@
-"""Whether a reward and a backbone fit, and what the two cost together, told without the weights of either."""
+"""Check without any weights whether a reward and a backbone fit, and what the two cost together."""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -22,20 +23,25 @@ from ..reward.model import RewardModel
 
 @dataclass(frozen=True)
 class Fit:
-    """What is known of a reward on a backbone before the backbone is loaded.
+    """A reward and a backbone, before the backbone is loaded.
 
     Attributes:
-        reward ([`~contract.RewardConfig`]).
-        backbone ([`~contract.ModelReference`]).
-        problems (tuple of `str`): why the two do not fit; empty where they do.
-        is_base_shared (`bool`): the backbone is the base of a reward adapter, so that its weights are held once.
-        backbone_parameters, base_parameters, adapter_parameters (`int`): a full reward is all base, and no adapter.
-        weight_bytes (`int`): of all that is held, in the precision asked for, or each as it is stored.
-        backbone_columns, reward_columns (`int`): of their logits, rows that pad a vocabulary included.
-        backbone_context, reward_context (`int`, *optional*): tokens that they can read; None without a limit.
-        special_tokens (`dict`): role -> the reward's token and the backbone's, of those that differ.
-        is_permuted (`bool`): labels in another order, and matched by name.
-        is_tokenizer_known (`bool`): or else taken to be the reward's.
+        reward ([`~contract.RewardConfig`]): The reward's configuration.
+        backbone ([`~contract.ModelReference`]): The backbone.
+        problems (tuple of `str`): Why the two do not fit; empty if they do.
+        is_base_shared (`bool`): Whether the backbone is the base of the reward adapter, so that its weights are loaded
+            once.
+        backbone_parameters (`int`): The number of the backbone's parameters.
+        base_parameters (`int`): The number of parameters of the adapter's base, or of a full reward.
+        adapter_parameters (`int`): The number of the adapter's parameters; 0 for a full reward.
+        weight_bytes (`int`): The bytes of all weights, in the given precision, or as they are stored.
+        backbone_columns (`int`): The number of the backbone's logits, including rows that pad a vocabulary.
+        reward_columns (`int`): The number of the reward's logits, including rows that pad a vocabulary.
+        backbone_context (`int`, *optional*): The number of tokens that the backbone can read; None without a limit.
+        reward_context (`int`, *optional*): The number of tokens that the reward can read; None without a limit.
+        special_tokens (`dict`): Role -> the reward's token and the backbone's, for roles where they differ.
+        is_permuted (`bool`): Whether the labels are in another order; they are matched by name.
+        is_tokenizer_known (`bool`): Whether the backbone has a tokenizer; if not, the reward's is assumed.
     """
 
     reward: RewardConfig
@@ -56,19 +62,21 @@ class Fit:
 
     @property
     def fits(self) -> bool:
+        """Whether there are no problems."""
         return not self.problems
 
     @property
     def cost_ratio(self) -> float:
-        """c, a step of the reward over one of the backbone, where reading the weights takes the time."""
+        """c: the time of a step of the reward over one of the backbone, if reading the weights takes the time."""
         return (self.base_parameters + self.adapter_parameters) / self.backbone_parameters
 
     @property
     def speed_limit(self) -> float:
-        """1 / (1 + c): decoding with the reward over decoding without, at best, if not speculative."""
+        """1 / (1 + c): the speed of decoding with the reward over that without it, at best, if not speculative."""
         return 1 / (1 + self.cost_ratio)
 
     def to_dict(self) -> dict:
+        """Return all entries for JSON."""
         values = vars(self) | {"reward": json.loads(self.reward.to_json_string()), "backbone": vars(self.backbone)}
         reasons = values.pop("problems")
         derived = {"cost_ratio": self.cost_ratio, "speed_limit": self.speed_limit}
@@ -78,18 +86,18 @@ class Fit:
 def check_fit(
     reward: str | Path, backbone: str, *, dtype: torch.dtype | None = None, token: str | bool | None = None, **kwargs
 ) -> Fit:
-    """Hold a reward against a backbone by configurations and tokenizers; no weights are loaded, nor fetched.
+    """Check whether a reward fits a backbone, by configurations and tokenizers; weights are not loaded or downloaded.
 
     Args:
-        reward: folder, or Hub id.
-        backbone: folder, or Hub id.
-        dtype (`torch.dtype`, *optional*): that memory is told for.
-        token: for the Hub.
-        kwargs: `revision` of the backbone; `trust_remote_code` of both models.
+        reward: A folder, or an id on the Hub.
+        backbone: A folder, or an id on the Hub.
+        dtype (`torch.dtype`, *optional*): The precision that memory is computed for.
+        token: A token for the Hub.
+        **kwargs: `revision` of the backbone; `trust_remote_code` of both models.
 
     Raises:
-        RewardFileError: no reward there, or an incomplete one.
-        PRTValueError: no model there, or not one that predicts tokens or labels.
+        RewardFileError: There is no reward, or an incomplete one.
+        PRTValueError: There is no model, or not one that predicts tokens or labels.
     """
     skeleton, base = _skeleton_of_reward(reward, token, kwargs.get("trust_remote_code"))
     config = skeleton.config
@@ -122,12 +130,12 @@ def check_fit(
     )
 
 
-def order_on(model: PreTrainedModel, reward: RewardModel, processing_class=None) -> slice | list[int]:
-    """As [`RewardModel.order_for`], of a model of any task, with or without its weights.
+def order_on(model: PreTrainedModel, reward: RewardModel, processing_class: Any = None) -> slice | list[int]:
+    """Return [`RewardModel.order_for`] for a model of any task, with or without its weights.
 
     Raises:
-        PRTValueError: it is made for another task.
-        VocabularyMismatchError, LabelMismatchError: it speaks of other tokens or labels.
+        PRTValueError: The model is made for another task.
+        VocabularyMismatchError, LabelMismatchError: The model has other tokens or labels.
     """
     if task_of(model) != reward.config.task:
         raise PRTValueError("The backbone is made for another task.", expected=reward.config.task, found=task_of(model))
@@ -135,7 +143,7 @@ def order_on(model: PreTrainedModel, reward: RewardModel, processing_class=None)
 
 
 def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[RewardModel, PreTrainedModel]:
-    """A reward without its weights, and what is no adapter of it."""
+    """Return a reward without its weights, and the network that its adapter is on (or the full reward)."""
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))
     if Path(place).is_dir():
         check_files(Path(place), config)
@@ -177,7 +185,7 @@ def _count(network: torch.nn.Module) -> int:
 
 
 def _bytes(network: torch.nn.Module, dtype: torch.dtype | None) -> int:
-    """PEFT keeps adapters of 16-bit models in float32."""
+    """Return the bytes of a network's parameters; PEFT keeps adapters of 16-bit models in float32."""
     pretrained = {id(parameter) for parameter in pretrained_parameters(network).values()}
     return sum(
         parameter.numel() * max((dtype or parameter.dtype).itemsize, 0 if id(parameter) in pretrained else 4)

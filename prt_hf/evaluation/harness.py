@@ -1,13 +1,10 @@
-"""Benchmarks of lm-evaluation-harness, on backbones by themselves and with a reward."""
+"""Run tasks of lm-evaluation-harness on backbones by themselves and with a reward."""
 
-import hashlib
-import json
 import math
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
@@ -15,20 +12,21 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from ..contract import TEXT_GENERATION
-from ..errors import PRTValueError, RewardFileError
+from ..errors import PRTValueError
 from ..hub.card import METHODS, Measurement
-from ..hub.folder import file_digest
+from ..hub.folder import check_writable, file_digest, replace_file
 from ..inference import PRTForCausalLM
 from ..networks.identity import weights_digest_of_model
 from ..reward.backbones import Backbone
 from ..reward.model import RewardModel
-from .files import check_folder, markdown_table, replace_text, short_name
 from .portability import to_json_numbers
-from .report import check_names
+from .report import check_names, did_you_mean
+from .results import markdown_table, short_name
+from .store import key_of, load_results, save_results
 from .tally import Estimate
 
 TASKS_FILE, TASKS_TABLE = "tasks.json", "tasks.md"
-_METHODS = ("pretrained", "prt")  # the others are no model that the harness could ask
+_METHODS = ("pretrained", "prt")  # those that are a model that generates
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ class Score:
     """One metric of one task.
 
     Attributes:
-        estimate ([`~evaluation.tally.Estimate`]): as the harness gives it, with 1.96 of its standard errors.
-        is_lower_better (`bool`).
+        estimate ([`~evaluation.tally.Estimate`]): The harness's value, plus and minus 1.96 of its standard errors.
+        is_lower_better (`bool`): Whether lower values are better.
     """
 
     estimate: Estimate
@@ -49,8 +47,10 @@ class TaskReport:
     """Scores of backbones by themselves and with a reward.
 
     Attributes:
-        reward (`str`), targets (list of `str`), tasks (list of `str`).
-        scores: (target, method) -> task -> metric (`"exact_match, strict-match"`) -> [`Score`].
+        reward (`str`): The reward's name.
+        targets (list of `str`): The backbones.
+        tasks (list of `str`): The names of the tasks.
+        scores (`dict`): (target, method) -> task -> metric (`"exact_match, strict-match"`) -> [`Score`].
     """
 
     reward: str
@@ -59,8 +59,8 @@ class TaskReport:
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = field(default_factory=dict)
 
     def table(self) -> str:
-        """Markdown: for each metric of each task, methods by backbones."""
-        sections = [f"# `{short_name(self.reward)}`: benchmarks\n\nIn brackets 95 % intervals."]
+        """Return Markdown tables: for each metric of each task, methods by backbones."""
+        sections = [f"# `{short_name(self.reward)}`: benchmarks\n\nIn brackets: 95 % intervals."]
         for task, metric, is_lower in self._rows():
             rows = []
             for method in _METHODS:
@@ -72,7 +72,7 @@ class TaskReport:
         return "\n\n".join(sections) + "\n"
 
     def measurements(self) -> list[Measurement]:
-        """For the card."""
+        """Return the scores for the card."""
         found = []
         for target in self.targets:
             for task, metric, is_lower in self._rows():
@@ -83,10 +83,10 @@ class TaskReport:
 
     def save(self, folder: str | Path) -> None:
         """Write `tasks.md`, the table."""
-        replace_text(Path(folder) / TASKS_TABLE, self.table())
+        replace_file(Path(folder) / TASKS_TABLE, self.table())
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """Return the scores for JSON."""
         return {
             target: {
                 method: {
@@ -100,8 +100,8 @@ class TaskReport:
 
     def _rows(self) -> list[tuple[str, str, bool]]:
         rows = {}
-        for of_tasks in self.scores.values():
-            for task, metrics in of_tasks.items():
+        for tasks in self.scores.values():
+            for task, metrics in tasks.items():
                 rows |= {(task, metric, score.is_lower_better): None for metric, score in metrics.items()}
         return list(rows)
 
@@ -124,42 +124,52 @@ def task_report(
     """Run `lm_eval.simple_evaluate` on each target, by itself and with the reward as one PRT model.
 
     Args:
-        reward ([`RewardModel`]): of language models; its device is where everything runs.
-        targets: ids or folders.
-        tasks: names of the harness; the data of most come from the Hub.
-        limit (`int`, *optional*): questions of each task; by default all.
-        include_path (*optional*): folder with tasks of one's own (YAML).
-        output_dir (*optional*): where `tasks.json` is kept up after each model and task; what is there of the same
-            models, strength and limit is not run again.
-        load_kwargs: for `from_pretrained` of the targets.
+        reward ([`RewardModel`]): A reward for language models; everything runs on its device.
+        targets: Ids or folders.
+        tasks: Names of the harness; the data of most come from the Hub.
+        reward_name: The reward's name in the report.
+        limit (`int`, *optional*): The number of questions of each task; by default all.
+        batch_size (`int`): The number of questions that are asked at a time.
+        include_path (*optional*): A folder with your own tasks (YAML).
+        output_dir (*optional*): Where `tasks.json` is updated after each model and task. Scores there of the same
+            models, strength and limit are not measured again.
+        **load_kwargs: Arguments of `from_pretrained` for the targets.
 
     Raises:
-        PRTValueError: no language reward, no targets or two of one name, an unknown task (the nearest are shown), an
-            `output_dir` that cannot be written, or `lm_eval` is not installed.
-        RewardFileError: what lies in `output_dir` cannot be read.
-        VocabularyMismatchError: a target does not fit the reward.
+        PRTValueError: The reward is not one for language models, there are no targets or two of one name, a task is
+            unknown, `output_dir` cannot be written, or `lm_eval` is not installed.
+        RewardFileError: `tasks.json` in `output_dir` cannot be read.
+        VocabularyMismatchError: A target does not fit the reward.
     """
     if reward.config.task != TEXT_GENERATION:
         raise PRTValueError(
-            "The tasks are asked of language models.", expected=f"a {TEXT_GENERATION} reward", found=reward.config.task
+            "The tasks are for language models.", expected=f"a {TEXT_GENERATION} reward", found=reward.config.task
         )
     check_names(targets)
     manager = _task_manager(tasks, include_path)
-    store = _Store(output_dir)
+    path = None if output_dir is None else Path(output_dir) / TASKS_FILE
+    stored: dict[str, dict] = {}
+    if path is not None:
+        check_writable(output_dir)
+        stored = load_results(path, _checked, "the scores of an earlier evaluation") or {}
     asked = {"limit": limit, "own_tasks": _own_tasks(include_path)}
     report = TaskReport(reward_name, list(targets), list(tasks))
     parts = {"reward": weights_digest_of_model(reward.network), "strength": reward.config.strength}
     for target in targets:
         backbone = Backbone(reward, target, **load_kwargs)
         for method in _METHODS:
-            key = {"target": backbone.identity} | asked | (parts if method == "prt" else {})
+            key = key_of({"target": backbone.identity} | asked | (parts if method == "prt" else {}))
             scores, model = {}, None
             for task in tasks:
-                scores[task] = store.get(target, method, task, key)
-                if scores[task] is None:
-                    model = model or _model(backbone, reward, method)
-                    scores[task] = _scores(model, backbone.processing_class, task, manager, limit, batch_size)
-                    store.put(target, method, task, key, scores[task])
+                name = f"{target} {method} {task}"
+                if name in stored and stored[name].get("key") == key:
+                    scores[task] = _scores_from_dict(stored[name])
+                    continue
+                model = model or _model(backbone, reward, method)
+                scores[task] = _scores(model, backbone.processing_class, task, manager, limit, batch_size)
+                stored[name] = {"key": key, "scores": _scores_to_dict(scores[task])}
+                if path is not None:
+                    save_results(path, stored)
             report.scores[target, method] = scores
         backbone.unload()
     return report
@@ -186,18 +196,18 @@ def _scores(model, tokenizer, task: str, manager, limit: int | None, batch_size:
         device=str(model.device),
         batch_size=batch_size,
     )
-    with redirect_stdout(sys.stderr):  # where its words of progress belong; stdout is the caller's
+    with redirect_stdout(sys.stderr):  # it prints its progress; stdout is the caller's
         results = simple_evaluate(model=harness, tasks=[task], task_manager=manager, limit=limit, log_samples=False)
-    # A tag has no scores of its own, as a group has, but its tasks do.
-    of_tasks = results["results"]
+    # A tag has no scores itself, as a group has, but its tasks do.
+    by_task = results["results"]
     found = {}
-    for name in [task] if task in of_tasks else of_tasks:
+    for name in [task] if task in by_task else by_task:
         better = results["higher_is_better"].get(name, {})
-        for entry, value in of_tasks[name].items():
+        for entry, value in by_task[name].items():
             metric, _, filtered = entry.partition(",")  # `exact_match,strict-match`
             if not filtered or metric.endswith("_stderr") or not isinstance(value, Real):
                 continue
-            error = of_tasks[name].get(f"{metric}_stderr,{filtered}")
+            error = by_task[name].get(f"{metric}_stderr,{filtered}")
             error = error if isinstance(error, Real) else 0.0
             called = [*([] if name == task else [name]), metric, *([] if filtered == "none" else [filtered])]
             found[", ".join(called)] = Score(Estimate.around(value, error), better.get(metric) is False)
@@ -210,70 +220,41 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None):
             "Tasks are run by lm-evaluation-harness, which is not installed.",
             expected="the package lm_eval",
             found="none",
-            remedy="pip install lm_eval",
+            remedy="pip install prt_hf[eval]",
         )
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     for task in tasks:
         if task not in manager.all_tasks:
-            near = get_close_matches(task, manager.all_tasks, n=3)
             raise PRTValueError(
                 "lm-evaluation-harness has no such task.",
                 expected="a task or group of `lm_eval ls tasks`, or one in `include_path`",
                 found=repr(task),
-                remedy=f"did you mean {' or '.join(near)}?" if near else None,
+                remedy=did_you_mean(task, manager.all_tasks, 3),
             )
     return manager
 
 
 def _own_tasks(include_path: str | Path | None) -> str | None:
-    """What tells one's own tasks from those of the same names in another form."""
+    """Return a digest of the user's own tasks, which may change under the same names."""
     if include_path is None:
         return None
     return file_digest(*sorted(path for path in Path(include_path).rglob("*") if path.suffix in (".yaml", ".py")))
 
 
-class _Store:
-    """`tasks.json`: target -> method -> task -> key and scores."""
-
-    def __init__(self, folder: str | Path | None):
-        self._path = None if folder is None else Path(folder) / TASKS_FILE
-        self._entries: dict[str, dict] = {}
-        if folder is not None:
-            check_folder(folder)
-        if self._path is not None and self._path.is_file():
-            try:
-                self._entries = json.loads(self._path.read_text(encoding="utf-8"))
-                for entry in self._entries.values():
-                    _scores_of(entry)
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise RewardFileError.unreadable(
-                    self._path,
-                    error,
-                    expected="the scores of an earlier evaluation",
-                    remedy="delete it, or name another folder",
-                ) from error
-
-    def get(self, target: str, method: str, task: str, key: dict) -> dict[str, Score] | None:
-        entry = self._entries.get(f"{target} {method} {task}")
-        if entry is None or entry.get("key") != _digest(key):
-            return None
-        return _scores_of(entry)
-
-    def put(self, target: str, method: str, task: str, key: dict, scores: dict[str, Score]) -> None:
-        values = {name: [to_json_numbers(score.estimate), score.is_lower_better] for name, score in scores.items()}
-        self._entries[f"{target} {method} {task}"] = {"key": _digest(key), "scores": values}
-        if self._path is not None:
-            replace_text(self._path, json.dumps(self._entries, indent=2, allow_nan=False) + "\n")
+def _scores_to_dict(scores: dict[str, Score]) -> dict:
+    return {name: [to_json_numbers(score.estimate), score.is_lower_better] for name, score in scores.items()}
 
 
-def _scores_of(entry: dict) -> dict[str, Score]:
+def _scores_from_dict(entry: dict) -> dict[str, Score]:
     return {name: Score(Estimate.from_json(numbers), is_lower) for name, (numbers, is_lower) in entry["scores"].items()}
 
 
-def _digest(key: dict) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+def _checked(entries: dict[str, dict]) -> dict[str, dict]:
+    for entry in entries.values():
+        _scores_from_dict(entry)
+    return entries
 
 
 def _cell(estimate: Estimate) -> str:

@@ -1,15 +1,17 @@
-"""The clock, and what was measured on what."""
+"""The clock, and a description of this machine."""
 
 import os
 import platform
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from time import perf_counter
 
 import torch
+from transformers import PreTrainedModel
 
 
 def hardware() -> dict[str, str | int]:
-    """What the figures were measured on."""
+    """Describe the machine that figures are measured on."""
     found = {"machine": platform.machine(), "processor": _processor(), "threads": torch.get_num_threads()}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
@@ -17,15 +19,45 @@ def hardware() -> dict[str, str | int]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that figures depend on."""
     names = ("torch", "transformers", "peft", "prt_hf")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def now(model) -> float:
-    """Seconds, once all that the model was asked for is done."""
+def now(model: PreTrainedModel) -> float:
+    """Return the time in seconds, once all work on the model's device is done."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return perf_counter()
+
+
+def time_in_turn(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    model: PreTrainedModel,
+    progress: Callable[[Iterable], Iterable] = iter,
+) -> dict[str, list[float]]:
+    """Time calls in turn, for several rounds after one that warms up.
+
+    Take the fastest round of each: other programs only ever add time.
+
+    Args:
+        calls: The calls by name.
+        rounds: The number of rounds that are timed.
+        model: A model on the device that the calls use.
+        progress: Wraps the rounds.
+
+    Returns:
+        The seconds of each call, by name and round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in progress(range(rounds + 1)):
+        for name, call in calls.items():
+            start = now(model)
+            call()
+            if index:
+                seconds[name].append(now(model) - start)
+    return seconds
 
 
 def _processor() -> str:

@@ -1,7 +1,7 @@
 """The metrics of the paper's tables as `evaluate.Metric`s that need no network.
 
-They have all that the Hub's have: `add`, `add_batch`, `compute`, and `evaluate.combine` for those that read the same
-kind of columns.
+They work as the Hub's do: `add`, `add_batch`, `compute`, and `evaluate.combine` for metrics with the same columns.
+This module needs the package evaluate, which is part of the extra `eval`; nothing else in prt_hf imports it.
 """
 
 import math
@@ -10,9 +10,18 @@ import string
 from decimal import Decimal
 
 import datasets
-import evaluate
 
-from ..errors import PRTValueError
+from ..errors import PRTValueError, UnsupportedError
+
+try:
+    import evaluate
+except ImportError as error:
+    raise UnsupportedError(
+        "The package evaluate is not installed.",
+        expected="evaluate 0.4.6 or newer",
+        found="none",
+        remedy="pip install prt_hf[eval]",
+    ) from error
 
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w.)])[-\u2212])?\$?(?P<minus_behind>(?<=\$)[-\u2212])?"  # a minus behind a number subtracts
@@ -30,7 +39,7 @@ _CITATION = """\
 
 
 class Accuracy(evaluate.Metric):
-    """The share of predictions that are the reference; both are ids of labels or tokens.
+    """The share of predictions that equal their reference; both are ids of labels or tokens.
 
     `compute(predictions=[0, 1, 1], references=[0, 1, 2])` -> `{"accuracy": 0.667}`
     """
@@ -43,11 +52,11 @@ class Accuracy(evaluate.Metric):
 
 
 class ExactMatch(evaluate.Metric):
-    """The share of texts that are the reference, letter by letter but for what `compute` is told to leave out.
+    """The share of texts that equal their reference, apart from what the options of `compute` ignore.
 
-    The options are those of the Hub's metric of this name, and apply in this order to both texts:
-    `regexes_to_ignore` (list of patterns), `ignore_case`, `ignore_punctuation`, `ignore_numbers`; `strip` leaves white
-    space at either end out, last.
+    The options are those of the Hub's metric of this name, and apply to both texts in this order:
+    `regexes_to_ignore` (list of patterns), `ignore_case`, `ignore_punctuation`, `ignore_numbers`; then `strip` removes
+    white space at either end.
 
     `compute(predictions=["Paris."], references=["paris"], ignore_case=True, ignore_punctuation=True)`
     -> `{"exact_match": 1.0}`
@@ -79,11 +88,11 @@ class ExactMatch(evaluate.Metric):
 
 
 class GSM8K(evaluate.Metric):
-    """The share of grade-school problems with the right answer (Tables 4 and 6): the last number of the prediction, by
-    value, is that of the reference behind `####`, or its last number where there is no `####`.
+    """The share of grade-school problems with the right answer (Tables 4 and 6).
 
-    Commas between thousands, `$`, decimals of zero and a full stop behind the number make no difference; a prediction
-    without a number is wrong.
+    An answer is right if the last number of the prediction has the value of the number after `####` in the reference,
+    or of its last number if there is no `####`. Commas between thousands, `$`, decimals of zero and a full stop after
+    the number make no difference; a prediction without a number is wrong.
 
     `compute(predictions=["48 + 24 = 72, so she sold $72.00."], references=["48 / 2 = 24 ... #### 72"])`
     -> `{"gsm8k": 1.0}`
@@ -97,8 +106,8 @@ class GSM8K(evaluate.Metric):
         if None in answers:
             row = answers.index(None)
             raise PRTValueError(
-                "A reference holds no answer.",
-                expected=f"a number behind `{_ANSWER_MARK}`",
+                "A reference has no answer.",
+                expected=f"a number after `{_ANSWER_MARK}`",
                 found=f"{references[row][-80:]!r} in row {row}",
             )
         found = map(last_number, predictions)
@@ -106,11 +115,11 @@ class GSM8K(evaluate.Metric):
 
 
 class Perplexity(evaluate.Metric):
-    """Negative log-likelihood per token, in nats, and its exponential, from what a language model gives for each text.
+    """Negative log-likelihood per token, in nats, and its exponential.
 
     Args:
-        predictions: sums of -log pi over a text's tokens, nats.
-        references: how many tokens those are.
+        predictions: For each text, the sum of -log pi over its tokens, nats.
+        references: For each text, its number of tokens.
 
     `compute(predictions=[6.0, 2.0], references=[3, 1])` -> `{"nll": 2.0, "perplexity": 7.39}`: long texts count more.
     """
@@ -127,7 +136,7 @@ class Perplexity(evaluate.Metric):
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text, None where there is none: `"it costs $1,250.50."` -> 1250.5."""
+    """Return the last number of a text, None if there is none: `"it costs $1,250.50."` -> 1250.5."""
     found = list(_NUMBER.finditer(text))
     if not found:
         return None

@@ -1,8 +1,9 @@
-"""The quantities of Prop. 3.2, measured, and what a reward gains at its source and at a target."""
+"""Measure the quantities of Prop. 3.2, and what a reward gains at its source and at a target."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -12,9 +13,15 @@ from ..functional import check_supervised
 from ..reward.backbones import Backbone, source_backbones
 from ..reward.model import RewardModel
 from .reading import Reading
-from .tally import ACCURACY, NLL, SOURCE, TARGET, Tally
+from .tally import ACCURACY, NLL, SOURCE, TARGET, TERMS, Tally
 
-WAYS = ("source", "target", "prt_source", "prt_target", "reward_only")
+WAYS = {
+    "source": TERMS[SOURCE]["pretrained"],
+    "target": TERMS[TARGET]["pretrained"],
+    "prt_source": TERMS[SOURCE]["prt"],
+    "prt_target": TERMS[TARGET]["prt"],
+    "reward_only": TERMS[TARGET]["reward_only"],
+}
 RIVALS = {
     "target": "the target by itself",
     "prt_source": "the source with it",
@@ -25,27 +32,29 @@ _ERRORS = 2  # standard errors that a difference has to be away from 0
 
 @dataclass(frozen=True)
 class Portability:
-    """How a reward that was tuned on a source backbone does on a target backbone.
+    """The performance on a target backbone of a reward that was tuned on a source backbone.
 
     Means are over positions: the supervised tokens of a language model, or the rows of a classifier. With
     s = `strength`, Prop. 3.2 says that the PRT models of source and target are within O(sqrt(eps)) of each other, by a
-    factor that grows with C. It names no values of either that would be enough; Table 7 has eps of 0.0016 to 0.0158 and
+    factor that grows with C. It names no values that would be enough; Table 7 has eps from 0.0016 to 0.0158 and
     C = 19.41 for image classifiers.
 
     Attributes:
-        task (`str`): of the reward.
-        rows, positions (`int`): that were measured.
+        task (`str`): The reward's task.
+        rows (`int`): The number of rows that were measured.
+        positions (`int`): The number of positions that were measured.
         strength (`float`): 1 / lambda in use.
-        eps (`float`): mean of KL(pi_source || pi_target), nats.
-        c_mean, c_max (`float`): mean and maximum of C = max_y exp(s r(x, y)) / E_{y ~ pi_source} exp(s r(x, y)), 1 for
-            a reward that changes nothing.
-        nll (`dict[str, float]`, *optional*): mean of -log pi(y* | x), nats, of `source` and `target` by themselves, of
-            `prt_source` and `prt_target` with the reward, and of `reward_only`, softmax(s r). None without labels.
-        accuracy (`dict[str, float]`, *optional*): of the likeliest token or label, by the same names, from 0 to 1.
-        advantage (`dict[str, float]`, *optional*): by how much `prt_target` is better than `target`, `prt_source` and
+        eps (`float`): The mean of KL(pi_source || pi_target), nats.
+        c_mean (`float`): The mean of C = max_y exp(s r(x, y)) / E_{y ~ pi_source} exp(s r(x, y)), which is 1 for a
+            reward that changes nothing.
+        c_max (`float`): The largest C.
+        nll (`dict[str, float]`, *optional*): The mean of -log pi(y* | x), nats, of `source` and `target` by themselves,
+            of `prt_source` and `prt_target` with the reward, and of `reward_only`, softmax(s r). None without labels.
+        accuracy (`dict[str, float]`, *optional*): The accuracy of the likeliest token or label, from 0 to 1.
+        advantage (`dict[str, float]`, *optional*): How much better `prt_target` is than `target`, `prt_source` and
             `reward_only`: in nats per token for language models, in accuracy for classifiers.
-        standard_error (`dict[str, float]`, *optional*): of each advantage; a row counts as one draw, however
-            many tokens it has; of a single row it is not known (NaN).
+        standard_error (`dict[str, float]`, *optional*): The standard error of each advantage. A row counts as one draw,
+            however many tokens it has; for a single row it is unknown (NaN).
     """
 
     task: str
@@ -61,17 +70,17 @@ class Portability:
     standard_error: dict[str, float] | None = None
 
     def verdict(self) -> tuple[bool | None, list[str]]:
-        """Whether the reward is worth porting, and why.
+        """Return whether the reward is worth porting, and why.
 
-        It is where the target with the reward is better than the target by itself, than the reward by itself, and than
-        the source with the reward, each by more than two standard errors; it is not where one of these is as good or
-        better; else, of a single row or without labels, the data does not tell (None). eps and C do not enter: no
-        threshold is known.
+        It is (True) if the target with the reward is better than the target by itself, the reward by itself, and the
+        source with the reward, each by more than two standard errors. It is not (False) if one of these is as good or
+        better. Otherwise, and for a single row or without labels, the data cannot tell (None). eps and C do not count:
+        no threshold is known.
         """
         if self.advantage is None:
-            return None, ["the data has no labels, so that nothing tells better from worse"]
+            return None, ["the data has no labels, so better and worse are unknown"]
         if self.rows < 2:
-            return None, ["one row tells nothing of the noise"]
+            return None, ["one row gives no estimate of the noise"]
         unit = "nats per token" if self.task == TEXT_GENERATION else "in accuracy"
         verdicts, reasons = [], []
         for rival, text in RIVALS.items():
@@ -84,20 +93,22 @@ class Portability:
         return worth, reasons
 
     def is_better_than(self, rival: str) -> bool | None:
-        """Whether the target with the reward is better than `"target"`, `"prt_source"` or `"reward_only"`; None where
-        the two are within two standard errors of each other."""
+        """Return whether the target with the reward is better than `"target"`, `"prt_source"` or `"reward_only"`.
+
+        None if the two are within two standard errors of each other.
+        """
         advantage, error = self.advantage[rival], self.standard_error[rival]
         if math.isnan(advantage) or math.isnan(error) or (error and abs(advantage) <= _ERRORS * error):
             return None
         return advantage > 0
 
     def to_dict(self) -> dict:
-        """For JSON, which has no infinity: None in its place."""
+        """Return the figures for JSON, with None for numbers that are not finite."""
         return {name: to_json_numbers(value) for name, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, entries: dict) -> "Portability":
-        """What [`to_dict`] gave."""
+        """Read what [`to_dict`] returned."""
         return cls(**{name: from_json_numbers(value) if name in _FIGURES else value for name, value in entries.items()})
 
 
@@ -113,20 +124,20 @@ def measure_portability(
     """Run source, target and reward once over the batches.
 
     Args:
-        reward ([`RewardModel`]): its device is where the inputs go.
-        target: pi_pt of use.
-        batches: inputs of the models, as of [`~evaluation.reading.Reading.parts`], source and target in this order.
-            Classifiers may be without labels.
-        strength (`float`, *optional*): 1 / lambda; by default as the reward was tuned.
-        source (*optional*): pi_pt of training; by default the reward's base with the adapter off, or the model that the
-            reward names (the first, where there were several).
-        load_kwargs: for `from_pretrained` of the latter.
+        reward ([`RewardModel`]): The reward; inputs are moved to its device.
+        target: pi_pt at use.
+        batches: Inputs of the models, see [`~evaluation.reading.Reading.parts`]; the backbones are source and target,
+            in this order. Classifiers may be without labels.
+        strength (`float`, *optional*): 1 / lambda; by default that of the reward's training.
+        source (*optional*): pi_pt in training; by default the reward's base with the adapter off, or the (first) model
+            that the reward names.
+        **load_kwargs: Arguments of `from_pretrained` for the latter.
 
     Raises:
-        VocabularyMismatchError, LabelMismatchError: the target does not fit the reward.
-        ContextLengthError: a text is longer than one of the models can read.
-        NonFiniteRewardError: a reward is NaN or infinite.
-        PRTValueError: nothing is supervised, or the source backbone is not known.
+        VocabularyMismatchError, LabelMismatchError: The target does not fit the reward.
+        ContextLengthError: A text is longer than one of the models can read.
+        NonFiniteRewardError: A reward is NaN or infinite.
+        PRTValueError: Nothing is supervised, or the source backbone is unknown.
     """
     if source is None:
         source = source_backbones(reward, **load_kwargs)[0]
@@ -138,10 +149,10 @@ def measure_portability(
 
 @torch.no_grad()
 def counted(reading: Reading, batches: Iterable[dict[str, torch.Tensor]], strength: float) -> Tally:
-    """All that the networks of a reading say of the batches, added up.
+    """Read all batches and add up the figures.
 
     Raises:
-        PRTValueError: nothing is supervised.
+        PRTValueError: Nothing is supervised.
     """
     tally = Tally(strength)
     for part in reading.parts(batches):
@@ -151,19 +162,16 @@ def counted(reading: Reading, batches: Iterable[dict[str, torch.Tensor]], streng
 
 
 def portability_of(tally: Tally, task: str, is_labelled: bool = True) -> Portability:
-    """
-    Args:
-        tally: of source, target and reward.
-    """
+    """Return the figures of a tally of source, target and reward."""
     figures = {}
     if is_labelled:
         if task == TEXT_GENERATION:  # less is better
-            apart = {rival: tally.difference(rival, "prt_target", NLL) for rival in RIVALS}
+            apart = {rival: tally.difference(WAYS[rival], WAYS["prt_target"], NLL) for rival in RIVALS}
         else:
-            apart = {rival: tally.difference("prt_target", rival, ACCURACY) for rival in RIVALS}
+            apart = {rival: tally.difference(WAYS["prt_target"], WAYS[rival], ACCURACY) for rival in RIVALS}
         figures = {
-            "nll": {way: tally.mean(way, NLL) for way in WAYS},
-            "accuracy": {way: tally.mean(way, ACCURACY) for way in WAYS},
+            "nll": {way: tally.mean(terms, NLL) for way, terms in WAYS.items()},
+            "accuracy": {way: tally.mean(terms, ACCURACY) for way, terms in WAYS.items()},
             "advantage": {rival: difference for rival, (difference, _) in apart.items()},
             "standard_error": {rival: error for rival, (_, error) in apart.items()},
         }
@@ -182,8 +190,8 @@ def portability_of(tally: Tally, task: str, is_labelled: bool = True) -> Portabi
 _FIGURES = ("eps", "c_mean", "c_max", "nll", "accuracy", "advantage", "standard_error")
 
 
-def to_json_numbers(value):
-    """With None in the place of numbers that are not finite, which JSON does not have."""
+def to_json_numbers(value: Any) -> Any:
+    """Replace numbers that are not finite, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {name: to_json_numbers(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
@@ -191,8 +199,8 @@ def to_json_numbers(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def from_json_numbers(value):
-    """With infinity in the place of None."""
+def from_json_numbers(value: Any) -> Any:
+    """Replace None by infinity."""
     if isinstance(value, dict):
         return {name: from_json_numbers(each) for name, each in value.items()}
     if isinstance(value, list):

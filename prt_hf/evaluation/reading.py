@@ -1,4 +1,4 @@
-"""What several networks say at the supervised positions of the same batches, and what each of them takes for it."""
+"""Read batches with several networks: their logits at the supervised positions, time and memory."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,16 +18,16 @@ from ..reward.model import RewardModel
 from .machine import now
 
 REWARD = "reward"
-_CHUNK = 2**22  # numbers of one network that are held in float64
+_CHUNK = 2**22  # logits of one network that are held in float64 at a time
 
 
 class Part(NamedTuple):
     """A few supervised positions.
 
     Attributes:
-        logits (`dict[str, torch.DoubleTensor]`): network -> `(n, size)`, in the reward's order of tokens or labels.
-        labels (`torch.LongTensor` of shape `(n,)`).
-        rows (`torch.LongTensor` of shape `(n,)`): which of all rows they are in.
+        logits (`dict[str, torch.DoubleTensor]`): Network -> `(n, size)`, in the reward's order of tokens or labels.
+        labels (`torch.LongTensor` of shape `(n,)`): The right tokens or labels.
+        rows (`torch.LongTensor` of shape `(n,)`): The index, among all rows, of the row of each position.
     """
 
     logits: dict[str, torch.Tensor]
@@ -36,21 +36,22 @@ class Part(NamedTuple):
 
 
 class Reading:
-    """A reward and backbones that read the same batches, each of them once.
+    """A reward and backbones that read the same batches, each network once.
 
-    Whole logits are made of models without a plain head only; others are read at the supervised positions, a few at a
-    time, so that memory stays bounded with large vocabularies. Numbers are float64, where the device has it.
+    Full logits are computed only for models without a plain head. The logits of others are computed at the supervised
+    positions, a few at a time, so that memory stays bounded for large vocabularies. Numbers are float64 if the device
+    supports it.
 
     Args:
-        reward ([`RewardModel`]): its device is where the inputs go.
-        backbones: name -> pi; loaded here.
-        reads_reward (`bool`): or the backbones alone.
+        reward ([`RewardModel`]): The reward; inputs are moved to its device.
+        backbones: Name -> backbone; loaded here.
+        reads_reward (`bool`): Whether the reward is read as well.
 
     Attributes:
-        is_labelled (`bool`): whether all batches had labels.
+        is_labelled (`bool`): Whether all batches had labels.
 
     Raises:
-        VocabularyMismatchError, LabelMismatchError: a backbone does not fit the reward.
+        VocabularyMismatchError, LabelMismatchError: A backbone does not fit the reward.
     """
 
     def __init__(self, reward: RewardModel, backbones: Mapping[str, Backbone], *, reads_reward: bool = True):
@@ -76,16 +77,17 @@ class Reading:
 
     @torch.no_grad()
     def parts(self, batches: Iterable[dict[str, torch.Tensor]]) -> Iterator[Part]:
-        """
+        """Read batches and yield the supervised positions, a few at a time.
+
         Args:
-            batches: inputs of the models. Language models need `input_ids`, and may have an `attention_mask` (padding
+            batches: Inputs of the models. Language models need `input_ids`, and may have an `attention_mask` (padding
                 on either side) and `labels`, not shifted, -100 where not supervised; by default every token but the
-                first. Classifiers may have `labels`, in the order of the reward's labels, and image classifiers pixels
-                of single backbones, numbered in their order (see [`~prt_hf.networks.pixels`]).
+                first is supervised. Classifiers may have `labels`, in the order of the reward's labels, and image
+                classifiers pixels of single backbones, numbered in their order (see [`~prt_hf.networks.pixels`]).
 
         Raises:
-            ContextLengthError: a text is longer than one of the networks can read.
-            NonFiniteRewardError: a reward is NaN or infinite.
+            ContextLengthError: A text is longer than one of the networks can read.
+            NonFiniteRewardError: A reward is NaN or infinite.
         """
         rows = 0
         for inputs in batches:
@@ -116,15 +118,19 @@ class Reading:
             rows += len(batch.labels)
 
     def milliseconds(self, names: Iterable[str]) -> float:
-        """What these networks take for one token of a text, padding not counted, or for one example; one after another,
-        without the first of several batches, which warms up."""
+        """Return the time that these networks take, one after another, for one token of a text or for one example.
+
+        Padding is not counted, nor is the first of several batches, which warms up.
+        """
         first = 1 if len(self._units) > 1 else 0
         seconds = sum(batch[name] for batch in self._seconds[first:] for name in names)
         return 1000 * seconds / sum(self._units[first:])
 
     def memory(self, names: Iterable[str]) -> int:
-        """Bytes of these networks' weights, those that they share once; on a GPU, and of what the one that takes most
-        holds beside them while it reads."""
+        """Return the bytes of these networks' weights, counting shared weights once.
+
+        On a GPU, this includes the largest amount that one of them takes beside its weights while it reads.
+        """
         tensors = {}
         for name in names:
             for tensor in self._weights(name):
@@ -132,7 +138,7 @@ class Reading:
         return sum(tensors.values()) + max(self._peaks[name] for name in names)
 
     def unload(self) -> None:
-        """Free what can be loaded again; a model of the user's goes back where it was."""
+        """Free what can be loaded again, and move models of the user back to their devices."""
         for backbone in self._backbones.values():
             if not isinstance(backbone, OwnBase):
                 backbone.unload()
@@ -142,21 +148,23 @@ class Reading:
         return network if getattr(network, "hf_device_map", None) else network.to(self._reward.device)
 
     def _chosen(self, batch: Batch) -> dict[str, Callable]:
-        """What gives each network's logits at the supervised positions of a batch, or their projections, where the
-        first batch shows that these are the same."""
+        """Return for each network a function from a batch to its logits at the supervised positions.
+
+        The function returns a projection instead, if the first batch shows that this gives the same logits.
+        """
         reward, is_text = self._reward, self._reward.config.task == TEXT_GENERATION
 
-        def of_reward(batch: Batch):
+        def reward_logits(batch: Batch) -> torch.Tensor:
             return batch.chosen(reward(**batch.inputs))
 
-        def projection_of_reward(batch: Batch):
+        def reward_projection(batch: Batch) -> Projection:
             hidden = batch.chosen(last_hidden_state(reward.network, batch.inputs))
             return projection(reward.network, hidden, reward.columns).cast()
 
         readers = {}
         if self._reads_reward:
             is_projected = is_text and why_not_projected(reward.network, batch.inputs) is None
-            readers[REWARD] = projection_of_reward if is_projected else of_reward
+            readers[REWARD] = reward_projection if is_projected else reward_logits
         for name, backbone in self._backbones.items():
             if is_text and backbone.why_not_projected(batch) is None:
                 readers[name] = lambda batch, backbone=backbone: backbone.projection(batch).cast()
@@ -170,14 +178,14 @@ class Reading:
         if self._reward.config.task != TEXT_GENERATION:
             if labels is None:
                 labels = torch.zeros(len(next(iter(inputs.values()))), dtype=torch.long, device=self._reward.device)
-            inputs, of_backbones = split_inputs(inputs, "backbone", len(self._backbones))
-            return Batch(inputs, labels, of_backbones=of_backbones)
+            inputs, own_inputs = split_inputs(inputs, "backbone", len(self._backbones))
+            return Batch(inputs, labels, None, own_inputs)
         if "input_ids" not in inputs:
             raise PRTValueError("The batch has no text.", expected="`input_ids`", found=", ".join(inputs))
         ids = inputs["input_ids"]
         mask = inputs.get("attention_mask", torch.ones_like(ids))
         labels = (ids if labels is None else labels).masked_fill(mask == 0, IGNORE_INDEX)
-        # Padding to the right, where no causal model sees it, and every text starts at position 0.
+        # Move padding to the right, so that no causal model sees it and every text starts at position 0.
         order = (mask == 0).long().argsort(dim=1, stable=True)
         ids, mask, labels = (value.gather(1, order) for value in (ids, mask, labels))
         return Batch({"input_ids": ids, "attention_mask": mask}, labels[:, 1:])
@@ -189,7 +197,7 @@ class Reading:
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[None]:
-        """What is done within counts as this network's."""
+        """Add the time and memory of the block to this network's."""
         network = self._networks[name]
         is_on_gpu = network.device.type == "cuda"
         if is_on_gpu:

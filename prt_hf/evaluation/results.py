@@ -1,4 +1,4 @@
-"""A finished portability report: its figures, what they say in words, its table, its files, and its part of a card."""
+"""The results of a portability report: figures, verdict, table, files, and measurements for the card."""
 
 import json
 import math
@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
-from ..errors import PRTValueError, RewardFileError
+from ..errors import PRTValueError
 from ..hub.card import METHODS, Measurement, render_card
 from ..hub.card_merge import merge_cards, read_card, write_card
+from ..hub.folder import replace_file
 from ..reward.model import RewardModel
 from .figure import Bar, draw
-from .files import markdown_table, replace_file, replace_text, short_name
 from .portability import Portability, from_json_numbers, to_json_numbers
+from .store import load_results, save_results
 from .tally import ACCURACY, NLL, Estimate
 
 REPORT, TABLE, FIGURE = "report.json", "report.md", "report.png"
@@ -27,13 +28,14 @@ _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one method with one backbone.
+    """Figures of one method with one backbone.
 
     Attributes:
-        nll, accuracy ([`~evaluation.tally.Estimate`]): nats, and a share from 0 to 1, with 95 % intervals.
-        entropy (`float`): mean of H(pi(. | x)), nats.
-        milliseconds (`float`): to read one token of a text, or one example; decoding is another matter.
-        memory (`int`): bytes of the weights that the method holds; on a GPU, with what reading takes beside them.
+        nll ([`~evaluation.tally.Estimate`]): The mean of -log pi(y* | x), nats, with a 95 % interval.
+        accuracy ([`~evaluation.tally.Estimate`]): A share from 0 to 1, with a 95 % interval.
+        entropy (`float`): The mean of H(pi(. | x)), nats.
+        milliseconds (`float`): The time to read one token of a text, or one example; decoding takes other times.
+        memory (`int`): The bytes of the weights that the method needs; on a GPU, also what reading takes.
     """
 
     nll: Estimate
@@ -48,10 +50,10 @@ class Place:
     """One backbone.
 
     Attributes:
-        name (`str`): id or folder.
-        figures (`dict[str, Figures]`): by method.
-        portability ([`~evaluation.Portability`], *optional*): of a target, where PRT was measured.
-        keys (`dict[str, dict[str, str]]`): by method, what tells each network that its figures were measured on.
+        name (`str`): Its id or folder.
+        figures (`dict[str, Figures]`): The figures of each method.
+        portability ([`~evaluation.Portability`], *optional*): Of a target, if PRT was measured.
+        keys (`dict[str, dict[str, str]]`): Method -> network -> key of the weights that the figures were measured on.
     """
 
     name: str
@@ -60,9 +62,13 @@ class Place:
     keys: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def forget(self, known: Mapping[str, str]) -> None:
-        """Leave out what was measured on other networks than those that are known now."""
-        for method, key in list(self.keys.items()):
-            if any(known.get(name, told) != told for name, told in key.items()):
+        """Drop figures that were measured on other networks.
+
+        Args:
+            known: Network -> its key now.
+        """
+        for method, keys in list(self.keys.items()):
+            if any(known.get(name, key) != key for name, key in keys.items()):
                 del self.keys[method], self.figures[method]
                 if method == "prt":
                     self.portability = None
@@ -70,17 +76,20 @@ class Place:
 
 @dataclass
 class PortabilityReport:
-    """What a reward does at its source and at the targets, beside the other ways to get there.
+    """The figures of a reward at its source and at the targets, beside those of other methods.
 
     Attributes:
-        reward (`str`), config ([`~contract.RewardConfig`]).
-        dataset (`str`), split (`str`, *optional*).
-        rows, positions (`int`): that were measured: supervised tokens, or examples.
+        reward (`str`): The reward's name.
+        config ([`~contract.RewardConfig`]): The reward's `prt_config.json`.
+        dataset (`str`): The name of the data.
+        split (`str`, *optional*): The split of the data.
         strength (`float`): 1 / lambda in use.
-        source ([`Place`]): where EFT and fine-tuned are one model, the fine-tuned source.
-        targets (`dict[str, Place]`): by name.
-        notes (list of `str`): what was left out, and why.
-        settings (`dict`): what tells reward, source, data and settings from all others.
+        source ([`Place`]): The source, where EFT and fine-tuned are the same model, the fine-tuned source.
+        targets (`dict[str, Place]`): The targets by name.
+        rows (`int`): The number of rows that were measured.
+        positions (`int`): The number of supervised tokens, or of examples.
+        notes (list of `str`): What was left out, and why.
+        settings (`dict`): Keys of reward, source and data, and the strength; figures under other settings are refused.
     """
 
     reward: str
@@ -97,20 +106,24 @@ class PortabilityReport:
 
     @property
     def places(self) -> list[Place]:
+        """The source and the targets."""
         return [self.source, *self.targets.values()]
 
     @property
     def methods(self) -> list[str]:
+        """The methods that were measured anywhere, in the paper's order."""
         return [method for method in METHODS if any(method in place.figures for place in self.places)]
 
     @property
     def measure(self) -> str:
-        """`"nll"` of language models, `"accuracy"` of classifiers: what a verdict goes by."""
+        """The measure that verdicts are based on: `"nll"` for language models, `"accuracy"` for classifiers."""
         return NLL if self.config.task == TEXT_GENERATION else ACCURACY
 
     def verdict(self) -> dict[str, tuple[bool | None, list[str]]]:
-        """For each target whether the reward is worth porting there, and why; as [`Portability.verdict`], and what
-        follows where one of the rivals does as well."""
+        """Return for each target whether the reward is worth porting there, and why.
+
+        These are the verdicts of [`Portability.verdict`], with the conclusions if a rival does as well.
+        """
         found = {}
         for name, place in self.targets.items():
             if place.portability is None:
@@ -127,8 +140,10 @@ class PortabilityReport:
         return found
 
     def gain_recovered(self, name: str) -> float | None:
-        """(PRT - pretrained) / (fine-tuned - pretrained) at a target; None where one is not known, or fine-tuning gains
-        nothing."""
+        """Return (PRT - pretrained) / (fine-tuned - pretrained) at a target.
+
+        None if one of them was not measured, or fine-tuning gains nothing.
+        """
         figures = self.targets[name].figures
         if not {"pretrained", "prt", "finetuned"} <= figures.keys():
             return None
@@ -137,7 +152,7 @@ class PortabilityReport:
         return (prt - bare) / (tuned - bare) if is_gain else None
 
     def measurements(self) -> list[Measurement]:
-        """For the card: accuracy and negative log-likelihood with every backbone."""
+        """Return accuracy and negative log-likelihood with every backbone, for the card."""
         measures = (ACCURACY, NLL) if self.measure == ACCURACY else (NLL, ACCURACY)
         return [
             Measurement(
@@ -154,7 +169,7 @@ class PortabilityReport:
         ]
 
     def table(self) -> str:
-        """Markdown: methods by backbones, as in the paper; how far the backbones are apart; costs; verdicts."""
+        """Return Markdown tables, as in the paper: methods by backbones, eps and C, costs, verdicts."""
         unit = "token" if self.config.task == TEXT_GENERATION else "example"
         count = f"{self.rows} rows, {self.positions} tokens" if unit == "token" else f"{self.rows} examples"
         data = f"`{short_name(self.dataset)}`" + (f" ({self.split})" if self.split else "")
@@ -167,7 +182,7 @@ class PortabilityReport:
         )
         lines = [
             f"# `{short_name(self.reward)}`: {self.config.task}",
-            f"Strength {self.strength:g}, on {data}: {count}. In brackets 95 % intervals, of rows as draws.",
+            f"Strength {self.strength:g}, on {data}: {count}. In brackets: 95 % intervals, with rows as draws.",
             *((nll, accuracy) if self.measure == NLL else (accuracy, nll)),
             self._distances(),
             self._section(f"Milliseconds, to read one {unit}", lambda f: f"{f.milliseconds:.3g}"),
@@ -182,7 +197,7 @@ class PortabilityReport:
         """Write `report.json` (all figures), `report.md` (the table) and `report.png` (the paper's bar chart)."""
         folder = Path(folder)
         self.save_figures(folder)
-        replace_text(folder / TABLE, self.table())
+        replace_file(folder / TABLE, self.table())
         groups, methods = [], [method for method in METHODS if method != "reward_only"]
         scale = 1 if self.measure == NLL else 100
         for place, head in zip(self.places, self._heads(), strict=True):
@@ -194,61 +209,53 @@ class PortabilityReport:
         replace_file(folder / FIGURE, lambda path: draw(groups, names, label, path))
 
     def save_figures(self, folder: str | Path) -> None:
-        """Write `report.json` alone, at one stroke."""
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        replace_text(Path(folder) / REPORT, text)
+        """Write `report.json` alone, atomically."""
+        save_results(Path(folder) / REPORT, self.to_dict())
 
     def write_to_card(self, reward: str | Path | RewardModel) -> None:
-        """Put the figures into the card of the reward that was measured; what users have written into it stays.
+        """Put the figures into the card of the reward that was measured; text of users is kept.
 
         Args:
-            reward: its folder, whose `README.md` is written; or the reward, whose `card` is saved with it.
+            reward: Its folder, whose `README.md` is written; or the reward, whose `card` is changed.
 
         Raises:
-            RewardFileError: no reward there.
-            PRTValueError: another reward.
+            RewardFileError: The folder holds no reward.
+            PRTValueError: It is another reward.
         """
         config = _config_of(reward)
         if config != self.config:
             raise PRTValueError(
-                "The report is of another reward.",
+                "The report is about another reward.",
                 expected=f"the reward that was measured: {self.reward}",
                 found=f"one with another {PRT_CONFIG_NAME}",
             )
         write_measurements(reward, self.measurements(), name=self.reward)
 
     def to_dict(self) -> dict:
-        """For JSON."""
+        """Return the report for JSON."""
         derived = {"verdict": {name: {"worth_porting": w, "reasons": r} for name, (w, r) in self.verdict().items()}}
         places = {"source": _place_to_dict(self.source), "targets": [_place_to_dict(p) for p in self.targets.values()]}
         return vars(self) | {"config": json.loads(self.config.to_json_string())} | places | derived
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: RewardConfig) -> "PortabilityReport | None":
-        """What `report.json` holds, None where there is none.
+        """Read `report.json`; None if there is none.
 
         Args:
-            config: of the reward.
+            folder: The folder that [`save`] wrote to.
+            config: The reward's configuration.
 
         Raises:
-            RewardFileError: it cannot be read.
+            RewardFileError: It cannot be read.
         """
-        path = Path(folder) / REPORT
-        if not path.is_file():
-            return None
-        try:
-            entries = json.loads(path.read_text(encoding="utf-8"))
+
+        def parsed(entries: dict) -> "PortabilityReport":
             del entries["verdict"]
             source, targets = _place_from_dict(entries["source"]), map(_place_from_dict, entries["targets"])
             places = {"config": config, "source": source, "targets": {place.name: place for place in targets}}
             return cls(**entries | places)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise RewardFileError.unreadable(
-                path,
-                error,
-                expected="the report of an earlier evaluation",
-                remedy="delete it, or name another folder",
-            ) from error
+
+        return load_results(Path(folder) / REPORT, parsed, "the report of an earlier evaluation")
 
     def _section(self, title: str, cell: Callable[[Figures], str]) -> str:
         rows = []
@@ -285,14 +292,15 @@ class PortabilityReport:
 
 
 def write_measurements(reward: str | Path | RewardModel, measurements: Sequence[Measurement], *, name: str) -> None:
-    """Put figures into a reward's card, in the place of those that were there; users' own words stay.
+    """Put figures into a reward's card, in place of earlier ones; text of users is kept.
 
     Args:
-        reward: its folder, or the reward, whose `card` is saved with it.
-        name: that the card calls a reward in memory.
+        reward: Its folder, whose `README.md` is written; or the reward, whose `card` is changed.
+        measurements: The figures.
+        name: The name of a reward in memory in its card.
 
     Raises:
-        RewardFileError: no reward there.
+        RewardFileError: The folder holds no reward.
     """
     config = _config_of(reward)
     if isinstance(reward, RewardModel):
@@ -301,6 +309,18 @@ def write_measurements(reward: str | Path | RewardModel, measurements: Sequence[
         return
     folder = Path(reward)
     write_card(folder, render_card(config, folder.absolute().name, measurements=measurements), read_card(folder))
+
+
+def markdown_table(title: str, head: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table with a heading."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join([f"## {title}", "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+def short_name(name: str) -> str:
+    """Return an id as it is and the last part of a path, without characters that end a cell or a code span."""
+    name = Path(name).absolute().name if Path(name).exists() else name
+    return " ".join(name.split()).replace("|", "/").replace("`", "'")
 
 
 def _config_of(reward: str | Path | RewardModel) -> RewardConfig:

@@ -1,4 +1,4 @@
-"""The user's rows as batches for [`~evaluation.measure_portability`]."""
+"""Make batches for [`~evaluation.measure_portability`] from the user's rows."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,31 +25,36 @@ TEXT_COLUMNS = "input_ids, or messages, or conversations, or prompt and completi
 def batches(
     rows: Dataset, reward: RewardModel, batch_size: int, length: int, backbones: Sequence[Backbone] = ()
 ) -> DataLoader:
-    """Inputs of the models, in the order of the rows. Pixels are made of images batch by batch.
+    """Return batches of inputs of the models, in the order of the rows.
 
     Args:
-        rows: for language models token ids, messages, prompt and completion (which alone is supervised), or text; texts
-            of the latter two end with the end token, as TRL's trainer writes it behind them; for classifiers text or
-            image, and label if there are labels, which are matched by name.
-        length (`int`): tokens at which a text is cut off.
-        backbones: loaded ones, which of images get their own pixels where they want others than the reward, as
-            `backbone_0_pixel_values`, `backbone_1_pixel_values`, ...
+        rows: For language models columns of token ids, messages, prompt and completion (only the latter is supervised),
+            or text; the end token is appended to completions and texts, as TRL's trainer does. For classifiers text or
+            image, and optionally label; labels are matched by name.
+        reward ([`RewardModel`]): The reward; its tokenizer or image processor is used.
+        batch_size (`int`): The number of rows in a batch.
+        length (`int`): The number of tokens at which a text is cut off.
+        backbones: Loaded backbones. Those that need other pixels than the reward get them as
+            `backbone_0_pixel_values`, `backbone_1_pixel_values`, ..., computed batch by batch.
 
     Raises:
-        PRTValueError: the columns are none of these, a text has no tokens to predict, or a label is not the reward's.
+        PRTValueError: The columns are none of these, a text has no tokens to predict, or the reward does not have a
+            label.
     """
     return prepared(rows, reward, length)(batch_size, backbones)
 
 
 def prepared(rows: Dataset, reward: RewardModel, length: int) -> Callable[..., DataLoader]:
-    """[`batches`] as a function of `batch_size` and `backbones`, for rows that are read more than once: texts are
-    tokenized here."""
+    """Prepare rows that are read more than once, and return [`batches`] as a function of `batch_size` and `backbones`.
+
+    Texts are tokenized here, once.
+    """
     if reward.config.task == IMAGE_CLASSIFICATION:
         inputs, collator_for = _images(rows, reward)
     else:
         inputs, collate = (_texts if reward.config.task == TEXT_GENERATION else _classified)(rows, reward, length)
 
-        def collator_for(backbones):
+        def collator_for(_: Sequence[Backbone]) -> Callable:
             return collate
 
     def loader(batch_size: int, backbones: Sequence[Backbone] = ()) -> DataLoader:
@@ -87,7 +92,7 @@ def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict],
         )
     kept = ("input_ids", "labels", *MASKS)
     cut = [{name: row[name][:length] for name in kept if row.get(name) is not None} for row in tokenized]
-    # Padding is masked wherever it stands, so that any token serves.
+    # Padding is masked on either side, so any token will do.
     collate = TokenCollator(0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
     return [row for row in cut if len(row["input_ids"]) > 1], collate
 
@@ -103,14 +108,15 @@ def _completed(tokenizer, prompt: str, completion: str) -> dict:
 
 
 def _supervised(start: list[int], ids: list[int]) -> dict:
-    # Where they part: an end token behind the prompt, or a token that spans the border, is the completion's.
-    parted = [index for index, (one, other) in enumerate(zip(start, ids, strict=False)) if one != other]
-    border = parted[0] if parted else len(start)
+    # The completion begins at the first difference: it includes an end token after the prompt, or a token across the
+    # border.
+    differing = (index for index, (one, other) in enumerate(zip(start, ids, strict=False)) if one != other)
+    border = next(differing, len(start))
     return {"input_ids": ids, "completion_mask": [int(index >= border) for index in range(len(ids))]}
 
 
 def _ended(text: str, tokenizer) -> str:
-    """As the reward was tuned: TRL's trainer puts the end token behind texts and completions that lack it."""
+    """Append the end token if it is absent, as TRL's trainer does in training."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
 
@@ -123,7 +129,7 @@ def _classified(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[d
 
 
 def _images(rows: Dataset, reward: RewardModel) -> tuple[Dataset, Callable]:
-    """The rows, and backbones -> what makes a batch of some: never of all at once."""
+    """Return the rows, and a function from backbones to a collator, which reads only the images of its batch."""
     column = PIXELS if PIXELS in rows.column_names else IMAGE
     is_labelled = LABEL in rows.column_names
 

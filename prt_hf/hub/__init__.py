@@ -1,1 +1,1 @@
-"""Read and write what lies in a folder or a repository: files, cards, one commit."""
+"""Read and write the files and cards in folders and repositories; push in one commit."""

@@ -1,4 +1,4 @@
-"""The card of a reward, and of a recipe: what its files know, as Markdown and as the Hub's metadata."""
+"""Render the card of a reward or recipe: Markdown, and metadata for the Hub."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from ..contract import (
     ModelReference,
     RewardConfig,
 )
-from .card_merge import KINDS, block, identity
+from .card_merge import KINDS, block
 from .training_record import TrainingRecord
 
 CITATION = """\
@@ -31,7 +31,7 @@ CITATION = """\
   booktitle = {International Conference on Machine Learning},
   year      = {2025},
 }"""
-METHODS = {  # as [`Measurement`] names them, and as the paper does
+METHODS = {  # as in [`Measurement`], with their names in tables; in the order of the paper's figures
     "pretrained": "pretrained",
     "eft": "EFT",
     "prt": "PRT",
@@ -59,12 +59,12 @@ class Measurement:
     """A row of the table of measured backbones.
 
     Args:
-        backbone (`str`): id of the source or a target backbone.
-        dataset (`str`): id on the Hub, or name.
-        metric (`str`): such as `accuracy`.
-        values (`dict[str, float]`): method (`"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`) -> value.
-        is_lower_better (`bool`).
-        split (`str`, *optional*): of the data.
+        backbone (`str`): The id of the source or of a target backbone.
+        dataset (`str`): The data's id on the Hub, or its name.
+        metric (`str`): The metric, such as `accuracy`.
+        values (`dict[str, float]`): Method (`"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`) -> value.
+        is_lower_better (`bool`): Whether lower values are better.
+        split (`str`, *optional*): The split of the data.
     """
 
     backbone: str
@@ -81,16 +81,16 @@ def render_card(
     training: TrainingRecord | None = None,
     measurements: Sequence[Measurement] = (),
 ) -> str:
-    """The card of a reward.
+    """Return the card of a reward.
+
+    Folders, which mean nothing elsewhere, are shown by their last part, and are left out of the metadata. The licence
+    and the language are for the user to add.
 
     Args:
-        config: the reward's `prt_config.json`.
-        name: repository id or folder, which the lines of code load.
-        training (*optional*): how it was tuned.
-        measurements (*optional*): what it does with which backbone.
-
-    Folders, which mean nothing elsewhere, are shown by their names alone, and are no part of the metadata. The licence
-    and the language are the user's to add.
+        config: The reward's `prt_config.json`.
+        name: The repository id or folder that the code in the card loads.
+        training (*optional*): How it was tuned.
+        measurements (*optional*): Its figures with several backbones.
     """
     is_adapter, is_text = config.is_adapter, config.task == TEXT_GENERATION
     base = _hub_id(config.reward_base.id)
@@ -115,7 +115,6 @@ def render_card(
         data,
         name=_shown(name),
         config=config,
-        identity=identity(json.loads(config.to_json_string())),
         is_text=is_text,
         sources=sources,
         source_ids=source_ids,
@@ -136,13 +135,13 @@ def render_card(
 
 
 def render_recipe_card(name: str, task: str, backbone: ModelReference, rewards: Sequence[tuple[str, float]]) -> str:
-    """The card of a PRT model's recipe.
+    """Return the card of a recipe.
 
     Args:
-        name: repository id or folder of the recipe.
+        name: The repository id or folder of the recipe.
         task: `"text-generation"`, `"text-classification"` or `"image-classification"`.
-        backbone: as the recipe names it.
-        rewards: of each its id on the Hub, or its folder in the recipe, and its strength.
+        backbone: The backbone that the recipe names.
+        rewards: The id on the Hub, or the folder in the recipe, of each reward, and its strength.
     """
     on_hub = [place for place, _ in rewards if "/" in place and _hub_id(place)]
     parts = [place for place in [_hub_id(backbone.id), *on_hub] if place]
@@ -161,14 +160,14 @@ def render_recipe_card(name: str, task: str, backbone: ModelReference, rewards: 
         backbone=backbone,
         rewards=rewards,
         cell_reward=lambda place: _link(place) if place in on_hub else f"{_cell(_shown(place))} (in this folder)",
-        auto_class=PRT_CLASSES[task].replace("PRT", "AutoModel"),  # they differ in nothing else
+        auto_class=PRT_CLASSES[task].replace("PRT", "AutoModel"),  # the names differ in nothing else
         prt_class=PRT_CLASSES[task],
         backbone_is_on_hub=_hub_id(backbone.id) is not None,
         sample=_SAMPLES[task],
     )
 
 
-def _rendered(template: str, data: ModelCardData, **values) -> str:
+def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name(template)),
@@ -189,8 +188,13 @@ def _rendered(template: str, data: ModelCardData, **values) -> str:
     return f"{card}\n"  # Jinja cuts the last line end
 
 
-def _results(task: str, sources: list[ModelReference], training, measurements) -> list[EvalResult]:
-    """Finite figures of the PRT model on data of the Hub; a measurement goes before the trainer's evaluation."""
+def _results(
+    task: str,
+    sources: list[ModelReference],
+    training: TrainingRecord | None,
+    measurements: Sequence[Measurement],
+) -> list[EvalResult]:
+    """Return the finite figures of the PRT model on data of the Hub; measurements override the trainer's evaluation."""
     found = {}
 
     def add(dataset: str | None, split: str | None, metric: str, value: float, backbone: str) -> None:
@@ -218,13 +222,13 @@ def _results(task: str, sources: list[ModelReference], training, measurements) -
 
 
 def _columns(rows: Iterable[dict], first: Iterable[str]) -> list[str]:
-    """All keys of the rows, those of `first` before others."""
+    """Return all keys of the rows, those of `first` before others."""
     present = dict.fromkeys(name for row in rows for name in row)
     return [name for name in dict.fromkeys([*first, *present]) if name in present]
 
 
 def _hub_id(place: str | None) -> str | None:
-    """A place that can be a repository of the Hub; folders are known by absolute paths."""
+    """Return a place if it can be a repository on the Hub, else None; folders are given as absolute paths."""
     if not place:
         return None
     try:
@@ -235,12 +239,12 @@ def _hub_id(place: str | None) -> str | None:
 
 
 def _is_dataset(place: str | None) -> bool:
-    """An id of the Hub; a bare name is taken for a name."""
+    """Return whether a place is an id on the Hub; one without a namespace is taken for a mere name."""
     return _hub_id(place) is not None and "/" in place
 
 
 def _shown(place: str) -> str:
-    """Ids as they are, of paths the last part."""
+    """Return an id as it is, and the last part of a path."""
     return _hub_id(place) or _line(re.split(r"[\\/]", place.rstrip("\\/"))[-1]) or "unnamed"
 
 
@@ -248,7 +252,7 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and re.match(r"[/~]|[A-Za-z]:[\\/]", value) is not None
 
 
-# Names, labels and tokens are others' text, which must not end a line, a cell or a code span.
+# Names, labels and tokens may be anybody's text, which must not end a line, a cell or a code span.
 
 
 def _line(text: Any) -> str:
@@ -277,7 +281,7 @@ def _link(place: str, kind: str = "") -> str:
 
 def _cell_link(reference: ModelReference) -> str:
     if reference.id is None:
-        return f"a {_cell(reference.architecture)} that was made in memory"
+        return f"a {_cell(reference.architecture)} that was created in memory"
     name = _link(reference.id) if _hub_id(reference.id) else _cell(_shown(reference.id))
     return f"{name} at {_cell(reference.revision)}" if reference.revision else name
 
@@ -289,5 +293,5 @@ def _number(value: Any) -> str:
 
 
 def _python(text: str) -> str:
-    """A string literal."""
+    """Return a Python string literal."""
     return json.dumps(text, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""The only code that talks to the Hub."""
+"""Read from and write to the Hub; no other module does."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from ..errors import PRTValueError, RewardFileError
 from .folder import folder_to_read
 
-# What is fetched: no pickles, no code, nothing hidden.
+# No pickles, no code, nothing hidden.
 _FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md", "*.tiktoken")
 _HIDDEN = (".*", "*/.*")
 _CHECKPOINTS = ("checkpoint-*/*", "last-checkpoint/*")  # where a Trainer's `hub_strategy` puts them
 
 
 def commit_of(model_id: str, revision: str | None = None, token: str | bool | None = None) -> str | None:
-    """The commit that a branch or tag of a model stands for now; None for a local folder.
+    """Return the commit that a branch or tag of a model points to now; None for a local folder.
 
     Raises:
-        PRTValueError: neither a folder nor an id.
+        PRTValueError: `model_id` is neither a folder nor an id.
     """
     if Path(model_id).is_dir():
         return None
@@ -44,18 +44,18 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
 
 
 def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:
-    """Whether a folder, or a repository that can be reached, holds a file."""
+    """Return whether a folder, or a repository that can be reached, holds a file."""
     if Path(path_or_repo).is_dir():
         return (folder_to_read(Path(path_or_repo)) / name).is_file()
     try:
         hf_hub_download(path_or_repo, name, token=token)
     except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
-        return False  # what is wrong with the repository, loading it will tell
+        return False  # loading the repository will report what is wrong with it
     return True
 
 
 def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
-    """One file of a reward; as [`local_folder`], which fetches them all."""
+    """Return the path of one file of a reward, after downloading it if it is on the Hub."""
     if Path(path_or_repo).is_dir():
         return folder_to_read(Path(path_or_repo)) / name
     try:
@@ -70,12 +70,15 @@ def local_folder(
     token: str | bool | None = None,
     subfolder: str | None = None,
 ) -> Path:
-    """Return the folder of a reward or recipe: a local one as it is, that of a repository once it is in the cache.
+    """Return the folder of a reward or recipe, after downloading it if it is on the Hub.
 
-    Errors of the Hub (missing repository, wrong revision, no right) reach the user as such.
+    Errors of the Hub (missing repository, wrong revision, no access) are passed on.
 
     Args:
-        subfolder: of the folder or repository; a checkpoint, or one reward of a recipe.
+        path_or_repo: A folder, or an id on the Hub.
+        revision: A branch, tag or commit.
+        token: A token for the Hub.
+        subfolder: A folder in it: a checkpoint, or a reward of a recipe.
     """
     if not Path(path_or_repo).is_dir():
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]
@@ -90,7 +93,7 @@ def local_folder(
 
 
 def is_of_hub(error: BaseException) -> bool:
-    """Whether the Hub or the way there failed, or what was raised because of that."""
+    """Return whether an error, or one of its causes, comes from the Hub or the connection to it."""
     while error is not None:
         if isinstance(error, HfHubHTTPError) or type(error).__module__.partition(".")[0] in ("httpx", "httpx2"):
             return True
@@ -100,12 +103,14 @@ def is_of_hub(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Branch:
-    """Where a push goes, as it was when that began.
+    """The state of a branch when a push to it begins.
 
     Attributes:
-        repo_id, revision (`str`): None is the main branch.
-        commit (`str`): its head, and the only one that a push is based on.
-        files (`frozenset[str]`): paths in the repository.
+        repo_id (`str`): The repository.
+        revision (`str`, *optional*): The branch; None is the main branch.
+        commit (`str`): The head of the branch; a push fails if it has moved.
+        files (`frozenset[str]`): The paths in the repository.
+        token (*optional*): A token for the Hub.
     """
 
     repo_id: str
@@ -115,7 +120,7 @@ class Branch:
     token: str | bool | None = None
 
     def read(self, name: str) -> str | None:
-        """The text of a file, None where there is no such file."""
+        """Return the text of a file, None if there is no such file."""
         if name not in self.files:
             return None
         path = hf_hub_download(self.repo_id, name, revision=self.commit, token=self.token)
@@ -130,10 +135,10 @@ def open_branch(
     token: str | bool | None = None,
     create_pr: bool = False,
 ) -> Branch:
-    """Make the repository and the branch where they do not exist, and see what is there.
+    """Create the repository and the branch if they do not exist, and return the state of the branch.
 
     Raises:
-        PRTValueError: to be private, and public already.
+        PRTValueError: `private=True`, but the repository is already public.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -144,7 +149,7 @@ def open_branch(
         raise PRTValueError(
             f"{repo_id} is public.",
             expected="a private repository, or a new one",
-            found="a public one, which a push does not make private",
+            found="a public one; a push does not make it private",
             remedy="make it private in its settings, choose another name, or push without `private`",
         )
     files = frozenset(entry.rfilename for entry in info.siblings or ())
@@ -159,11 +164,14 @@ def commit_files(
     removed: Iterable[str] = (),
     create_pr: bool = False,
 ) -> CommitInfo:
-    """All files in one commit on what [`open_branch`] saw, so that nobody ever loads a half of them.
+    """Push all files in one commit on top of `branch.commit`, so that readers never see a partial upload.
 
     Args:
-        files: path in the repository -> text, bytes, or a local file.
-        removed: paths in the repository.
+        branch: The result of [`open_branch`].
+        files: Path in the repository -> text, bytes, or a local file.
+        message: The commit message.
+        removed: Paths in the repository that the commit deletes.
+        create_pr: Whether to open a pull request instead.
     """
     contents = {name: content.encode() if isinstance(content, str) else content for name, content in files.items()}
     operations = [CommitOperationAdd(name, content) for name, content in contents.items()]

@@ -1,4 +1,4 @@
-"""The folder of a saved reward or recipe: replaced as a whole or not at all, and read only where it is complete."""
+"""Read and replace the folder of a saved reward or recipe, as a whole or not at all."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ..contract import PRT_CONFIG_NAME, RewardConfig
-from ..errors import PRTError, RewardFileError
+from ..errors import PRTError, PRTValueError, RewardFileError
 
 REWARD, RECIPE = "a reward", "a recipe"
 RECIPE_TYPE = "prt"  # `model_type` of a recipe's config.json
@@ -25,7 +25,7 @@ _ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _MODEL_FILES = (MODEL_CONFIG, "generation_config.json", "model*.safetensors*")
 NETWORK_FILES = (*_ADAPTER_FILES, *_MODEL_FILES)  # patterns, of adapters and full rewards
 CARD_NAME = "README.md"
-# Of all tokenizers and image processors of transformers.
+# The files of all tokenizers and image processors of transformers.
 _PROCESSING_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("preprocessor_config.json", "processor_config.json", "vocab*.json", "vocab*.txt", "merges.txt", "*.model"),
@@ -35,33 +35,37 @@ _PROCESSING_FILES = (
 _CHAT_TEMPLATES = "additional_chat_templates"  # a folder
 _KNOWN_FILES = (PRT_CONFIG_NAME, CARD_NAME, *NETWORK_FILES, *_PROCESSING_FILES)  # patterns
 _PICKLED = ("adapter_model.bin", "pytorch_model.bin", "pytorch_model.bin.index.json")
-# A save is written into the first; once it is whole, the first is renamed to the second, which is what counts from
-# then on. Its files are then linked into their places, and it goes. Whenever that ends, one whole save can be read.
+# A save is written into the first folder. Once it is complete, the folder is renamed to the second, which is read from
+# then on. Then its files are linked into their places, and it is removed. At any moment one complete save can be read.
 _STAGING, SAVED = ".saving", ".saved"
 _SAVING = threading.RLock()  # one save at a time; reentrant, as recipes save rewards
 
 
 def folder_to_read(folder: Path) -> Path:
-    """Return where the files of the last whole save into `folder` are: `folder` itself, or what a saver that was killed
-    had not yet put in place. Nothing is written; the next save puts it in place."""
+    """Return the folder with the files of the last complete save.
+
+    This is `folder`, or a folder in it if the save was killed before the files were put in place. Nothing is written;
+    the next save puts them in place.
+    """
     whole = folder / SAVED
     return whole if whole.is_dir() and not whole.is_symlink() else folder
 
 
 @contextmanager
 def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder to write a reward or recipe into; on success what it holds replaces what an earlier save
-    wrote to `folder`. Everything else in `folder` (checkpoints, notes) is kept.
+    """Yield an empty folder to write a reward or recipe into.
 
-    Killed at any moment, it leaves the earlier save or the new one whole, see [`folder_to_read`]. Threads of a process
-    save one after another; processes that save into one folder at the same time are not provided for.
+    On success, its files replace the earlier save in `folder`; everything else there (checkpoints, notes) is kept. If
+    the process is killed at any moment, the earlier or the new save is complete, see [`folder_to_read`]. Threads save
+    one after another; several processes must not save to the same folder at the same time.
 
     Args:
+        folder: The folder to save to.
         kind: `REWARD` or `RECIPE`.
-        subfolders: that a recipe is about to write.
+        subfolders: The folders that a recipe is about to write.
 
     Raises:
-        RewardFileError: something else is in `folder` or in one of the subfolders, or the disk is full.
+        RewardFileError: `folder` or one of the subfolders holds something else, or the disk is full.
     """
     folder = Path(folder)
     with _SAVING:
@@ -83,24 +87,25 @@ def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] =
                 f"{folder} could not be saved: {error}",
                 expected="a folder that can be written, with enough space",
                 found=type(error).__name__,
-                remedy="save again once there is space; what was saved there before is not lost",
+                remedy="save again once there is space; the earlier save is not lost",
             ) from error
         finally:
             _remove(staging)
 
 
 def known_files(folder: Path) -> list[str]:
-    """Return the names of a folder's files that belong to a reward or recipe, sorted; without those of its rewards."""
+    """Return the sorted names of the files that belong to a reward or recipe, without those of a recipe's rewards."""
     names = [path.name for path in folder.iterdir() if any(fnmatch(path.name, known) for known in _KNOWN_FILES)]
     return sorted([*names, *(f"{_CHAT_TEMPLATES}/{path.name}" for path in folder.glob(f"{_CHAT_TEMPLATES}/*.jinja"))])
 
 
 def _put_in_place(folder: Path, written: set[str] | None = None) -> None:
-    """Put what was saved whole where it belongs. Can be cut off anywhere, and done again.
+    """Move the files of a complete save to their places. This can be interrupted anywhere and repeated.
 
     Args:
-        written (*optional*): names of the files and folders. By default, as after a saver that was killed, those that
-            belong to a reward or recipe: whoever made the folder may have put others there.
+        folder: The folder that was saved to.
+        written (*optional*): The names of the files and folders. By default, as after a killed save, those that belong
+            to a reward or recipe, because others may have been put there by someone else.
     """
     whole = folder_to_read(folder)
     if whole == folder:
@@ -113,7 +118,7 @@ def _put_in_place(folder: Path, written: set[str] | None = None) -> None:
     }
     for name in _saved_earlier(folder) - new:
         _remove(folder / name)
-    # The file last that tells what was saved earlier.
+    # Last the file that names what was saved earlier.
     for name in sorted(new, key=lambda name: (name in (PRT_CONFIG_NAME, MODEL_CONFIG), name)):
         if (whole / name).is_dir():
             shutil.copytree(whole / name, staging / name, symlinks=True, copy_function=link_or_copy)
@@ -122,12 +127,12 @@ def _put_in_place(folder: Path, written: set[str] | None = None) -> None:
             link_or_copy(whole / name, staging / name)
         os.replace(staging / name, folder / name)
     _remove(staging)
-    os.replace(whole, staging)  # at one stroke: a part of it would be taken for the whole
+    os.replace(whole, staging)  # atomically: a part of it would be read as a complete save
     _remove(staging)
 
 
 def _saved_earlier(folder: Path) -> set[str]:
-    """Return the names of what an earlier save may have written to `folder` and a later one may not need any more."""
+    """Return the names of files and folders of an earlier save that a later one may not replace."""
     if (folder / PRT_CONFIG_NAME).is_file():
         is_adapter = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME).is_adapter
         patterns = _ADAPTER_FILES if is_adapter else _MODEL_FILES
@@ -136,7 +141,7 @@ def _saved_earlier(folder: Path) -> set[str]:
 
 
 def reward_folders(recipe: str | None) -> set[str]:
-    """Return the folders of rewards that the text of a recipe's `config.json` names; none if it is not a recipe's."""
+    """Return the reward folders that the text of a recipe's `config.json` names; none if it is not a recipe's."""
     try:
         names = [entry["folder"] for entry in json.loads(recipe or "{}")["reward_references"]]
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -145,22 +150,26 @@ def reward_folders(recipe: str | None) -> set[str]:
 
 
 def is_reward_folder(name: object) -> bool:
-    """Whether a recipe may name this folder: `reward-0`, `reward-1`, ... beside it, and nothing else."""
+    """Return whether a recipe may name this folder: only `reward-0`, `reward-1`, ... are allowed."""
     return isinstance(name, str) and re.fullmatch("reward-[0-9]{1,6}", name) is not None
 
 
 def check_unclaimed(place: str | Path, taken: Collection[str]) -> None:
     """Raise if a recipe would overwrite folders that belong to something else.
 
+    Args:
+        place: The folder or repository.
+        taken: The names of such folders.
+
     Raises:
-        RewardFileError: `taken` names some.
+        RewardFileError: `taken` is not empty.
     """
     if taken:
         raise RewardFileError(
             f"{place} holds {min(taken)}, which the recipe would overwrite.",
             expected="no folder of that name, or one that belongs to the recipe there",
             found=", ".join(sorted(taken)),
-            remedy="choose another place, or rename what lies there",
+            remedy="choose another place, or rename that folder",
         )
 
 
@@ -174,7 +183,12 @@ def _text(path: Path) -> str | None:
 
 
 def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
-    """`REWARD`, `RECIPE`, what else a save or push would spoil, or None; of a folder or repository with these files."""
+    """Return what a folder or repository holds: `REWARD`, `RECIPE`, something that a save would spoil, or None.
+
+    Args:
+        names: The names of its files.
+        read: Returns the text of a file.
+    """
     if PRT_CONFIG_NAME in names:
         return REWARD
     if MODEL_CONFIG in names:
@@ -189,9 +203,10 @@ def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | Non
 
 
 def check_place(folder: Path, kind: str) -> None:
-    """
+    """Check that a reward or recipe (`kind`) can be saved to a folder.
+
     Raises:
-        RewardFileError: `folder` is a file, or saving a reward or recipe (`kind`) there would spoil what it holds.
+        RewardFileError: `folder` is a file, or the save would spoil what it holds.
     """
     if folder.is_dir():
         names = {path.name for path in folder.iterdir()}
@@ -208,10 +223,10 @@ def check_place(folder: Path, kind: str) -> None:
 
 
 def check_files(folder: Path, config: RewardConfig) -> None:
-    """Check that all weights are there, whole, and in safetensors.
+    """Check that all weights are present, complete and in safetensors files.
 
     Raises:
-        RewardFileError: names the file.
+        RewardFileError: A file is missing, damaged or pickled.
     """
     required = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if config.is_adapter else (MODEL_CONFIG,)
     weights = weight_files(folder, config)
@@ -229,7 +244,7 @@ def check_files(folder: Path, config: RewardConfig) -> None:
 
 
 def link_or_copy(file: str | Path, copy: str | Path) -> None:
-    """The same file under a second name, which stays when the first is replaced or removed."""
+    """Give a file a second name, which stays if the first is replaced or removed."""
     try:
         os.link(file, copy)
     except OSError:  # a file system without hard links
@@ -237,17 +252,17 @@ def link_or_copy(file: str | Path, copy: str | Path) -> None:
 
 
 def weight_files(folder: Path, config: RewardConfig) -> list[str]:
-    """Names of the files that hold the weights.
+    """Return the names of the files that hold the weights.
 
     Raises:
-        RewardFileError: the index of a full reward's shards cannot be read, or names files elsewhere.
+        RewardFileError: The index of a full reward's shards cannot be read, or names files elsewhere.
     """
     if config.is_adapter:
         return [ADAPTER_WEIGHTS]
     index = folder / MODEL_INDEX
     if not index.exists():
         return [MODEL_WEIGHTS]
-    if (folder / MODEL_WEIGHTS).exists():  # which transformers would load in the place of the shards
+    if (folder / MODEL_WEIGHTS).exists():  # transformers would load it instead of the shards
         raise RewardFileError(
             f"{folder} holds weights twice.",
             expected=f"{MODEL_WEIGHTS}, or {MODEL_INDEX} and its shards",
@@ -270,25 +285,31 @@ def weight_files(folder: Path, config: RewardConfig) -> list[str]:
 
 
 def reward_digest(folder: Path, config: RewardConfig) -> str:
-    """Return the SHA-256 of all that decides what a saved reward says: its weights, the configuration of its network
-    (scale, depth, ...) and `prt_config.json`, by name and content."""
+    """Return the SHA-256 of everything that determines a saved reward's output, by name and content.
+
+    This is its weights, the configuration of its network (scale, depth, ...) and `prt_config.json`.
+    """
     network = ADAPTER_CONFIG if config.is_adapter else MODEL_CONFIG
     names = sorted({*weight_files(folder, config), network, PRT_CONFIG_NAME})
     return hashlib.sha256(json.dumps({name: file_digest(folder / name) for name in names}).encode()).hexdigest()
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file.
+    """Return the tensors of a safetensors file.
 
     Raises:
-        RewardFileError: truncated, or no safetensors file.
+        RewardFileError: The file is truncated, or not a safetensors file.
     """
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """The shapes of its tensors, after a check of the file's extent, as of [`read_weights`]."""
+    """Return the shapes of the tensors of a safetensors file, without reading them.
+
+    Raises:
+        RewardFileError: The file is truncated, or not a safetensors file.
+    """
     with _opened(path) as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
@@ -314,8 +335,44 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_writable(folder: str | Path) -> None:
+    """Check that files can be written into a folder, which need not exist yet. Nothing is created.
+
+    Raises:
+        PRTValueError: It cannot be written.
+    """
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+        raise PRTValueError(
+            f"Nothing can be written into {folder}.",
+            expected="a folder that can be written or created",
+            found=f"{there} is {'not writable' if there.is_dir() else 'a file'}",
+        )
+
+
+def replace_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+    """Write a file atomically; missing folders are created.
+
+    Args:
+        path: The file.
+        content: Text (written as UTF-8), bytes, or a function that writes the file to the path that it gets.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        if callable(content):
+            content(staged)
+        else:
+            staged.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def file_digest(*paths: Path) -> str:
-    """SHA-256 over the content of files, one after another."""
+    """Return the SHA-256 of the content of files, one after another."""
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:

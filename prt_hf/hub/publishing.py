@@ -1,10 +1,11 @@
-"""What goes to the Hub: a saved reward or recipe and its card, in one commit."""
+"""Push a saved reward or recipe and its card to the Hub, in one commit."""
 
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -13,7 +14,7 @@ from transformers.utils import logging
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
 from ..errors import RewardFileError
 from .card import render_card
-from .card_merge import join_cards, merge_cards, read_card
+from .card_merge import merge_cards, read_card
 from .client import Branch, commit_files, open_branch
 from .folder import (
     CARD_NAME,
@@ -32,7 +33,7 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".
 
 
 class Shareable:
-    """What has `save_pretrained`, and goes to the Hub as that writes it."""
+    """Adds `push_to_hub` to classes with `save_pretrained`."""
 
     _push_folder: Callable[..., CommitInfo]
 
@@ -46,20 +47,20 @@ class Shareable:
         token: str | bool | None = None,
         create_pr: bool = False,
     ) -> CommitInfo:
-        """Share what [`save_pretrained`] writes, in one commit.
+        """Push what [`save_pretrained`] writes, in one commit.
 
         Args:
-            repo_id: `"user/name"`; made if it does not exist. What users have written into the card there is kept.
-            private: of a new repository.
-            revision: branch; made if it does not exist.
-            commit_message: by default `"Upload reward"` or `"Upload recipe"`.
-            token: of the Hub; by default the one that `hf auth login` stored.
-            create_pr: propose the commit instead.
+            repo_id: `"user/name"`; created if it does not exist. Text that users wrote into the card there is kept.
+            private: Whether a new repository is private.
+            revision: A branch; created if it does not exist.
+            commit_message: By default `"Upload reward"` or `"Upload recipe"`.
+            token: A token for the Hub; by default the one that `hf auth login` stored.
+            create_pr: Whether to open a pull request instead.
 
         Raises:
-            RewardFileError: the repository holds something else.
-            PRTValueError: it is public, and `private`.
-            HfHubHTTPError: no right, the branch has moved meanwhile, ...: the Hub's own errors.
+            RewardFileError: The repository holds something else.
+            PRTValueError: `private=True`, but the repository is already public.
+            HfHubHTTPError: There is no access, the branch has moved meanwhile, ...
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -75,17 +76,19 @@ class Shareable:
 
 
 def push_reward(
-    folder: str | Path, repo_id: str, include: Sequence[str] = (), *, checkpoint: str | None = None, **where
+    folder: str | Path, repo_id: str, include: Sequence[str] = (), *, checkpoint: str | None = None, **where: Any
 ) -> CommitInfo:
-    """Push the reward that was saved in a folder, without loading it.
+    """Push a saved reward without loading it.
 
     Args:
-        include: names of further files of the folder.
-        checkpoint: a folder of the repository that gets the same reward in the same commit.
-        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
+        folder: The folder that it was saved to.
+        repo_id: The repository.
+        include: Names of other files in the folder that are pushed as well.
+        checkpoint: A folder in the repository that gets a copy of the reward in the same commit.
+        **where: `private`, `revision`, `commit_message`, `token` and `create_pr` of [`Shareable.push_to_hub`].
 
     Raises:
-        RewardFileError: the folder holds no whole reward, or the repository something else.
+        RewardFileError: The folder holds no complete reward, or the repository holds something else.
     """
     folder = folder_to_read(Path(folder))
     files = {name: folder / name for name in reward_files_to_push(folder, include)}
@@ -108,10 +111,11 @@ def reward_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]
     """Return the names of the files of a saved reward that [`push_reward`] pushes.
 
     Args:
-        include: of further files.
+        folder: The folder that it was saved to.
+        include: Names of other files in the folder.
 
     Raises:
-        RewardFileError: it is not whole, or one of the files is a link.
+        RewardFileError: The reward is incomplete, or one of the files is a link.
     """
     config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     check_files(folder, config)
@@ -121,10 +125,10 @@ def reward_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]
 
 
 def check_pushed(folder: Path, names: Iterable[str]) -> list[str]:
-    """Return the names, after a check that they name files of the folder itself.
+    """Return the names, after checking that they are files in the folder.
 
     Raises:
-        RewardFileError: there is no such file, or it is a link, by which any file of this machine might be pushed.
+        RewardFileError: There is no such file, or it is a link, which could point to any file of this machine.
     """
     names = list(dict.fromkeys(names))
     for name in names:
@@ -135,7 +139,7 @@ def check_pushed(folder: Path, names: Iterable[str]) -> list[str]:
                 f"{name} cannot be pushed.",
                 expected=f"a file in {folder}",
                 found="a link" if path.is_symlink() or path.parent.is_symlink() else "no such file there",
-                remedy="copy what the link stands for into the folder" if is_inside else "name files of the folder",
+                remedy="replace the link by a copy of the file" if is_inside else "name files of the folder",
             )
     return names
 
@@ -150,31 +154,36 @@ def publish(
     replaced: Callable[[Branch], Iterable[str]],
     commit_message: str | None = None,
     create_pr: bool = False,
-    **where,
+    **where: Any,
 ) -> CommitInfo:
-    """One commit: the files, the card with what users have written into it there or in `folder`, and without files of
-    an earlier push that match the patterns `replaced` gives for the branch.
+    """Push files and the card, merged with the edited cards in `folder` and in the repository, in one commit.
 
     Args:
-        render: makes the card for the repository's full name.
+        kind: `REWARD` or `RECIPE`.
+        files: Path in the repository -> local file.
+        render: Returns the card for the repository's full name.
+        folder: The folder of the saved reward or recipe.
+        repo_id: The repository.
+        replaced: Returns patterns of the files of an earlier push that the commit deletes.
+        commit_message: By default `"Upload reward"` or `"Upload recipe"`.
+        create_pr: Whether to open a pull request instead.
+        **where: `private`, `revision` and `token` of [`Shareable.push_to_hub`].
 
     Raises:
-        RewardFileError: the repository holds something else.
+        RewardFileError: The repository holds something else.
     """
     branch = open_branch(repo_id, create_pr=create_pr, **where)
     found = what_lies_in(branch.files, branch.read) or _foreign_weights(branch.files)
     if found not in (None, kind):
         raise RewardFileError(
             f"{branch.repo_id} holds {found}; {kind} would spoil it.",
-            expected=f"a new repository, or one where {kind} lies",
+            expected=f"a new repository, or one that holds {kind}",
             found=found,
             remedy="choose another name, or another branch",
         )
     card = render(branch.repo_id)
-    if (here := read_card(folder)) is not None:
-        card = merge_cards(here, card)
-    if (there := branch.read(CARD_NAME)) is not None:
-        card = join_cards(there, card)
+    for earlier in (read_card(folder), branch.read(CARD_NAME)):
+        card = card if earlier is None else merge_cards(earlier, card)
     patterns = list(replaced(branch))
     stale = [
         name
@@ -191,17 +200,23 @@ def publish(
 
 
 def warn_of_local_base(reference: ModelReference, argument: str) -> None:
+    """Log a warning if a model is not on the Hub.
+
+    Args:
+        reference: The model.
+        argument: What users have to pass instead, for the message.
+    """
     if reference.id is None or Path(reference.id).is_dir():
-        logger.warning(f"{reference} is not on the Hub: whoever loads what is pushed has to pass `{argument}`.")
+        logger.warning(f"{reference} is not on the Hub: users have to pass `{argument}` to load what is pushed.")
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """As in a shell: `*` stays within a folder."""
+    """Match as a shell does: `*` stays within a folder."""
     parts, patterns = name.split("/"), pattern.split("/")
     return len(parts) == len(patterns) and all(map(fnmatch, parts, patterns))
 
 
 def _foreign_weights(names: Collection[str]) -> str | None:
-    """Of libraries that leave no configuration that is known here."""
+    """Return a description of weights of other libraries, None if there are none."""
     weights = sorted(name for name in names if name.endswith(_WEIGHTS) and not name.endswith(TRAINING_ARGS_NAME))
     return f"weights of another kind ({weights[0]})" if weights else None

@@ -1,36 +1,33 @@
-"""What a trainer knows of a reward's training, for its card."""
+"""Record a reward's training for its card."""
 
 import re
 from dataclasses import dataclass, field
-from glob import escape
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-from datasets.naming import camelcase_to_snakecase
-from huggingface_hub import constants
 from transformers import Trainer
 from transformers.modelcard import extract_hyperparameters_from_trainer
 
 from .._version import __version__
 
-MOST_ROWS = 20  # of the table of a training's log
+MOST_ROWS = 20  # of the log's table
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 _PACKAGES = ("torch", "transformers", "peft", "datasets", "trl")
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a trainer knows of a reward's training, and `prt_config.json` does not.
+    """The facts about a reward's training that are not in `prt_config.json`.
 
     Args:
-        datasets (tuple of `str`): ids of the training data on the Hub, or names.
-        hyperparameters (`dict`): name -> value.
-        evaluation (`dict[str, float]`): the last evaluation with the source backbone, of the weights that the reward
-            has now (with `load_best_model_at_end`, those of the best checkpoint): `eval_loss`, `eval_accuracy`, ...
-        rows (`list[dict]`): the log as a table: `step`, `training_loss`, and the figures of evaluations.
-        versions (`dict[str, str]`): package -> version.
-        evaluation_dataset, evaluation_split (`str`, *optional*): what was evaluated on.
+        datasets (tuple of `str`): The ids of the training data on the Hub, or names.
+        hyperparameters (`dict`): Name -> value.
+        evaluation (`dict[str, float]`): The last evaluation of the present weights with the source backbone
+            (with `load_best_model_at_end`, those of the best checkpoint): `eval_loss`, `eval_accuracy`, ...
+        rows (`list[dict]`): The log as a table: `step`, `training_loss`, and the figures of evaluations.
+        versions (`dict[str, str]`): Package -> version.
+        evaluation_dataset (`str`, *optional*): The data of `evaluation`.
+        evaluation_split (`str`, *optional*): The split of that data.
     """
 
     datasets: tuple[str, ...] = ()
@@ -43,33 +40,32 @@ class TrainingRecord:
 
     @classmethod
     def from_trainer(cls, trainer: Trainer) -> "TrainingRecord":
-        """Read a trainer after training.
+        """Return the record of a trainer, after training.
 
-        Data are named where `load_dataset` took them from the Hub, whatever `map` or `filter` made of them; files of
-        one's own and streams are not. Evaluations before the first step are left out; those of other data than the
-        trainer's `eval_dataset` name none.
+        Data sets are named where they know that they came from the Hub (see [`hub_ids`]). Evaluations before the first
+        step are left out; those of data other than the trainer's `eval_dataset` name no data set.
         """
         log = [entry for entry in trainer.state.log_history if entry["step"] > 0]
-        elsewhere = [id(entry) for entry in getattr(trainer, "evaluations_elsewhere", ())]
-        of_training = [entry for entry in log if id(entry) not in elsewhere]
-        evaluated, evaluations = trainer.eval_dataset, _evaluations(trainer, log)
-        if evaluations and id(evaluations[-1]) in elsewhere:
-            evaluated, evaluations = None, evaluations[-1:]
-        evaluations = [entry for entry in evaluations if evaluated is None or id(entry) not in elsewhere]
-        on_hub = hub_ids(evaluated) if evaluations else ()
+        elsewhere = getattr(trainer, "evaluations_elsewhere", ())  # times in them tell entries of one step apart
+        evaluations = _evaluations(trainer, log)
+        if evaluations and evaluations[-1] in elsewhere:
+            evaluations, evaluated, ids = evaluations[-1:], None, ()
+        else:
+            evaluations, evaluated = [entry for entry in evaluations if entry not in elsewhere], trainer.eval_dataset
+            ids = hub_ids(evaluated) if evaluations else ()
         return cls(
             datasets=hub_ids(trainer.train_dataset),
             hyperparameters=_hyperparameters(trainer),
             evaluation={name: value for entry in evaluations for name, value in _figures(entry).items()},
-            rows=_thinned(_log_rows(of_training)),
+            rows=_thinned(_log_rows([entry for entry in log if entry not in elsewhere])),
             versions={__package__.partition(".")[0]: __version__} | {name: version(name) for name in _PACKAGES},
-            evaluation_dataset=on_hub[0] if len(on_hub) == 1 else None,
-            evaluation_split=str(evaluated.split) if len(on_hub) == 1 and evaluated.split else None,
+            evaluation_dataset=ids[0] if len(ids) == 1 else None,
+            evaluation_split=str(evaluated.split) if len(ids) == 1 and evaluated.split else None,
         )
 
 
 def _log_rows(log: list[dict]) -> list[dict[str, float]]:
-    """One row for each evaluation, with the last training loss before it; without evaluations, one for each loss."""
+    """Return a row for each evaluation, with the last training loss before it; or for each loss, if there are none."""
     rows, loss = {}, {}
     evaluations = [entry for entry in log if _figures(entry)]
     for entry in log:
@@ -77,19 +73,19 @@ def _log_rows(log: list[dict]) -> list[dict[str, float]]:
             loss = {"training_loss": entry["loss"]}
         if entry in evaluations if evaluations else "loss" in entry:
             row = rows.get(entry["step"], {"step": entry["step"]} | loss)
-            rows[entry["step"]] = row | _figures(entry) | row  # after training, other weights may have been loaded
+            rows[entry["step"]] = row | _figures(entry) | row  # the first counts: later, other weights may be loaded
     return list(rows.values())
 
 
 def _thinned(rows: list[dict]) -> list[dict]:
-    """At most `MOST_ROWS`, the first and the last among them."""
+    """Return at most `MOST_ROWS` rows, including the first and the last."""
     if len(rows) <= MOST_ROWS:
         return rows
     return [rows[index * (len(rows) - 1) // (MOST_ROWS - 1)] for index in range(MOST_ROWS)]
 
 
 def _evaluations(trainer: Trainer, log: list[dict]) -> list[dict]:
-    """The last of the weights that the trainer has now. Of several sets, each is an entry of its own at one step."""
+    """Return the last evaluations of the present weights; several data sets have one entry each at the same step."""
     ends = [index for index, entry in enumerate(log) if "train_runtime" in entry]
     evaluations = [entry for entry in log if _figures(entry)]
     if ends and trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None:
@@ -103,7 +99,7 @@ def _figures(entry: dict) -> dict[str, float]:
 
 
 def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
-    """Those of transformers' cards, and the adapter's."""
+    """Return the hyperparameters in transformers' cards, and those of the adapter."""
     args, adapter = trainer.args, getattr(trainer.model, "peft_config", {}).get("default")
     found = extract_hyperparameters_from_trainer(trainer) | {"optimizer": args.optim.value}
     if "adam" in args.optim.value:
@@ -116,21 +112,7 @@ def _hyperparameters(trainer: Trainer) -> dict[str, Any]:
     return found
 
 
-def hub_ids(dataset) -> tuple[str, ...]:
-    """Where `load_dataset` took the data from. It does not write that down (up to datasets 4 it did), but its files lie
-    in folders that tell."""
+def hub_ids(dataset: Any) -> tuple[str, ...]:
+    """Return the ids of the data sets on the Hub from which `load_dataset` took the data, if it noted their URLs."""
     urls = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
-    found = [match[1] for url in urls if (match := re.match(r"hf://datasets/(.+?)@", url))]
-    for file in getattr(dataset, "cache_files", ()):
-        for folder in Path(file["filename"]).parts:
-            namespace, _, name = folder.partition("___")
-            found += _downloaded(namespace, name) if name else []
-    return tuple(dict.fromkeys(found))
-
-
-def _downloaded(namespace: str, name: str) -> list[str]:
-    """The folder of the data has the name in snake case, that of the download as it is."""
-    prefix = f"datasets--{namespace}--"
-    names = [path.name.removeprefix(prefix) for path in Path(constants.HF_HUB_CACHE).glob(f"{escape(prefix)}*")]
-    same = [f"{namespace}/{each}" for each in names if camelcase_to_snakecase(each) == name]
-    return same if len(same) == 1 else []
+    return tuple(dict.fromkeys(match[1] for url in urls if (match := re.match(r"hf://datasets/(.+?)@", url))))

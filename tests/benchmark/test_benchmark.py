@@ -58,7 +58,7 @@ def test_every_row_is_timed(tokenizer):
     )
     assert tuple(timings.rows) == ROWS
     for seconds in (*timings.rows.values(), *timings.forwards.values()):
-        assert [len(of_prompt) for of_prompt in seconds] == [2, 2] and min(map(min, seconds)) > 0
+        assert [len(rounds) for rounds in seconds] == [2, 2] and min(map(min, seconds)) > 0
     assert timings.is_same_text
     with pytest.raises(PRTValueError, match="a reward adapter"):
         time_decoding(tiny.llama(1), source, RewardModel.from_base(source, tokenizer), tokenizer, [tiny.prompts(1)])
@@ -91,7 +91,7 @@ def test_the_command_with_models_of_ones_own(tmp_path, tokenizer, capsys):
         "same_base_vs_bare",
     }
     assert all(value > 0 for value in record["figures"].values())
-    assert [len(of_prompt) for of_prompt in record["timings"][0]["rows"]["bare"]] == [1]
+    assert [len(rounds) for rounds in record["timings"][0]["rows"]["bare"]] == [1]
     assert main(["bench", "decode", *own, *few]) == 0
     assert "limit of sequential PRT" in capsys.readouterr().out
     assert main(["bench", "decode", *own[:2]]) == 1
@@ -227,8 +227,8 @@ def test_every_row_of_vision_runs_what_it_says(adapter):
     assert tuple(timings.rows) == vision.ROWS and timings.images == 3
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in timings.rows.values())
     # The source of a full reward is a copy, hook and all; an adapter's is its bare base.
-    of_source = [] if adapter else ["reward"]
-    a_round = ["backbone", "backbone", "reward", *["reward", *of_source, "backbone"], "reward", *of_source]
+    source_calls = [] if adapter else ["reward"]
+    a_round = ["backbone", "backbone", "reward", *["reward", *source_calls, "backbone"], "reward", *source_calls]
     assert calls == 3 * a_round
 
 

@@ -252,7 +252,7 @@ def test_images_are_measured_with_labels_by_name(folder, capsys):
     out = check(capsys, "images", "permuted", "--data", "unlabelled.parquet")[1]
     assert f"eps = {found['portability']['eps']:.4g} " in out
     assert out.endswith(
-        "worth porting: cannot tell\n  the data has no labels, so that nothing tells better from worse\n"
+        "worth porting: cannot tell\n  the data has no labels, so better and worse are unknown\n"
     )
     rows.cast_column("label", Value("int64")).to_parquet("numbers.parquet")
     numbers = json.loads(check(capsys, "images", "permuted", "--data", "numbers.parquet", "--json")[1])
@@ -275,7 +275,7 @@ def test_one_row_tells_nothing_and_rows_without_tokens_are_counted(data, weights
     (data / "one.jsonl").write_text("\n".join(map(json.dumps, [{"input_ids": [3, 4, 5]}, {"input_ids": [6]}])))
     out = check(capsys, "reward", "target", "--data", "one.jsonl")[1]
     assert "on 1 rows, 2 tokens, strength 1; 1 more had nothing left to predict" in out
-    assert out.endswith("worth porting: cannot tell\n  one row tells nothing of the noise\n")
+    assert out.endswith("worth porting: cannot tell\n  one row gives no estimate of the noise\n")
     found = json.loads(check(capsys, "reward", "target", "--data", "one.jsonl", "--json")[1])
     assert (found["worth_porting"], found["rows_without_predictions"]) == (None, 1)
     assert set(found["portability"]["standard_error"].values()) == {None}

@@ -206,7 +206,7 @@ def test_the_harness_asks_the_backbone_and_the_prt_model(tasks, own_tasks_alone,
 
 def test_an_unknown_task_is_told_with_the_nearest(tasks, capsys):
     given = ("reward", "--targets", "one", "--include_path", "tasks", "--tasks")
-    assert "found: 'wordz'\n  remedy: did you mean words" in evaluate(capsys, *given, "words", "wordz", status=1).err
+    assert "found: 'wordz'\n  remedy: did you mean 'words" in evaluate(capsys, *given, "words", "wordz", status=1).err
     printed = evaluate(capsys, *given[:3], status=1)
     assert "There is nothing to evaluate on.\n  expected: --data, or --tasks, or both" in printed.err
 

@@ -81,7 +81,7 @@ def test_gsm8k_compares_the_last_numbers_by_value(made):
     ]
     predictions = ["So she sold 72.", "The answer is $1000.00", "4 at first, then 5", "-5", "I do not know"]
     assert made(GSM8K).compute(predictions=predictions, references=references) == {"gsm8k": 0.6}
-    message = r"no answer.\n  expected: a number behind `####`\n  found: '3 ####' in row 1"
+    message = r"no answer.\n  expected: a number after `####`\n  found: '3 ####' in row 1"
     with pytest.raises(PRTValueError, match=message):
         made(GSM8K).compute(predictions=["1", "3"], references=["#### 1", "3 ####"])
 

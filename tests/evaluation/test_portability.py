@@ -48,9 +48,9 @@ def by_definition(reward, source, target, labels, strength):
     r = strength * reward.double()
     pi, other = (logits.double().softmax(-1) for logits in (source, target))
     c = r.exp().max(-1).values / (pi * r.exp()).sum(-1)
-    of_ways = [pi, other, pi * r.exp(), other * r.exp(), r.exp()]
+    weights_by_way = [pi, other, pi * r.exp(), other * r.exp(), r.exp()]
     found = {"nll": {}, "accuracy": {}}
-    for way, weights in zip(WAYS, of_ways, strict=True):
+    for way, weights in zip(WAYS, weights_by_way, strict=True):
         probabilities = weights / weights.sum(-1, keepdim=True)
         found["nll"][way] = -probabilities[torch.arange(len(labels)), labels].log().mean().item()
         found["accuracy"][way] = (probabilities.argmax(-1) == labels).double().mean().item()
@@ -153,7 +153,7 @@ def test_classifiers_equal_the_definitions_with_labels_in_another_order(kind, to
     unlabelled = measure_portability(reward, target, batched, strength=2.0)
     assert (unlabelled.eps, unlabelled.c_mean) == pytest.approx((expected["eps"], expected["c_mean"]), rel=1e-4)
     assert (unlabelled.nll, unlabelled.accuracy) == (None, None)
-    assert unlabelled.verdict() == (None, ["the data has no labels, so that nothing tells better from worse"])
+    assert unlabelled.verdict() == (None, ["the data has no labels, so better and worse are unknown"])
 
 
 def test_standard_errors_take_rows_as_draws(tokenizer):

@@ -201,7 +201,7 @@ def test_a_method_holds_the_weights_of_its_networks_once(tokenizer):
     for place in report.places:
         time = {method: figures.milliseconds for method, figures in place.figures.items()}
         assert time["prt"] == pytest.approx(time["pretrained"] + time["reward_only"])
-    assert report.notes == ["fine-tuned is left out, for want of the model (`finetuned=`), at: new"]
+    assert report.notes == ["fine-tuned is left out, because the model (`finetuned=`) is missing, at: new"]
 
 
 # Words
@@ -442,7 +442,7 @@ def test_what_is_saved(places):
     cells = " | ".join(f"{value:.3f} [{low:.3f}, {high:.3f}]" for value, low, high in prt)
     assert f"| PRT | {cells} |" in lines
     assert lines[at + 8].startswith("| fine-tuned | ") and lines[at + 8].endswith(" |  |"), "of `two` not given"
-    assert lines[-1] == "- fine-tuned is left out, for want of the model (`finetuned=`), at: two"
+    assert lines[-1] == "- fine-tuned is left out, because the model (`finetuned=`) is missing, at: two"
     with Image.open("out/report.png") as picture:
         assert picture.format == "PNG" and picture.size[0] > 900
 
@@ -466,7 +466,7 @@ def test_the_card_has_the_figures_and_keeps_what_users_wrote(places):
     reward.save_pretrained("reward")
     text = card.read_text()
     assert "| `two` | `me/stories` | `nll`" in text and "| `one` |" not in text and "My own words." in text
-    with pytest.raises(PRTValueError, match="The report is of another reward"):
+    with pytest.raises(PRTValueError, match="The report is about another reward"):
         again.write_to_card(reward_on(tiny.llama(1), tiny.tokenizer()))
 
 
@@ -507,7 +507,7 @@ def test_arguments_that_cannot_be_right_are_refused(places, tokenizer):
         ({"methods": ("prompting",)}, "expected: pretrained, eft, prt, reward_only, finetuned\n  found: 'prompting'$"),
         ({"methods": ()}, "There is nothing to measure"),
         ({"methods": ("eft",), "eft": None}, "found: only the methods eft, without a model that they need"),
-        ({"strength": math.nan}, "The strength is no number"),
+        ({"strength": math.nan}, "The strength is not a number"),
         ({"output_dir": "one/config.json"}, "Nothing can be written into one/config.json"),
         ({"output_dir": "one/config.json/report"}, "config.json is a file"),
         ({"targets": []}, "There are no targets"),

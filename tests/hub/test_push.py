@@ -617,7 +617,7 @@ def test_a_local_base_is_told(hub, tmp_path, monkeypatch):
     monkeypatch.setattr("prt_hf.hub.publishing.logger.warning", said.append)
     tiny.llama(1).save_pretrained(tmp_path / "base")
     an_adapter(str(tmp_path / "base")).push_to_hub("me/reward")
-    assert len(said) == 1 and "is not on the Hub: whoever loads what is pushed has to pass `base_model=`" in said[0]
+    assert len(said) == 1 and "is not on the Hub: users have to pass `base_model=` to load what is pushed" in said[0]
     files = hub.files("me/reward")
     assert str(tmp_path) not in files["README.md"].decode()
     assert torch.equal(
