@@ -22,8 +22,7 @@ from .errors import LabelMismatchError, PRTValueError, RewardFileError, Vocabula
 logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
-FORMAT_VERSION = "1.2"  # 1.1: more_source_backbones; 1.2: distilled_from, minus_base
-MINUS_BASE_VERSION = "2.0"  # of rewards that readers of 1.1 would take for their networks' logits
+FORMAT_VERSION = "1.0"
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
@@ -298,9 +297,8 @@ class RewardConfig:
         return [self.source_backbone or self.reward_base, *self.more_source_backbones]
 
     def to_json_string(self) -> str:
-        """In the present format, whichever it was read from."""
-        version = MINUS_BASE_VERSION if self.minus_base else FORMAT_VERSION
-        written = {"contract": contract_to_dict(self.contract), "format_version": version}
+        """Return the text of `prt_config.json`, in the format that this version writes."""
+        written = {"contract": contract_to_dict(self.contract), "format_version": FORMAT_VERSION}
         return json.dumps(vars(self) | written, indent=2, default=vars) + "\n"
 
     @classmethod
@@ -335,10 +333,10 @@ class RewardConfig:
     @classmethod
     def _from_dict(cls, entries: dict[str, Any]) -> "RewardConfig":
         version = str(entries["format_version"])
-        if int(version.split(".")[0]) > int(MINUS_BASE_VERSION.split(".")[0]):
+        if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
             raise RewardFileError(
                 "The reward was saved by a newer prt_hf.",
-                expected=f"format version {MINUS_BASE_VERSION} or older",
+                expected=f"format version {FORMAT_VERSION}, or a newer one of the same major version",
                 found=version,
                 remedy="pip install --upgrade prt_hf",
             )
