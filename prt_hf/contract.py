@@ -23,6 +23,8 @@ logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
 FORMAT_VERSION = "1.0"
+NETWORK, MINUS_BASE = "network", "-base"  # terms of a reward
+_SUMS = ((NETWORK,), (NETWORK, MINUS_BASE))
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
@@ -267,8 +269,8 @@ class RewardConfig:
         kl_coef (`float`): lambda in training.
         entropy_coef (`float`): alpha of Eq. 12 in training.
         reward_init (`str`): `"pretrained"` (r starts as the base's logits, as in the paper) or `"zero"`.
-        minus_base (`bool`): r is the adapter's logits less its base's, log pi_ft - log pi_pt of emulated fine-tuning:
-            an ordinary adapter that was carried over.
+        terms (tuple of `str`): networks whose logits add up to r: `("network",)`, or `("network", "-base")` for an
+            ordinary adapter that was carried over, log pi_ft - log pi_pt of emulated fine-tuning.
         distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to; of one
             that was carried over, the adapter.
     """
@@ -282,7 +284,7 @@ class RewardConfig:
     kl_coef: float = 1.0
     entropy_coef: float = 0.0
     reward_init: str = "pretrained"
-    minus_base: bool = False
+    terms: tuple[str, ...] = (NETWORK,)
     distilled_from: ModelReference | None = None
     format_version: str = FORMAT_VERSION
 
@@ -345,6 +347,8 @@ class RewardConfig:
         for name in ("reward_base", "source_backbone", "distilled_from"):
             if known.get(name) is not None:
                 known[name] = _reference(known[name])
+        if "terms" in known:
+            known["terms"] = tuple(known["terms"])
         known["more_source_backbones"] = tuple(map(_reference, entries.get("more_source_backbones", ())))
         config = cls(**known)
         _check(
@@ -355,8 +359,7 @@ class RewardConfig:
             kl_coef=_is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
             entropy_coef=_is_number(config.entropy_coef) and config.entropy_coef >= 0,
             reward_init=isinstance(config.reward_init, str),
-            minus_base=config.minus_base is False
-            or (config.minus_base is True and config.is_adapter and config.task == TEXT_GENERATION),
+            terms=config.terms in (_SUMS if config.is_adapter and config.task == TEXT_GENERATION else _SUMS[:1]),
         )
         return config
 

@@ -5,6 +5,8 @@ arithmetic is done in float32. Wherever `backbone_logits` appear, log-probabilit
 not see a constant.
 """
 
+from collections.abc import Sequence
+from math import isfinite
 from numbers import Real
 
 import torch
@@ -75,6 +77,14 @@ def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float
     return _log_probs(backbone_logits.float(), check_finite(reward).float(), strength)
 
 
+def signed_sum(signs: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return `sum(sign * value)`, the reward of several terms, without a copy of the first where its sign is 1."""
+    total = values[0] if signs[0] == 1 else signs[0] * values[0]
+    for sign, value in zip(signs[1:], values[1:], strict=True):
+        total = total.add(value.to(total.device), alpha=sign)
+    return total
+
+
 def as_strength(value: float | torch.Tensor | list[float]) -> float | torch.Tensor:
     """1 / lambda of Eq. 10 as a number, or as a tensor with one per prompt.
 
@@ -93,6 +103,19 @@ def as_strength(value: float | torch.Tensor | list[float]) -> float | torch.Tens
     if isinstance(value, Real):
         return value
     return numbers if numbers.ndim else numbers.item()
+
+
+def check_strengths(strengths: Sequence[float], count: int, name: str = "strengths") -> None:
+    """Check that there is one finite number for each reward.
+
+    Raises:
+        PRTValueError: there is not; `name` is that of the argument.
+    """
+    is_usable = isinstance(strengths, list | tuple) and len(strengths) == count
+    if not is_usable or not all(isinstance(value, Real) and isfinite(value) for value in strengths):
+        raise PRTValueError(
+            f"`{name}` is not usable.", expected=f"{count} finite numbers, one for each reward", found=str(strengths)
+        )
 
 
 def strength_of_rows(strength: float | torch.Tensor | list[float], rows: int) -> torch.Tensor:

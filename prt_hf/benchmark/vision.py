@@ -104,7 +104,7 @@ def time_vision(
     def eft() -> torch.Tensor:
         """log pi_pt + log pi_ft_old - log pi_pt_old"""
         tuned, pretrained = (
-            network(**of_reward).logits[..., model.orders[0]].float().log_softmax(-1)
+            network(**of_reward).logits[..., model.parts[1].columns].float().log_softmax(-1)
             for network in (reward.network, source)
         )
         return combine(backbone(**of_backbone).logits, tuned - pretrained)

@@ -19,6 +19,7 @@ from .joint_head import JointBase, JointHead, joint_head
 from .logits_processor import PRTLogitsProcessor
 from .probe import behaviour_of, check_padding
 from .prt_model import PRTPreTrainedModel
+from .recipe import PRTModelConfig
 from .speculative import speculative_decoding
 from .state import switching_length
 
@@ -42,10 +43,10 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
     main_input_name = "input_ids"
     _can_compile_fullgraph = True  # with PEFT's layers or a mixed pass, in parts
 
-    def __init__(self, config, backbone=None, rewards=None, processing_class=None):
-        super().__init__(config, backbone, rewards, processing_class)
+    def __init__(self, config: PRTModelConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
         self.generation_config = copy.deepcopy(self.backbone.generation_config)
-        switches = (switching_length(run.model.config) for run in self._separate)
+        switches = (switching_length(part.run.model.config) for part in self.parts)
         self._switches = [switch for switch in switches if switch is not None]
 
     @property
@@ -241,13 +242,18 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
 
     @property
     def _is_cached(self) -> bool:
-        return all(run.is_cached and behaviour_of(run).steps for run in self._separate)
+        return all(part.run.is_cached and behaviour_of(part.run).steps for part in self.parts)
 
     def _new_cache(self) -> PRTCache | None:
         if not self._is_cached:
             return None
-        parts = [DynamicCache(config=run.model.config.get_text_config(decoder=True)) for run in self._passes]
-        return PRTCache(parts, [len(run.blocks) for run in self._passes])
+        configs = [run.model.config.get_text_config(decoder=True) for run, _ in self._passes]
+        return PRTCache([DynamicCache(config=config) for config in configs], self._blocks)
+
+    @property
+    def _blocks(self) -> list[int]:
+        """How many parts each of the passes reads."""
+        return [len(parts) for _, parts in self._passes]
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -266,22 +272,21 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             generation_config.use_cache = False
         if not generation_config.use_cache:
             return None
-        parts = []
-        for run in self._passes:
+        caches = []
+        for run, parts in self._passes:
             made = {}
             run.model._prepare_cache_for_generation(
-                generation_config, made, generation_mode, batch_size * len(run.blocks), max_cache_length
+                generation_config, made, generation_mode, batch_size * len(parts), max_cache_length
             )
-            parts.append(made[CACHE])
-        model_kwargs[CACHE] = PRTCache(parts, [len(run.blocks) for run in self._passes])
+            caches.append(made[CACHE])
+        model_kwargs[CACHE] = PRTCache(caches, self._blocks)
 
     def _check_cache(self, cache) -> None:
-        blocks = [len(run.blocks) for run in self._passes]
-        if not isinstance(cache, PRTCache) or cache.blocks != blocks:
+        if not isinstance(cache, PRTCache) or cache.blocks != self._blocks:
             raise UnsupportedError(
                 "The cache is not one of this PRT model's passes.",
                 expected=f"`{CACHE}` as an earlier call of this model returned them, with gradients where there "
-                f"are now: blocks of rows {blocks}",
+                f"are now: blocks of rows {self._blocks}",
                 found=f"{type(cache).__name__}{f' of {cache.blocks}' if isinstance(cache, PRTCache) else ''}",
             )
 
@@ -314,8 +319,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 )
         is_padded = length == 0 and mask is not None and bool((mask[:, 0] == 0).any())
         if is_padded and not self.training:
-            for run in self._separate:
-                check_padding(run)
+            for part in self.parts:
+                check_padding(part.run)
         if position_ids is not None or not (length or is_padded):
             return position_ids
         if mask is None:

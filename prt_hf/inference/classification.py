@@ -40,11 +40,11 @@ class PRTForSequenceClassification(PRTPreTrainedModel):
             **self._classify(inputs, labels, output_hidden_states, output_attentions, kwargs)
         )
 
-    def _classify(self, inputs, labels, output_hidden_states, output_attentions, kwargs, of_rewards=()) -> dict:
+    def _classify(self, inputs, labels, output_hidden_states, output_attentions, kwargs, reward_inputs=()) -> dict:
         num_items = kwargs.pop("num_items_in_batch", None)
         asked = {"output_hidden_states": output_hidden_states, "output_attentions": output_attentions}
         inputs, asked = ({k: v for k, v in given.items() if v is not None} for given in (inputs | kwargs, asked))
-        logits, beside = self._run(inputs, asked, of_rewards=of_rewards)
+        logits, beside = self._run(inputs, asked, reward_inputs=reward_inputs)
         log_probs = self._combine(logits)
         loss = None
         if labels is not None:
@@ -64,9 +64,10 @@ class PRTForImageClassification(PRTForSequenceClassification):
     task = IMAGE_CLASSIFICATION
     main_input_name = "pixel_values"
 
-    def __init__(self, config, backbone=None, rewards=None, processing_class=None):
-        super().__init__(config, backbone, rewards, processing_class)
-        self._joint = processing_class if isinstance(processing_class, PRTImageProcessor) else None
+    @property
+    def _joint(self) -> PRTImageProcessor | None:
+        """The processor that makes the pixels of several networks, where they want different ones."""
+        return self.processing_class if isinstance(self.processing_class, PRTImageProcessor) else None
 
     @can_return_tuple
     def forward(
@@ -85,13 +86,13 @@ class PRTForImageClassification(PRTForSequenceClassification):
         Raises:
             UnsupportedError: a reward wants other pixels than the backbone, and they are not there.
         """
-        kwargs, of_rewards = split_inputs(kwargs, "reward", len(self.rewards))
-        for index, own in enumerate(of_rewards):
+        kwargs, reward_inputs = split_inputs(kwargs, "reward", len(self.rewards))
+        for index, own in enumerate(reward_inputs):
             theirs = None if self._joint is None else self._joint.others.get(f"reward_{index}")
             if theirs is not None and PIXELS not in own:
                 remedy = "`model.processing_class(images, return_tensors='pt')` makes both"
                 raise missing_pixels("reward", index, self._joint.main, theirs, remedy)
         inputs = {PIXELS: pixel_values}
         return ImageClassifierOutput(
-            **self._classify(inputs, labels, output_hidden_states, output_attentions, kwargs, of_rewards)
+            **self._classify(inputs, labels, output_hidden_states, output_attentions, kwargs, reward_inputs)
         )

@@ -75,7 +75,7 @@ def check_counts(entries: dict[str, Any], place: str | Path, kind: type[PRTError
         PRTError: making them would take all memory.
     """
     for name, value in walk(entries):
-        most = min((most for part, most in _MOST.items() if part in name), default=None)
+        most = min((most for part, most in _MOST.items() if part in str(name)), default=None)
         if most is not None and isinstance(value, int) and value > most:
             raise kind(
                 f"The configuration in {place} describes no network.",

@@ -314,7 +314,7 @@ def _check_one_network(reward: RewardModel) -> None:
     """Raises:
     UnsupportedError: the reward is not what its network gives.
     """
-    if reward.config.minus_base:
+    if len(reward.config.terms) > 1:
         raise UnsupportedError(
             "An adapter that was carried over is a reward of two networks, and neither tuned nor measured as one.",
             expected="a reward that PRTTrainer made",

@@ -9,7 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ..contract import PRT_CONFIG_NAME, ModelReference
-from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError
+from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.client import has_file, local_file
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_digest
 from ..networks.adapter_config import changes_base, check_is_of_layers, read_peft_config
@@ -177,3 +177,40 @@ def teacher_of(
     teacher.load()
     teacher.check_base(sources[0])
     return teacher
+
+
+def check_finetuned(network: PeftModel | PreTrainedModel) -> None:
+    """Check that an adapter changes layers, and none of them by what the text is.
+
+    Raises:
+        UnsupportedError: an adapter of prompts, or one that depends on the text.
+    """
+    for peft_config in network.peft_config.values() if isinstance(network, PeftModel) else ():
+        check_is_of_layers(peft_config)
+
+
+def pretrained_of(network: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """Return what a fine-tuned model was tuned from: the base of its adapter, on the very same weights.
+
+    Raises:
+        PRTValueError: it is no `PeftModel`.
+        UnsupportedError: the adapter has changed its base.
+    """
+    if not isinstance(network, PeftModel):
+        raise PRTValueError(
+            "EFT needs the old model before and after fine-tuning.",
+            expected="`pretrained=`, or a PeftModel whose adapter can be switched off",
+            found=type(network).__name__,
+        )
+    for peft_config in network.peft_config.values():
+        if changes_base(peft_config):
+            raise UnsupportedError(
+                "The adapter has changed its base, which is not the old model any more without it.",
+                expected="`pretrained=`, or an adapter beside its base (LoRA with bias='none')",
+                found=", ".join(
+                    f"{name}={getattr(peft_config, name, None)!r}"
+                    for name in ("bias", "init_lora_weights", "layer_replication")
+                ),
+                remedy="pretrained=AutoModelForCausalLM.from_pretrained(...)",
+            )
+    return bare_base(network)

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
+from ..contract import IMAGE_CLASSIFICATION, MINUS_BASE, PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
 from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
 from ..networks.adapter_config import read_peft_config
@@ -44,7 +44,7 @@ def load_adapter(
         check_bare(base)
         check_same_model(config.reward_base, base)
     network = on_base(base, peft_config, folder)
-    if config.minus_base:
+    if MINUS_BASE in config.terms:
         check_switchable(network, base)
     return network, source
 

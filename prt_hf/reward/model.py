@@ -3,14 +3,18 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..contract import (
     IMAGE_CLASSIFICATION,
+    MINUS_BASE,
+    NETWORK,
     PRT_CONFIG_NAME,
     Contract,
     LabelContract,
@@ -20,13 +24,14 @@ from ..contract import (
     unwrap_tokenizer,
 )
 from ..errors import PRTValueError
+from ..functional import signed_sum
 from ..hub.card import render_card
 from ..hub.card_merge import merged_or_new, read_card, write_card
 from ..hub.client import local_folder
 from ..hub.folder import ADAPTER_CONFIG, REWARD, check_files, replacing_files
 from ..hub.publishing import Shareable, push_reward
 from ..networks.adapter_config import check_is_of_layers
-from ..networks.adapters import check_bare
+from ..networks.adapters import bare_base, check_bare
 from ..networks.anatomy import check_length, context_length, contract_of, task_of
 from ..networks.auto import load_pretrained, load_processing_class, processing_class_of, save_processing_class
 from ..networks.identity import origin_of, reference_to
@@ -37,6 +42,13 @@ from .loading import load_adapter, load_ordinary_adapter, load_saved_processing_
 logger = logging.get_logger(__name__)
 
 REWARD_INITS = ("pretrained", "zero")
+
+
+class Term(NamedTuple):
+    """One network of the signed sum that a reward is."""
+
+    network: nn.Module
+    sign: float = 1.0
 
 
 class RewardModel(Shareable):
@@ -218,8 +230,16 @@ class RewardModel(Shareable):
         contract = contract_of(network, processing_class)
         snapshot = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
         origin = origin_of(path_or_repo, snapshot)
-        config = RewardConfig(task, contract, reference_to(network), minus_base=True, distilled_from=origin)
+        config = RewardConfig(task, contract, reference_to(network), terms=(NETWORK, MINUS_BASE), distilled_from=origin)
         return cls(network, config, processing_class)
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The networks whose logits, with their signs, add up to r; a base is on the very same weights."""
+        return tuple(
+            Term(bare_base(self.network), -1.0) if name == MINUS_BASE else Term(self.network)
+            for name in self.config.terms
+        )
 
     @property
     def contract(self) -> Contract:
@@ -254,11 +274,8 @@ class RewardModel(Shareable):
         """
         if "input_ids" in inputs:
             check_length(inputs["input_ids"].shape[1], context_length(self.network))
-        logits = self.network(**inputs).logits[..., self.columns]
-        if not self.config.minus_base:
-            return logits
-        with torch.no_grad(), self.network.disable_adapter():
-            return logits - self.network(**inputs).logits[..., self.columns]
+        networks, signs = zip(*self.terms, strict=True)
+        return signed_sum(signs, [network(**inputs).logits[..., self.columns] for network in networks])
 
     def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
         """Write plain PEFT files (or those of a full model), the tokenizer or image processor, `prt_config.json`, and a
@@ -315,9 +332,12 @@ class RewardModel(Shareable):
             may want other pixels than one another: see [`~prt_hf.networks.pixels`].
 
         Raises:
-            VocabularyMismatchError, LabelMismatchError: the backbone speaks of other tokens or labels.
+            PRTValueError: the backbone is made for another task.
+            VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
         task = self.config.task
+        if task_of(backbone) != task:
+            raise PRTValueError("The backbone is made for another task.", expected=task, found=task_of(backbone))
         if processing_class is None:
             processing_class = processing_class_of(backbone, task)
         if processing_class is None and task != IMAGE_CLASSIFICATION:

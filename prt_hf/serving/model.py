@@ -13,6 +13,7 @@ from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_regist
 from vllm.transformers_utils.config import get_hf_text_config
 
 from ..errors import UnsupportedError
+from ..functional import signed_sum
 from .adapters import RequestAdapters
 from .engine_config import network_configs, parts_of
 from .limits import window_of
@@ -79,14 +80,14 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         ]
         if backbone is None:
             return None
-        said = iter(others)
+        logits = iter(others)
         rewards = [
-            next(said).float() - next(said).float() if reward.minus_base else next(said)
+            signed_sum([term.sign for term in reward.terms], [next(logits).float() for _ in reward.terms])
             for reward in self.parts.rewards
         ]
         if self.request_adapters is None:
             return self._steps.combine(backbone, rewards)
-        return self._steps.combine(backbone, [*rewards, next(said)], self.request_adapters.strengths_of_rows())
+        return self._steps.combine(backbone, [*rewards, next(logits)], self.request_adapters.strengths_of_rows())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         own = tuple(f"{name}." for name in self._networks)
@@ -96,7 +97,10 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         for name, network in self._networks.items():
             if network.is_adapted:
                 _check_own_head(getattr(self, name))
-                found = weights_of_base(network.folder) if network.merged is None else merged_weights(network.merged)
+                if network.adapter is None:
+                    found = weights_of_base(network.folder)
+                else:
+                    found = merged_weights(network.adapter, network.folder)
                 loaded |= AutoWeightsLoader(self).load_weights((f"{name}.{key}", tensor) for key, tensor in found)
         return loaded
 

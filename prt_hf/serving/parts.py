@@ -2,15 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from math import isfinite
-from numbers import Real
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
+from ..contract import (
+    MINUS_BASE,
+    PRT_CONFIG_NAME,
+    TEXT_GENERATION,
+    ModelReference,
+    RewardConfig,
+    VocabularyContract,
+)
 from ..errors import PRTValueError, RewardFileError, UnsupportedError
+from ..functional import check_strengths
 from ..hub.client import local_folder
 from ..hub.folder import ADAPTER_CONFIG, check_files
 from ..inference.recipe import PRTModelConfig, check_complete, place_of_reward
@@ -25,27 +31,12 @@ ADAPTERS = "adapters"  # the network that requests' own reward adapters are put 
 
 
 @dataclass(frozen=True)
-class ServedReward:
-    """
-    Attributes:
-        folder: of the reward, as [`RewardModel.save_pretrained`] writes it.
-        network: folder whose `config.json` describes the network: its base's, or its own.
-        strength: 1 / lambda, of requests that name none.
-        minus_base: r is what the adapter adds to its base's logits, so that the base runs as well.
-    """
-
-    folder: str
-    network: str
-    is_adapter: bool
-    strength: float
-    minus_base: bool = False
-
-
-@dataclass(frozen=True)
 class PretrainedFolder:
-    """
+    """A pretrained model on this machine.
+
     Attributes:
-        reference: to what lies there.
+        folder: where it is stored.
+        reference: names it.
     """
 
     folder: str
@@ -54,25 +45,54 @@ class PretrainedFolder:
 
 @dataclass(frozen=True)
 class ServedNetwork:
-    """
+    """A network that runs beside the backbone: a term of a reward, or the base of those that requests name.
+
     Attributes:
-        folder: of its `config.json`, and of its weights if it is not adapted.
+        folder: of its `config.json`, and of its weights unless an adapter is added to them.
         is_adapted: its head has weights of its own, those of the embeddings with an adapter's added to them.
-        merged: the reward whose adapter that is; None where requests name theirs.
+        adapter: folder of the reward whose adapter is merged into it; None where requests name theirs.
+        sign: of the term.
     """
 
     folder: str
-    is_adapted: bool
-    merged: ServedReward | None = None
+    is_adapted: bool = False
+    adapter: str | None = None
+    sign: float = 1.0
+
+
+@dataclass(frozen=True)
+class ServedReward:
+    """A reward as a signed sum of networks.
+
+    Attributes:
+        terms: its networks.
+        strength: 1 / lambda, for requests that name none.
+    """
+
+    terms: list[ServedNetwork]
+    strength: float
+
+    @classmethod
+    def of(cls, folder: Path, config: RewardConfig, network: str, strength: float) -> "ServedReward":
+        """Return the reward in a folder, whose network, or the base of it, is described in the folder `network`."""
+        terms = [
+            ServedNetwork(network, sign=-1.0)
+            if name == MINUS_BASE
+            else ServedNetwork(network, config.is_adapter, str(folder) if config.is_adapter else None)
+            for name in config.terms
+        ]
+        return cls(terms, float(strength))
 
 
 @dataclass(frozen=True)
 class ServedParts:
-    """
+    """All networks of a served PRT model.
+
     Attributes:
         backbone: folder of the backbone.
+        rewards: those that are always on.
         contract: of the tokenizer, without the tokens' names; its size is the PRT model's, heads may be padded beyond.
-        adapter_base: of the reward adapters that requests name; None if none can be named.
+        adapter_base: base of the reward adapters that requests name; None if none can be named.
     """
 
     backbone: str
@@ -82,15 +102,11 @@ class ServedParts:
 
     @property
     def networks(self) -> dict[str, ServedNetwork]:
-        """Those that run beside the backbone, in this order, by the names of their modules."""
-        found = {}
-        for index, reward in enumerate(self.rewards):
-            merged = reward if reward.is_adapter else None
-            found[f"reward_{index}"] = ServedNetwork(reward.network, reward.is_adapter, merged)
-            if reward.minus_base:
-                found[f"reward_{index}_base"] = ServedNetwork(reward.network, False)
+        """The networks that run beside the backbone, in this order, by the names of their modules."""
+        terms = [term for reward in self.rewards for term in reward.terms]
+        found = {f"term_{index}": term for index, term in enumerate(terms)}
         if self.adapter_base is not None:
-            found[ADAPTERS] = ServedNetwork(self.adapter_base.folder, True)
+            found[ADAPTERS] = ServedNetwork(self.adapter_base.folder, is_adapted=True)
         return found
 
     def to_dict(self) -> dict:
@@ -98,7 +114,10 @@ class ServedParts:
 
     @classmethod
     def from_dict(cls, entries: dict) -> "ServedParts":
-        rewards = [ServedReward(**reward) for reward in entries["rewards"]]
+        rewards = [
+            ServedReward([ServedNetwork(**term) for term in reward["terms"]], reward["strength"])
+            for reward in entries["rewards"]
+        ]
         contract = VocabularyContract(**entries["contract"])
         if (base := entries["adapter_base"]) is not None:
             base = PretrainedFolder(base["folder"], ModelReference(**base["reference"]))
@@ -159,16 +178,7 @@ def parts_by_name(
     configs = [RewardConfig.from_json_file(folder / PRT_CONFIG_NAME) for folder in folders]
     if strengths is None:
         strengths = [config.strength for config in configs]
-    if (
-        not isinstance(strengths, list)
-        or len(strengths) != len(rewards)
-        or not all(isinstance(value, Real) and isfinite(value) for value in strengths)
-    ):
-        raise PRTValueError(
-            "`prt_strengths` is not usable.",
-            expected=f"{len(rewards)} finite numbers, one for each reward",
-            found=str(strengths),
-        )
+    check_strengths(strengths, len(rewards), "prt_strengths")
     of_backbone = local_folder(backbone, revision=revision, token=token)
     base = None
     if adapter_base is not None:
@@ -186,11 +196,12 @@ def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
         BaseModelMismatchError, VocabularyMismatchError: an adapter of another base, or for another vocabulary.
     """
     config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
-    if not config.is_adapter or config.minus_base:
+    is_carried_over = MINUS_BASE in config.terms
+    if not config.is_adapter or is_carried_over:
         raise UnsupportedError(
             "A request's own reward is put on the base that all of them share.",
             expected="a LoRA reward",
-            found=f"{folder}: " + ("a LoRA that is carried over" if config.minus_base else "a full reward"),
+            found=f"{folder}: " + ("a LoRA that is carried over" if is_carried_over else "a full reward"),
             remedy="name it in `prt_rewards`",
         )
     _check_reward(folder, config, parts.contract)
@@ -223,7 +234,7 @@ def _checked(
                 bases[config.reward_base] = _pretrained(config.reward_base, token)
             network = bases[config.reward_base].folder
         of_tokenizer.check_head(_vocab_size(network), owner="reward")
-        served.append(ServedReward(str(folder), network, config.is_adapter, float(strength), config.minus_base))
+        served.append(ServedReward.of(folder, config, network, strength))
     if adapter_base is not None:
         of_tokenizer.check_head(_vocab_size(adapter_base.folder), owner="base of reward adapters")
     elif len({base.folder for base in bases.values()}) == 1:
