@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..contract import VocabularyContract
+from ..contract import TEXT_GENERATION, LabelContract, RewardConfig, VocabularyContract
 from ..errors import RewardFileError
 from ..hub.folder import RECIPE_TYPE
-from ..networks.anatomy import unwrap_adapter
+from ..networks.anatomy import AUTO_CLASSES, unwrap_adapter
 from ..networks.checkpoints import check_counts
 from ..networks.identity import reference_to
 from ..reward.model import RewardModel
@@ -72,12 +72,14 @@ class PRTModelConfig(PreTrainedConfig):
         return getattr(config.get_text_config(), name)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all entries, those of the parts' configurations as well."""
         return super().to_dict() | {
             "backbone_config": self.backbone_config and self.backbone_config.to_dict(),
             "reward_configs": [config.to_dict() for config in self.reward_configs],
         }
 
     def to_diff_dict(self) -> dict[str, Any]:
+        """Return the entries that are written to `config.json`."""
         entries = self.to_dict()
         entries.pop("_name_or_path", None)  # where this recipe was read from
         return entries
@@ -108,6 +110,28 @@ def config_of(
     )
     config.name_or_path = backbone.name_or_path
     return config
+
+
+def new_parts(
+    task: str, config: PRTModelConfig, attn_implementation: str | None
+) -> tuple[PreTrainedModel, list[RewardModel]]:
+    """Return backbone and rewards with new weights, as all models have that are made from a configuration."""
+    auto_class = AUTO_CLASSES[task]
+    asked = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    backbone, *rewards = (
+        auto_class.from_config(part, **asked) for part in (config.backbone_config, *config.reward_configs)
+    )
+    config.backbone_reference = config.backbone_reference or asdict(reference_to(backbone))
+    references = config.reward_references or [{} for _ in rewards]
+    config.reward_references = [{"strength": 1.0} | entry for entry in references]
+    if task == TEXT_GENERATION:
+        contract = VocabularyContract(config.vocab_size, fingerprint="")  # there is no tokenizer
+    else:
+        contract = LabelContract.from_model_config(config.backbone_config)
+    return backbone, [
+        RewardModel(network, RewardConfig(task, contract, reference_to(network), is_adapter=False))
+        for network in rewards
+    ]
 
 
 def check_complete(config: PRTModelConfig) -> None:

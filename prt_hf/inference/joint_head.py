@@ -1,4 +1,4 @@
-"""A PRT model as hidden states times a head, for trainers that never make whole logits (TRL from 1.16 on).
+"""A PRT model as hidden states times a head, for trainers that avoid full logits (TRL from 1.16 on).
 
 softmax(log_softmax(b) + s r) = softmax(b + s r), so where b = h_b W_b^T and r = h_r W_r^T, the logits of the PRT model
 are [h_b, s h_r] [W_b, W_r]^T, up to a constant per context.
@@ -20,7 +20,7 @@ _LINEAR: "weakref.WeakSet[PRTPreTrainedModel]" = weakref.WeakSet()  # models who
 
 
 class JointHead(NamedTuple):
-    """`weight` of shape `(vocab_size, sum of hidden sizes)`, `bias` of shape `(vocab_size,)` or None."""
+    """A head with `weight` of shape `(vocab_size, sum of hidden sizes)`, `bias` of shape `(vocab_size,)` or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None

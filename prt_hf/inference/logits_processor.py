@@ -55,7 +55,7 @@ class _TermProcessor(LogitsProcessor):
             )
         if not isinstance(contract, VocabularyContract):
             raise PRTValueError(
-                "Only rewards over a vocabulary take part in `generate`.",
+                "Only rewards over a vocabulary work in `generate`.",
                 expected="a reward tuned from a causal language model",
                 found=f"a reward over {contract.kind}",
                 remedy="`PRTForSequenceClassification` or `PRTForImageClassification` adds a classifier's reward",
@@ -74,7 +74,7 @@ class _TermProcessor(LogitsProcessor):
         return self._strength
 
     @strength.setter
-    def strength(self, value):
+    def strength(self, value: float | torch.Tensor | list[float]) -> None:
         self._strength = as_strength(value)
 
     @property
@@ -83,7 +83,7 @@ class _TermProcessor(LogitsProcessor):
         return self._masked.mask
 
     @attention_mask.setter
-    def attention_mask(self, mask):
+    def attention_mask(self, mask: torch.LongTensor | None) -> None:
         if mask is not None and mask.ndim != 2:
             raise PRTValueError(
                 "`attention_mask` is not usable.",
@@ -183,21 +183,21 @@ class _TermProcessor(LogitsProcessor):
 class PRTLogitsProcessor(_TermProcessor):
     r"""Portable Reward Tuning at inference (Eq. 10, Algorithm 2): log pi_pt + strength * r_theta, normalised.
 
-    Exactly what a full recomputation of the reward gives, in every mode of `generate`: greedy, sampling, beams,
+    It equals a full recomputation of the reward in every mode of `generate`: greedy, sampling, beams,
     `num_return_sequences`, left padding, assisted decoding, prompt lookup. The reward's KV cache follows the rows by
     their content, so one object may be used again, for other prompts and batch sizes, and by several threads at once,
     which take turns at the reward. `strength` and `attention_mask` hold for all of them.
 
     Args:
         reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
-            each normalises, and what it takes off a row does not change what the next gives.
+            each normalises, and a constant per row does not change the output of the next.
         tokenizer: the backbone's; must have the reward's vocabulary.
         strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned
-            with, 1 in the paper. Below 0, what the reward was tuned for is taken away.
+            with, 1 in the paper. Below 0, the tuned behaviour is subtracted.
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to
             `generate`. By default left padding is inferred from the tokenizer's pad token.
         source_backbone (`PreTrainedModel`, *optional*): drafts for [`~prt_hf.speculative_decoding`] with a full reward;
-            by default loaded as `prt_config.json` names it. The source backbone of an adapter is its own base.
+            by default loaded as `prt_config.json` names it. An adapter drafts with its own base.
         compile_config (`CompileConfig`, *optional*): compile the reward's step, for GPUs on which a small network waits
             for its launches; `CompileConfig()` uses CUDA graphs.
 
@@ -244,6 +244,7 @@ class PRTLogitsProcessor(_TermProcessor):
         self._drafting: TermStates | None = None  # of the reward and its source backbone
 
     def reset(self) -> None:
+        """Free the caches, those of drafts as well."""
         super().reset()
         if self._drafting is not None:
             self._drafting.reset()

@@ -1,7 +1,6 @@
 """The base class of all PRT models: their parts and their passes. Recipes are read and written by `recipe.py`."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,16 +12,12 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from ..contract import (
     IMAGE_CLASSIFICATION,
     TEXT_GENERATION,
-    LabelContract,
-    RewardConfig,
-    VocabularyContract,
 )
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, check_strengths, combine, strength_of_rows
 from ..hub.publishing import Shareable
 from ..networks.adapters import check_bare, tie_parameters
 from ..networks.anatomy import (
-    AUTO_CLASSES,
     CACHE,
     context_length,
     frozen_norms,
@@ -30,11 +25,11 @@ from ..networks.anatomy import (
     unwrap_adapter,
 )
 from ..networks.auto import load_pretrained, processing_class_of
-from ..networks.identity import digest, reference_to
+from ..networks.identity import digest
 from ..networks.pixels import PRTImageProcessor
 from ..reward.loading import load_saved_processing_class
 from ..reward.model import RewardModel
-from .configuration import PRTModelConfig, config_of
+from .configuration import PRTModelConfig, config_of, new_parts
 from .passes import PartsPass, fewest_passes, parts_of, separate_passes
 from .recipe import find_recipe, load_parts, load_reward, push_recipe, read_generation_config, write_recipe
 
@@ -52,7 +47,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     Created by [`from_parts`]; saved as a recipe, which names its parts, and loaded from one by `from_pretrained` or the
     Auto classes. The backbone stays frozen and in evaluation mode; training moves the rewards.
 
-    It has more than 15 methods because transformers asks for eight of them.
+    It has more than 15 methods and 250 lines because transformers asks for eight of them, with their documentation.
 
     Attributes:
         backbone (`PreTrainedModel`): pi_pt.
@@ -91,7 +86,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         attn_implementation = config._attn_implementation  # as asked for; PreTrainedModel fills in its default
         super().__init__(config)
         if backbone is None:
-            backbone, rewards = _parts_from_configs(self.task, config, attn_implementation)
+            backbone, rewards = new_parts(self.task, config, attn_implementation)
         self.backbone = backbone.requires_grad_(False)
         self.rewards = rewards
         self.strengths = [entry["strength"] for entry in config.reward_references]
@@ -230,10 +225,18 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """Write the recipe: `config.json`, the tokenizer or image processor, and in `reward-0`, `reward-1`, ... the
-        rewards that were not loaded from the Hub or have changed since, each readable by itself
-        ([`RewardModel.from_pretrained`]). The backbone is named, not copied. An interrupted save leaves the recipe that
-        was there before whole; other files of the folder are kept.
+        """Write the recipe: `config.json`, the tokenizer or image processor, and rewards that are not on the Hub.
+
+        Rewards that were not loaded from the Hub, or have changed since, are saved in `reward-0`, `reward-1`, ..., each
+        readable by itself ([`RewardModel.from_pretrained`]). The backbone is named, not copied. An interrupted save
+        leaves the recipe that was there before whole; other files of the folder are kept.
+
+        Args:
+            save_directory: created if it does not exist.
+            is_main_process: other processes write nothing.
+            state_dict (*optional*): weights to write in the place of the model's.
+            push_to_hub: refused, see [`push_to_hub`].
+            **kwargs: ignored; for the signature of transformers.
 
         Raises:
             RewardFileError: the folder holds something else, or a `reward-0`, ... that is no part of the recipe there.
@@ -377,28 +380,6 @@ def _check_parts(model_class: type[PRTPreTrainedModel], backbone: PreTrainedMode
             expected="two models",
             remedy="load the backbone again, or copy.deepcopy it",
         )
-
-
-def _parts_from_configs(
-    task: str, config: PRTModelConfig, attn_implementation: str | None
-) -> tuple[PreTrainedModel, list[RewardModel]]:
-    """Return backbone and rewards with new weights, as all models have that are made from a configuration."""
-    auto_class = AUTO_CLASSES[task]
-    asked = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    backbone, *rewards = (
-        auto_class.from_config(part, **asked) for part in (config.backbone_config, *config.reward_configs)
-    )
-    config.backbone_reference = config.backbone_reference or asdict(reference_to(backbone))
-    references = config.reward_references or [{} for _ in rewards]
-    config.reward_references = [{"strength": 1.0} | entry for entry in references]
-    if task == TEXT_GENERATION:
-        contract = VocabularyContract(config.vocab_size, fingerprint="")  # there is no tokenizer
-    else:
-        contract = LabelContract.from_model_config(config.backbone_config)
-    return backbone, [
-        RewardModel(network, RewardConfig(task, contract, reference_to(network), is_adapter=False))
-        for network in rewards
-    ]
 
 
 def _for_rows(factor: Strength, logits: torch.Tensor) -> Strength:

@@ -264,7 +264,7 @@ def load_parts(
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """Return the settings of generation that lie beside a recipe; None if there are none.
+    """Return the generation settings that are saved with a recipe; None if there are none.
 
     Raises:
         RewardFileError: they cannot be read.
@@ -273,7 +273,7 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
         return None
     try:
         return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # whatever its class says of nonsense
+    except Exception as error:  # its class raises errors of many kinds
         raise unreadable(folder / GENERATION_CONFIG_NAME, error) from error
 
 

@@ -338,7 +338,7 @@ def test_what_cannot_be_carried_over_is_refused(home, tmp_path):
     (tmp_path / "it" / "adapter_model.safetensors").rename(tmp_path / "it" / "adapter_model.bin")
     refused(RewardFileError, "pickled weights can run code")
     RewardModel.from_base(str(home / "old"), peft_config=LoraConfig()).save_pretrained(tmp_path / "it")
-    refused(PRTValueError, "is a reward, and no ordinary adapter")
+    refused(PRTValueError, "is a reward, which is no model by itself")
 
 
 def test_it_is_no_reward_to_be_tuned_on(home, tmp_path):
