@@ -1,4 +1,4 @@
-"""What a reward needs of a backbone, and `prt_config.json`, where that is written down.
+"""The contract: what a reward needs of a backbone. It is stored in `prt_config.json`.
 
 A reward is one number per token or label (Eq. 5): it fits any backbone whose tokens or labels mean the same, and no
 other.
@@ -7,14 +7,14 @@ other.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .errors import LabelMismatchError, PRTValueError, RewardFileError, VocabularyMismatchError
@@ -22,8 +22,9 @@ from .errors import LabelMismatchError, PRTValueError, RewardFileError, Vocabula
 logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
-FORMAT_VERSION = "1.2"  # 1.1: more_source_backbones; 1.2: distilled_from, minus_base
-MINUS_BASE_VERSION = "2.0"  # of rewards that readers of 1.1 would take for their networks' logits
+FORMAT_VERSION = "1.0"
+NETWORK, MINUS_BASE = "network", "-base"  # terms of a reward
+_SUMS = ((NETWORK,), (NETWORK, MINUS_BASE))
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
@@ -33,8 +34,8 @@ _MOST_TOKENS = 2**31
 _MOST_LETTERS, _MOST_BYTES_OF_NAME = 4096, 255  # of a path, and of each name in it
 
 
-def unwrap_tokenizer(processing_class) -> PreTrainedTokenizerBase | None:
-    """The tokenizer in a tokenizer or a multimodal processor; None for image processors and None."""
+def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
+    """Return the tokenizer in a tokenizer or a multimodal processor; None for image processors and None."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
@@ -59,6 +60,11 @@ class VocabularyContract:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "VocabularyContract":
+        """Read the map of a tokenizer.
+
+        Raises:
+            PRTValueError: it has no tokens.
+        """
         vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
         if not vocabulary:
             raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
@@ -68,7 +74,11 @@ class VocabularyContract:
         return cls(max(vocabulary.values()) + 1, fingerprint, special, vocabulary)
 
     def check(self, backbone: "VocabularyContract", owner: str = "backbone") -> None:
-        """Accept a backbone with the same map, however its head is padded and whichever tokens it uses to end or pad.
+        """Accept a backbone with the same map; its head may be padded, and it may end or pad with other tokens.
+
+        Args:
+            backbone: its contract.
+            owner: whose vocabulary it is, for the error.
 
         Raises:
             VocabularyMismatchError: the maps differ; shows sizes and a few differing tokens.
@@ -96,6 +106,10 @@ class VocabularyContract:
     def check_head(self, columns: int, owner: str = "backbone") -> None:
         """Accept logits with at least as many columns as there are tokens; more are padding.
 
+        Args:
+            columns: number of logits per position.
+            owner: whose head it is, for the error.
+
         Raises:
             VocabularyMismatchError: some tokens have no column.
         """
@@ -108,6 +122,7 @@ class VocabularyContract:
             )
 
     def _differences(self, backbone: "VocabularyContract") -> str:
+        """Name a few tokens that differ, if both maps are known."""
         if self.vocabulary is None or backbone.vocabulary is None:
             return ", in which at least one differs"
         missing = object()
@@ -131,8 +146,8 @@ class LabelContract:
     names: tuple[str, ...]
 
     @classmethod
-    def from_model_config(cls, config) -> "LabelContract":
-        """Read `id2label`.
+    def from_model_config(cls, config: PreTrainedConfig) -> "LabelContract":
+        """Read `id2label` of a model's configuration.
 
         Raises:
             LabelMismatchError: the ids are not 0 ... n - 1.
@@ -181,7 +196,7 @@ class LabelContract:
         if twice := [name for name, count in Counter(self.names).items() if count > 1]:
             raise LabelMismatchError(
                 "Two labels share a name, and the two models order their labels differently.",
-                expected="names that tell the labels apart",
+                expected="a distinct name for each label",
                 found=f"{twice[:SHOWN]} more than once",
                 remedy="give the labels distinct names in both models' `config.id2label`",
             )
@@ -198,12 +213,13 @@ TASKS = {
 
 
 def contract_to_dict(contract: Contract) -> dict[str, Any]:
-    """As it is written to files: without the token names."""
+    """Return the entries of a contract in files, which leave out the names of tokens."""
     return {"kind": contract.kind} | {name: value for name, value in vars(contract).items() if name != "vocabulary"}
 
 
 def contract_from_dict(entries: dict[str, Any]) -> Contract:
-    """
+    """Read a contract from its entries.
+
     Raises:
         ValueError, TypeError, KeyError: no contract.
     """
@@ -223,55 +239,58 @@ def contract_from_dict(entries: dict[str, Any]) -> Contract:
 
 
 def _known(kind: type, entries: dict[str, Any], besides: Set[str] = frozenset()) -> dict[str, Any]:
-    """Without what a newer minor version may have added."""
+    """Return the entries that this version knows; a newer minor version may have added others."""
     names = {entry.name for entry in fields(kind)} - {"vocabulary"}
     if unknown := sorted(set(entries) - names - besides):
         logger.warning(f"{PRT_CONFIG_NAME} has entries that this version does not know and ignores: {unknown}")
     return {name: value for name, value in entries.items() if name in names}
 
 
-def _check(owner, **is_right: bool) -> None:
+def _check(owner: Any, **is_right: bool) -> None:
+    """Raise `ValueError` with the first entry that is not right."""
     for name, holds in is_right.items():
         if not holds:
             raise ValueError(f"{name} = {str(getattr(owner, name))[:80]}")
 
 
-def _are_strings(values) -> bool:
+def _are_strings(values: Iterable) -> bool:
+    """Return whether all values are strings."""
     return all(isinstance(value, str) for value in values)
 
 
 @dataclass(frozen=True)
 class ModelReference:
-    """Which pretrained model: Hub id or path, commit, class, and a fingerprint of its weights."""
+    """A pretrained model by its Hub id or path, commit, class, and a fingerprint of its weights."""
 
     id: str | None = None
     revision: str | None = None
     architecture: str | None = None
     weights: str | None = None
 
-    def __str__(self):
+    def __str__(self) -> str:
         name = self.id or f"a {self.architecture} that was made in memory"
         return f"{name}{f' at {self.revision}' if self.revision else ''} (weights {(self.weights or 'unknown')[:12]})"
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """`prt_config.json`: all that a reward knows beside its weights.
+    """The contents of `prt_config.json`: all that a reward knows beside its weights.
 
     Args:
         task (`str`): `"text-generation"`, `"text-classification"` or `"image-classification"`.
         contract: vocabulary or labels.
         reward_base (`ModelReference`): the model that the reward started from, and that a reward adapter sits on.
         source_backbone (`ModelReference`, *optional*): pi_pt in training; None while untrained.
-        more_source_backbones (tuple of `ModelReference`): the others, where training drew one of several for each step.
+        more_source_backbones (tuple of `ModelReference`): further ones, if training drew one of several for each step.
         is_adapter (`bool`): a PEFT adapter, or a full network.
         kl_coef (`float`): lambda in training.
         entropy_coef (`float`): alpha of Eq. 12 in training.
         reward_init (`str`): `"pretrained"` (r starts as the base's logits, as in the paper) or `"zero"`.
-        minus_base (`bool`): r is the adapter's logits less its base's, log pi_ft - log pi_pt of emulated fine-tuning:
-            an ordinary adapter that was carried over.
-        distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to; of one
-            that was carried over, the adapter.
+        terms (tuple of `str`): networks whose logits add up to r: `("network",)`, or `("network", "-base")` for an
+            ordinary adapter that was carried over, log pi_ft - log pi_pt of emulated fine-tuning.
+        distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to, or the
+            adapter that was carried over.
+        format_version (`str`): that of the file it was read from.
     """
 
     task: str
@@ -283,7 +302,7 @@ class RewardConfig:
     kl_coef: float = 1.0
     entropy_coef: float = 0.0
     reward_init: str = "pretrained"
-    minus_base: bool = False
+    terms: tuple[str, ...] = (NETWORK,)
     distilled_from: ModelReference | None = None
     format_version: str = FORMAT_VERSION
 
@@ -294,13 +313,12 @@ class RewardConfig:
 
     @property
     def sources(self) -> list[ModelReference]:
-        """What it was tuned on; before any training, the pretrained model that it starts from."""
+        """The models that it was tuned on; before any training, the pretrained model that it starts from."""
         return [self.source_backbone or self.reward_base, *self.more_source_backbones]
 
     def to_json_string(self) -> str:
-        """In the present format, whichever it was read from."""
-        version = MINUS_BASE_VERSION if self.minus_base else FORMAT_VERSION
-        written = {"contract": contract_to_dict(self.contract), "format_version": version}
+        """Return the text of `prt_config.json`, in the format that this version writes."""
+        written = {"contract": contract_to_dict(self.contract), "format_version": FORMAT_VERSION}
         return json.dumps(vars(self) | written, indent=2, default=vars) + "\n"
 
     @classmethod
@@ -334,11 +352,12 @@ class RewardConfig:
 
     @classmethod
     def _from_dict(cls, entries: dict[str, Any]) -> "RewardConfig":
+        """Read and check all entries."""
         version = str(entries["format_version"])
-        if int(version.split(".")[0]) > int(MINUS_BASE_VERSION.split(".")[0]):
+        if int(version.split(".")[0]) > int(FORMAT_VERSION.split(".")[0]):
             raise RewardFileError(
                 "The reward was saved by a newer prt_hf.",
-                expected=f"format version {MINUS_BASE_VERSION} or older",
+                expected=f"format version {FORMAT_VERSION}, or a newer one of the same major version",
                 found=version,
                 remedy="pip install --upgrade prt_hf",
             )
@@ -347,6 +366,8 @@ class RewardConfig:
         for name in ("reward_base", "source_backbone", "distilled_from"):
             if known.get(name) is not None:
                 known[name] = _reference(known[name])
+        if "terms" in known:
+            known["terms"] = tuple(known["terms"])
         known["more_source_backbones"] = tuple(map(_reference, entries.get("more_source_backbones", ())))
         config = cls(**known)
         _check(
@@ -357,20 +378,20 @@ class RewardConfig:
             kl_coef=_is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
             entropy_coef=_is_number(config.entropy_coef) and config.entropy_coef >= 0,
             reward_init=isinstance(config.reward_init, str),
-            minus_base=config.minus_base is False
-            or (config.minus_base is True and config.is_adapter and config.task == TEXT_GENERATION),
+            terms=config.terms in (_SUMS if config.is_adapter and config.task == TEXT_GENERATION else _SUMS[:1]),
         )
         return config
 
 
-def is_name(value) -> bool:
-    """Return whether an entry can be a path or an id at all: no file system and no Hub takes what cannot."""
+def is_name(value: Any) -> bool:
+    """Return whether an entry can be a path or an id at all, for a file system or the Hub."""
     if not isinstance(value, str) or not value.isprintable() or len(value) > _MOST_LETTERS:
         return False
     return all(len(part.encode()) <= _MOST_BYTES_OF_NAME for part in value.split("/"))
 
 
 def _reference(entries: dict[str, Any]) -> ModelReference:
+    """Read a reference that names a model."""
     reference = ModelReference(**_known(ModelReference, entries))
     _check(
         reference,
@@ -384,5 +405,6 @@ def _reference(entries: dict[str, Any]) -> ModelReference:
     return reference
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
+    """Return whether a value is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

@@ -1,10 +1,11 @@
 """The equations of Portable Reward Tuning (Chijiwa et al., ICML 2025, arXiv:2502.12776) as pure functions.
 
-Each is defined by the naive expression that it equals. Logits and rewards may come in any floating dtype; all
-arithmetic is done in float32. Wherever `backbone_logits` appear, log-probabilities serve as well, because softmax does
-not see a constant.
+Each is defined by the naive expression that it equals. Logits and rewards may have any floating dtype; all arithmetic
+is done in float32. Log-probabilities may be passed as `backbone_logits`, because softmax ignores a constant.
 """
 
+from collections.abc import Sequence
+from math import isfinite
 from numbers import Real
 
 import torch
@@ -20,10 +21,10 @@ def check_finite(reward: torch.Tensor, start: int = 0) -> torch.Tensor:
 
     Args:
         reward (`torch.FloatTensor` of shape `(..., vocab_size)`): r_theta(x, .).
-        start (`int`): positions before the first one, of a chunk.
+        start (`int`): number of positions before those of `reward`, if it is a chunk.
 
     Raises:
-        NonFiniteRewardError: names how many entries are NaN or infinite, and the first of them.
+        NonFiniteRewardError: some entries are NaN or infinite; names their number, and the first of them.
     """
     if torch.compiler.is_compiling():
         return reward
@@ -42,8 +43,14 @@ def check_finite(reward: torch.Tensor, start: int = 0) -> torch.Tensor:
 
 
 def check_supervised(count: int | float | torch.Tensor, where: str) -> None:
-    """Raises:
-    PRTValueError: none of the positions has a label that is not ignored.
+    """Check that a position is supervised.
+
+    Args:
+        count: of supervised positions.
+        where: the place that was searched, for the error.
+
+    Raises:
+        PRTValueError: every label is ignored.
     """
     if not count:
         raise PRTValueError(
@@ -55,7 +62,7 @@ def check_supervised(count: int | float | torch.Tensor, where: str) -> None:
 
 
 def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
-    """log pi_theta(. | x), the PRT model (Eq. 6 in training, Eq. 10 with any other backbone).
+    """Return log pi_theta(. | x), the PRT model (Eq. 6 in training, Eq. 10 with any other backbone).
 
     Equals `log_softmax(log_softmax(backbone_logits) + strength * reward)`.
 
@@ -75,8 +82,16 @@ def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float
     return _log_probs(backbone_logits.float(), check_finite(reward).float(), strength)
 
 
+def signed_sum(signs: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return `sum(sign * value)`, the reward of several terms, without a copy of the first where its sign is 1."""
+    total = values[0] if signs[0] == 1 else signs[0] * values[0]
+    for sign, value in zip(signs[1:], values[1:], strict=True):
+        total = total.add(value.to(total.device), alpha=sign)
+    return total
+
+
 def as_strength(value: float | torch.Tensor | list[float]) -> float | torch.Tensor:
-    """1 / lambda of Eq. 10 as a number, or as a tensor with one per prompt.
+    """Return 1 / lambda of Eq. 10 as a number, or as a tensor with one per prompt.
 
     Raises:
         PRTValueError: neither, or not finite.
@@ -95,11 +110,28 @@ def as_strength(value: float | torch.Tensor | list[float]) -> float | torch.Tens
     return numbers if numbers.ndim else numbers.item()
 
 
-def strength_of_rows(strength: float | torch.Tensor | list[float], rows: int) -> torch.Tensor:
-    """One strength for each row that `generate` made of the prompts, `(rows,)`, of one for all or one per prompt.
+def check_strengths(strengths: Sequence[float], count: int, name: str = "strengths") -> None:
+    """Check that there is one finite number for each reward.
 
     Raises:
-        PRTValueError: as many rows cannot be made of so many prompts.
+        PRTValueError: there is not; `name` is that of the argument.
+    """
+    is_usable = isinstance(strengths, list | tuple) and len(strengths) == count
+    if not is_usable or not all(isinstance(value, Real) and isfinite(value) for value in strengths):
+        raise PRTValueError(
+            f"`{name}` is not usable.", expected=f"{count} finite numbers, one for each reward", found=str(strengths)
+        )
+
+
+def strength_of_rows(strength: float | torch.Tensor | list[float], rows: int) -> torch.Tensor:
+    """Return one strength for each row that `generate` made of the prompts, `(rows,)`.
+
+    Args:
+        strength: one for all, or one per prompt.
+        rows: a multiple of the number of prompts.
+
+    Raises:
+        PRTValueError: `rows` is no such multiple.
     """
     strength = torch.as_tensor(strength, dtype=torch.float32).reshape(-1)
     if not len(strength) or rows % len(strength):
@@ -112,7 +144,7 @@ def strength_of_rows(strength: float | torch.Tensor | list[float], rows: int) ->
 
 
 def reward_entropy(reward: torch.Tensor) -> torch.Tensor:
-    """H(rho), rho = softmax(r_theta(x, .)), in nats (Eq. 12).
+    """Return H(rho), rho = softmax(r_theta(x, .)), in nats (Eq. 12).
 
     Equals `-(softmax(reward) * log_softmax(reward)).sum(-1)`; shape `(...)`, float32.
     """
@@ -130,21 +162,22 @@ def prt_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
     teacher_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The training loss: Eq. 7 and Algorithm 1, with the entropy term of Eq. 12.
+    """Return the training loss: Eq. 7 and Algorithm 1, with the entropy term of Eq. 12.
 
     Over the positions with `labels != -100`, equals the sum of
     `cross_entropy(combine(backbone_logits, reward, 1 / kl_coef), labels) - entropy_coef * reward_entropy(reward)`
     divided by `num_items_in_batch`. The gradient goes to `reward` alone. With `teacher_logits` the reward is distilled:
-    KL(softmax(teacher_logits) || pi_theta) takes the place of the cross-entropy, and labels only tell where.
+    KL(softmax(teacher_logits) || pi_theta) replaces the cross-entropy, and labels only select positions.
 
     Args:
-        backbone_logits, reward (`torch.FloatTensor` of shape `(..., vocab_size)`): as in [`combine`].
+        backbone_logits (`torch.FloatTensor` of shape `(..., vocab_size)`): as in [`combine`].
+        reward (`torch.FloatTensor` of shape `(..., vocab_size)`): as in [`combine`].
         labels (`torch.LongTensor` of shape `(...)`): already aligned with the logits (shifted, for language models).
         kl_coef (`float`): lambda, the weight of KL(pi || pi_pt) in Eq. 5; 1 in the paper.
         entropy_coef (`float`): alpha of Eq. 12; 0 leaves the term out, 1e-5 ... 1e-1 in the paper.
-        num_items_in_batch (`int` or 0-dim tensor): supervised positions of the whole optimiser step, so that
-            accumulated micro-batches weigh every token alike; by default those counted here.
-        teacher_logits (`torch.FloatTensor` of the shape of `reward`, *optional*): of a fine-tuned model.
+        num_items_in_batch (`int` or 0-dim tensor): number of supervised positions in the whole optimiser step, so that
+            accumulated micro-batches weigh every token alike; by default those in `labels`.
+        teacher_logits (`torch.FloatTensor` of the shape of `reward`, *optional*): logits of a fine-tuned model.
 
     Returns:
         0-dim `torch.FloatTensor`, nats per supervised position; 0 (with a gradient of 0) where none is supervised but
@@ -177,7 +210,7 @@ def prt_statistics(
     kl_coef: float = 1.0,
     teacher_logits: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """What is worth watching while a reward is tuned: `torch.FloatTensor`s of the shape of `labels`, 0 where ignored.
+    """Return statistics of tuning for every position: `torch.FloatTensor`s of the shape of `labels`, 0 where ignored.
 
     - `count`: 1 at supervised positions
     - `loss`: -log pi_theta(y* | x), with `teacher_logits` KL(teacher || pi_theta); nats, without the entropy term
@@ -207,35 +240,48 @@ def prt_statistics(
     return {name: zeros.masked_scatter(keep, value.float()) for name, value in values.items()}
 
 
-def _log_probs(backbone_logits, reward, strength):
+def _log_probs(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float | torch.Tensor) -> torch.Tensor:
+    """Return log pi_theta of float32 operands."""
     # log_softmax(backbone_logits) differs from backbone_logits by a constant per context, which cancels.
     return torch.log_softmax(backbone_logits + strength * reward, -1)
 
 
-def _divergence(teacher_logits, log_probs):
-    """KL(softmax(teacher_logits) || pi) at each position."""
+def _divergence(teacher_logits: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """Return KL(softmax(teacher_logits) || pi) at each position."""
     return F.kl_div(log_probs, teacher_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
 
 
-def _supervised(backbone_logits, reward, labels):
-    """The supervised positions as `(n, vocab_size)`, `(n, vocab_size)`, `(n,)`, in float32."""
+def _supervised(
+    backbone_logits: torch.Tensor, reward: torch.Tensor, labels: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor]:
+    """Select the supervised positions: `(n, vocab_size)`, `(n, vocab_size)`, `(n,)`, in float32."""
     check_same_columns(backbone_logits.shape[-1], reward.shape[-1])
     check_same_positions(labels, reward.shape[:-1])
     keep = labels != IGNORE_INDEX
     return backbone_logits[keep].detach().float(), check_finite(reward[keep]).float(), labels[keep]
 
 
-def check_same_columns(of_backbone: int, of_reward: int) -> None:
-    if of_backbone != of_reward:
+def check_same_columns(backbone_columns: int, reward_columns: int) -> None:
+    """Check that the last axes match.
+
+    Raises:
+        PRTValueError: they do not.
+    """
+    if backbone_columns != reward_columns:
         raise PRTValueError(
             "Backbone and reward do not have the same number of columns.",
-            expected=f"backbone logits with {of_reward} columns, as the reward",
-            found=str(of_backbone),
+            expected=f"backbone logits with {reward_columns} columns, as the reward",
+            found=str(backbone_columns),
             remedy="cut padded vocabulary rows off, or match the labels, as the contract says",
         )
 
 
 def check_same_positions(labels: torch.Tensor, positions: tuple[int, ...]) -> None:
+    """Check that there is one label for each position.
+
+    Raises:
+        PRTValueError: there is not.
+    """
     if labels.shape != tuple(positions):
         raise PRTValueError(
             "Labels do not match the reward's positions.",

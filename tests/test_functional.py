@@ -386,7 +386,7 @@ def test_bfloat16_errs_no_more_than_whole_logits_in_bfloat16(autocast, shared, s
         )
         backbone, reward, labels, leaves = case
         expected, gradients = reference_of(backbone, reward, labels, kl_coef=2.0)
-        of_positions = -combine(*(naive_logits(in_float64(p)) for p in (backbone, reward)), 0.5).gather(
+        position_losses = -combine(*(naive_logits(in_float64(p)) for p in (backbone, reward)), 0.5).gather(
             1, labels[:, None]
         )
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -399,7 +399,7 @@ def test_bfloat16_errs_no_more_than_whole_logits_in_bfloat16(autocast, shared, s
             (fused_errors, fused, fused_positions),
             (naive_errors, naive, naive_positions),
         ):
-            errors.setdefault("loss of a position", []).append(positions - of_positions[:, 0])
+            errors.setdefault("loss of a position", []).append(positions - position_losses[:, 0])
             errors.setdefault("mean loss", []).append(loss.double() - expected)
             for name, found, right in zip(leaves, torch.autograd.grad(loss, leaves.values()), gradients, strict=True):
                 errors.setdefault(name, []).append(found.double() - right)

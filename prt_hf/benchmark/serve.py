@@ -58,7 +58,7 @@ def time_serving(recipe: str | Path, *, requests: int, new_tokens: int, rounds: 
 
 def _base_of_adapter(reward: Path) -> str | None:
     config = RewardConfig.from_json_file(reward / PRT_CONFIG_NAME)
-    if not config.is_adapter or config.minus_base:
+    if not config.is_adapter or len(config.terms) > 1:
         return None
     return str(local_folder(config.reward_base.id, revision=config.reward_base.revision))
 

@@ -107,7 +107,7 @@ def time_vision(
     def eft() -> torch.Tensor:
         """Return log pi_pt + log pi_ft_old - log pi_pt_old."""
         tuned, pretrained = (
-            network(**reward_inputs).logits[..., model.orders[0]].float().log_softmax(-1)
+            network(**reward_inputs).logits[..., model.parts[1].columns].float().log_softmax(-1)
             for network in (reward.network, source)
         )
         return combine(backbone(**backbone_inputs).logits, tuned - pretrained)

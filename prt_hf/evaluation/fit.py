@@ -3,18 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
-from ..errors import PRTError, PRTValueError, RewardFileError
+from ..errors import PRTError, RewardFileError
 from ..hub.client import local_file
 from ..hub.folder import ADAPTER_CONFIG, check_files
 from ..networks.adapter_config import read_peft_config
 from ..networks.adapters import wrap
-from ..networks.anatomy import context_length, head_of, pretrained_parameters, task_of
+from ..networks.anatomy import context_length, head_of, pretrained_parameters
 from ..networks.auto import load_processing_class, load_skeleton
 from ..networks.identity import reference_to
 from ..reward.full import check_full
@@ -105,7 +104,7 @@ def check_fit(
     theirs = load_processing_class(backbone, config.task, token=token, **kwargs)
     problems, order = [], None
     try:
-        order = order_on(model, skeleton, theirs)
+        order = skeleton.order_for(model, theirs)
     except PRTError as error:
         problems.append(str(error))
     found, named = reference_to(model), config.reward_base
@@ -128,18 +127,6 @@ def check_fit(
         is_permuted=isinstance(order, list) and order != sorted(order),
         is_tokenizer_known=theirs is not None or not isinstance(config.contract, VocabularyContract),
     )
-
-
-def order_on(model: PreTrainedModel, reward: RewardModel, processing_class: Any = None) -> slice | list[int]:
-    """Return [`RewardModel.order_for`] for a model of any task, with or without its weights.
-
-    Raises:
-        PRTValueError: The model is made for another task.
-        VocabularyMismatchError, LabelMismatchError: The model has other tokens or labels.
-    """
-    if task_of(model) != reward.config.task:
-        raise PRTValueError("The backbone is made for another task.", expected=reward.config.task, found=task_of(model))
-    return reward.order_for(model, processing_class)
 
 
 def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[RewardModel, PreTrainedModel]:

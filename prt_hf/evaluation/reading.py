@@ -179,7 +179,7 @@ class Reading:
             if labels is None:
                 labels = torch.zeros(len(next(iter(inputs.values()))), dtype=torch.long, device=self._reward.device)
             inputs, own_inputs = split_inputs(inputs, "backbone", len(self._backbones))
-            return Batch(inputs, labels, None, own_inputs)
+            return Batch(inputs, labels, backbone_inputs=own_inputs)
         if "input_ids" not in inputs:
             raise PRTValueError("The batch has no text.", expected="`input_ids`", found=", ".join(inputs))
         ids = inputs["input_ids"]

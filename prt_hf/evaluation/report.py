@@ -26,7 +26,6 @@ from ..reward.backbones import Backbone, source_backbones
 from ..reward.finetuned import TunedModel
 from ..reward.model import RewardModel
 from ..training.data import require_column
-from .fit import order_on
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
@@ -322,7 +321,7 @@ def _limit(reward: RewardModel, model: Model, load_kwargs: dict) -> int | None:
         kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
         processing_class = load_processing_class(model, reward.config.task, **kwargs)
         model = load_skeleton(model, **kwargs)
-    order_on(model, reward, processing_class)
+    reward.order_for(model, processing_class)
     return context_length(model)
 
 

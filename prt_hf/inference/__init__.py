@@ -33,7 +33,7 @@ AutoConfig.register(PRTModelConfig.model_type, PRTModelConfig)
 AutoModelForCausalLM.register(PRTModelConfig, PRTForCausalLM)
 AutoModelForSequenceClassification.register(PRTModelConfig, PRTForSequenceClassification)
 AutoModelForImageClassification.register(PRTModelConfig, PRTForImageClassification)
-with suppress(ImportError):  # where transformers has no image processors: earlier ones want torchvision for them all
+with suppress(ImportError):  # without image processors: earlier transformers need torchvision for all of them
     AutoImageProcessor.register(
         PRTModelConfig, image_processor_classes=dict.fromkeys(("pil", "torchvision"), PRTImageProcessor)
     )

@@ -3,10 +3,23 @@
 import copy
 import weakref
 from functools import partial
+from typing import NoReturn
 
 import torch
 from torch import nn
-from transformers import DynamicCache, GenerationConfig, GenerationMixin, StoppingCriteriaList, StopStringCriteria
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import BaseStreamer, GenerationMode
+from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
@@ -19,41 +32,47 @@ from .joint_head import JointBase, JointHead, joint_head
 from .logits_processor import PRTLogitsProcessor
 from .probe import behaviour_of, check_padding
 from .prt_model import PRTPreTrainedModel
+from .recipe import PRTModelConfig
 from .speculative import speculative_decoding
 from .state import switching_length
 
 logger = logging.get_logger(__name__)
 
-# Their caches follow the text by its content, so they serve from call to call; no part of copies and pickles.
+# Their caches follow the text by its content, so they are kept from call to call; copies and pickles leave them out.
 _DRAFTERS: "weakref.WeakKeyDictionary[PRTForCausalLM, list[PRTLogitsProcessor]]" = weakref.WeakKeyDictionary()
 
 
 class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
-    """A language model with rewards. `logits` are log-probabilities over the contract's tokens, of shape
-    `(batch_size, sequence_length, vocab_size)`, without the columns that pad the networks' heads.
+    """A language model with rewards.
+
+    `logits` are log-probabilities over the contract's tokens, `(batch_size, sequence_length, vocab_size)`, without the
+    columns that pad the networks' heads.
 
     ```python
     model = PRTForCausalLM.from_parts("Qwen/Qwen2.5-7B", rewards=["me/gsm8k-reward"])
     model.generate(**inputs)
     ```
+
+    It has more than 15 methods and 250 lines because `generate()` of transformers asks for ten of them.
     """
 
     task = TEXT_GENERATION
     main_input_name = "input_ids"
     _can_compile_fullgraph = True  # with PEFT's layers or a mixed pass, in parts
 
-    def __init__(self, config, backbone=None, rewards=None, processing_class=None):
-        super().__init__(config, backbone, rewards, processing_class)
+    def __init__(self, config: PRTModelConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
         self.generation_config = copy.deepcopy(self.backbone.generation_config)
-        switches = (switching_length(run.model.config) for run in self._separate)
+        switches = (switching_length(part.run.model.config) for part in self.parts)
         self._switches = [switch for switch in switches if switch is not None]
 
     @property
     def base_model(self) -> JointBase:
-        """For trainers that multiply hidden states by the head themselves, as TRL's do."""
+        """The model without its head, for trainers that multiply hidden states by the head themselves, as TRL's do."""
         return JointBase(self)
 
     def get_output_embeddings(self) -> JointHead:
+        """Return the head that belongs to the hidden states of `base_model`."""
         return joint_head(self)
 
     @can_return_tuple
@@ -72,20 +91,28 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """
+        """Return log-probabilities of the next tokens, and the loss if there are labels.
+
         Args:
+            input_ids: `(batch_size, sequence_length)`.
+            attention_mask (*optional*): `(batch_size, sequence_length)`, 0 at padding.
+            position_ids (*optional*): counted from 0, for every network; by default padding is not counted.
             cache ([`~prt_hf.inference.cache.PRTCache`]): of all networks, as returned by an earlier call. Also taken
                 as `past_key_values`, its name before transformers 5.24.
-            position_ids: counted from 0, for every network; by default without the padding that `attention_mask` tells.
-            output_hidden_states, output_attentions: of the backbone.
-            labels: shifted here, as by every causal language model of transformers; -100 is ignored.
-            kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
+            inputs_embeds: refused.
+            labels (*optional*): shifted here, as by every causal language model of transformers; -100 is ignored.
+            use_cache (*optional*): return a cache.
+            logits_to_keep: as for every causal language model of transformers.
+            output_hidden_states (*optional*): return those of the backbone.
+            output_attentions (*optional*): return those of the backbone.
+            num_items_in_batch (*optional*): divides the sum of losses.
+            **kwargs: for every network; `shift_labels`, instead of `labels`, are shifted already.
 
         Returns:
             `CausalLMOutputWithPast`: `logits` normalised, float32.
 
         Raises:
-            UnsupportedError: a prompt given as embeddings; padding before a text that a network takes for text.
+            UnsupportedError: a prompt given as embeddings; left padding that a network takes for text.
             ContextLengthError: longer than a reward can read.
             NonFiniteRewardError: a reward is NaN or infinite.
         """
@@ -138,10 +165,14 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         )
 
     @staticmethod
-    def create_masks_for_generate(config, attention_mask=None, **kwargs):
-        """Every network makes its own mask for its own cache of the mask of tokens, which is as long at every step as a
-        static cache, lest every step be compiled anew. Recurrent layers and flash attention read its end, and have it
-        as it is."""
+    def create_masks_for_generate(
+        config: PreTrainedConfig, attention_mask: torch.Tensor | None = None, **kwargs
+    ) -> torch.Tensor | None:
+        """Return the mask of tokens, from which every network makes its own mask for its own cache.
+
+        It is padded to the length of a static cache, so that steps are not compiled anew. Recurrent layers and flash
+        attention read its end, and get it as it is.
+        """
         cache = kwargs[CACHE]
         is_read_from_its_end = any(cache.is_linear) or "flash" in (config._attn_implementation or "")
         if attention_mask is None or is_read_from_its_end:
@@ -157,19 +188,22 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         speculative: bool = False,
         num_draft_tokens: int | None = None,
         **kwargs,
-    ):
-        """As every model's, see [`~transformers.GenerationMixin.generate`].
+    ) -> torch.LongTensor | GenerateOutput:
+        """Generate text as every model does, see [`~transformers.GenerationMixin.generate`].
 
         Args:
+            inputs: the prompts, `(batch_size, sequence_length)`.
+            generation_config (*optional*): by default the backbone's.
             speculative (`bool`): draft with the source backbone and the rewards, verify with the backbone: the same
-                greedy text, samples of the same distribution, faster where the reward is smaller than the backbone. One
+                greedy text, samples of the same distribution, faster if the reward is smaller than the backbone. One
                 prompt at a time. With a full reward, `assistant_model` is its source backbone, by default loaded as the
-                reward names it. `return_dict_in_generate` tells what became of the drafts
+                reward names it. With `return_dict_in_generate` the drafts are counted
                 ([`~prt_hf.inference.speculative.SpeculativeOutput`]).
-            num_draft_tokens (`int`, *optional*): the most to draft at a time.
+            num_draft_tokens (`int`, *optional*): most tokens to draft at a time.
+            **kwargs: as for every model.
 
         Raises:
-            UnsupportedError: continuous batching; what cannot be speculative.
+            UnsupportedError: continuous batching; options that speculative decoding does not have.
         """
         asked = (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None))
         if "paged" in asked:
@@ -182,19 +216,19 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
 
     def _generate_speculatively(
         self,
-        inputs,
-        generation_config,
-        num_draft_tokens,
+        inputs: torch.LongTensor | None,
+        generation_config: GenerationConfig | None,
+        num_draft_tokens: int | None,
         *,
-        assistant_model=None,
-        streamer=None,
-        tokenizer=None,
-        stop_strings=None,
-        stopping_criteria=None,
+        assistant_model: PreTrainedModel | None = None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        stop_strings: str | list[str] | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs,
-    ):
-        # The backbone under this model's defaults, on the very same modules.
-        backbone = copy.copy(self.backbone)
+    ) -> torch.LongTensor | GenerateOutput:
+        """Let the backbone generate with [`speculative_decoding`], under this model's defaults."""
+        backbone = copy.copy(self.backbone)  # on the very same modules
         backbone.generation_config = copy.deepcopy(self.generation_config)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
         kwargs = generation_config.update(**kwargs)
@@ -204,7 +238,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             # transformers keeps the tokenizer from a `custom_generate`, and cannot make these without it.
             stopping_criteria.append(StopStringCriteria(tokenizer or self.processing_class, stop_strings))
             generation_config.stop_strings = backbone.generation_config.stop_strings = None
-        # Taken out while they are at work: another thread makes its own.
+        # Taken out while they are in use: another thread makes its own.
         rewards = _DRAFTERS.pop(self, None) if assistant_model is None else None
         if rewards is None:
             rewards = [
@@ -226,13 +260,23 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             _DRAFTERS[self] = rewards
         return output
 
-    def init_continuous_batching(self, *args, **kwargs):
+    def init_continuous_batching(self, *args, **kwargs) -> None:
+        """Refuse continuous batching.
+
+        Raises:
+            UnsupportedError: always.
+        """
         self._refuse_continuous_batching()
 
-    def generate_batch(self, *args, **kwargs):
+    def generate_batch(self, *args, **kwargs) -> None:
+        """Refuse continuous batching.
+
+        Raises:
+            UnsupportedError: always.
+        """
         self._refuse_continuous_batching()
 
-    def _refuse_continuous_batching(self):
+    def _refuse_continuous_batching(self) -> NoReturn:
         raise UnsupportedError(
             "Continuous batching keeps one paged cache for one model, and a PRT model has several.",
             expected="`generate` with a dynamic or static cache",
@@ -241,17 +285,30 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
 
     @property
     def _is_cached(self) -> bool:
-        return all(run.is_cached and behaviour_of(run).steps for run in self._separate)
+        """Whether all networks can read on from caches of the usual kind."""
+        return all(part.run.is_cached and behaviour_of(part.run).steps for part in self.parts)
 
     def _new_cache(self) -> PRTCache | None:
+        """Return an empty cache for all passes; None if a network cannot read on from one."""
         if not self._is_cached:
             return None
-        parts = [DynamicCache(config=run.model.config.get_text_config(decoder=True)) for run in self._passes]
-        return PRTCache(parts, [len(run.blocks) for run in self._passes])
+        configs = [run.model.config.get_text_config(decoder=True) for run, _ in self._passes]
+        return PRTCache([DynamicCache(config=config) for config in configs], self._blocks)
+
+    @property
+    def _blocks(self) -> list[int]:
+        """How many parts each of the passes reads."""
+        return [len(parts) for _, parts in self._passes]
 
     def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-    ):
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict,
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Put a cache of the asked kind for every pass into `model_kwargs`."""
         given = model_kwargs.get(CACHE)
         if given is not None:
             self._check_cache(given)
@@ -260,32 +317,33 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             )
         if not self._is_cached:
             if generation_config.use_cache:
-                logger.warning_once(
-                    "One of the networks keeps no cache of the usual kind: every step reads all tokens."
-                )
+                logger.warning_once("One of the networks has no cache of the usual kind: every step reads all tokens.")
             generation_config.use_cache = False
         if not generation_config.use_cache:
             return None
-        parts = []
-        for run in self._passes:
+        caches = []
+        for run, parts in self._passes:
             made = {}
             run.model._prepare_cache_for_generation(
-                generation_config, made, generation_mode, batch_size * len(run.blocks), max_cache_length
+                generation_config, made, generation_mode, batch_size * len(parts), max_cache_length
             )
-            parts.append(made[CACHE])
-        model_kwargs[CACHE] = PRTCache(parts, [len(run.blocks) for run in self._passes])
+            caches.append(made[CACHE])
+        model_kwargs[CACHE] = PRTCache(caches, self._blocks)
 
-    def _check_cache(self, cache) -> None:
-        blocks = [len(run.blocks) for run in self._passes]
-        if not isinstance(cache, PRTCache) or cache.blocks != blocks:
+    def _check_cache(self, cache: Cache) -> None:
+        """Refuse caches of other models, or of other passes of this one."""
+        if not isinstance(cache, PRTCache) or cache.blocks != self._blocks:
             raise UnsupportedError(
                 "The cache is not one of this PRT model's passes.",
                 expected=f"`{CACHE}` as an earlier call of this model returned them, with gradients where there "
-                f"are now: blocks of rows {blocks}",
+                f"are now: blocks of rows {self._blocks}",
                 found=f"{type(cache).__name__}{f' of {cache.blocks}' if isinstance(cache, PRTCache) else ''}",
             )
 
-    def _check_length(self, input_ids, attention_mask, cache) -> None:
+    def _check_length(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, cache: PRTCache | None
+    ) -> None:
+        """Refuse texts that are longer than a reward can read."""
         if not self._limits or torch.compiler.is_compiling():
             return
         limit = min(self._limits)
@@ -294,8 +352,14 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             length = int(attention_mask.sum(1).max())
         check_length(length, limit)
 
-    def _positions(self, input_ids, attention_mask, position_ids, cache):
-        """Count on from the cache and behind padding, where the networks by themselves may not.
+    def _positions(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        cache: PRTCache | None,
+    ) -> torch.LongTensor | None:
+        """Count positions on from the cache and after padding; None where every network does so by itself.
 
         Raises:
             UnsupportedError: a network cannot tell padding from text, or reads short and long texts in other ways.
@@ -314,8 +378,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 )
         is_padded = length == 0 and mask is not None and bool((mask[:, 0] == 0).any())
         if is_padded and not self.training:
-            for run in self._separate:
-                check_padding(run)
+            for part in self.parts:
+                check_padding(part.run)
         if position_ids is not None or not (length or is_padded):
             return position_ids
         if mask is None:

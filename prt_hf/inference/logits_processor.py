@@ -1,7 +1,7 @@
 """Reward logits inside `generate(logits_processor=[...])`."""
 
 import copy
-from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,16 +9,16 @@ from peft import PeftModel
 from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from ..contract import VocabularyContract, unwrap_tokenizer
+from ..contract import Contract, VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
-from ..functional import as_strength, combine, strength_of_rows
-from ..networks.adapter_config import changes_base, check_is_of_layers
+from ..functional import as_strength, combine, signed_sum, strength_of_rows
+from ..networks.adapters import bare_base
 from ..networks.anatomy import contract_of, unwrap_adapter
 from ..networks.auto import load_base
-from ..networks.mixed_pass import can_mix, lock_of
-from ..reward.model import RewardModel
-from .difference import DifferenceState
-from .state import RewardState
+from ..networks.mixed_pass import lock_of
+from ..reward.finetuned import check_finetuned, pretrained_of
+from ..reward.model import RewardModel, Term
+from .terms import TermStates
 
 logger = logging.get_logger(__name__)
 
@@ -27,32 +27,43 @@ class _Masked:
     """A mask, and the prompts that it was first used for."""
 
     def __init__(self, mask: torch.LongTensor | None):
-        self.mask, self.prompts = mask, None
+        self.mask = mask
+        self.prompts: torch.LongTensor | None = None
 
 
-class _RewardProcessor(LogitsProcessor):
-    """Adds `strength * _rewards(rows, mask)` to the backbone's log-probabilities and normalises."""
+class _TermProcessor(LogitsProcessor):
+    """Adds `strength * r` to the backbone's log-probabilities and normalises; r is the signed sum of terms."""
 
-    # Continuous batching hands over single tokens, and reward caches know rows by their content.
+    # Continuous batching passes single tokens, and the reward's caches know rows by their content.
     supports_continuous_batching = False
 
-    def __init__(self, contract, tokenizer, strength, attention_mask):
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        contract: Contract,
+        tokenizer: PreTrainedTokenizerBase,
+        strength: float | torch.Tensor | list[float],
+        attention_mask: torch.LongTensor | None,
+        compile_config: CompileConfig | None = None,
+    ):
         self._tokenizer = unwrap_tokenizer(tokenizer)
         if self._tokenizer is None:
             raise PRTValueError(
-                "A logits processor needs the backbone's tokenizer, which tells its vocabulary.",
+                "A logits processor needs the backbone's tokenizer, which defines the vocabulary.",
                 expected="a transformers tokenizer",
                 found=type(tokenizer).__name__,
             )
         if not isinstance(contract, VocabularyContract):
             raise PRTValueError(
-                "Only rewards over a vocabulary take part in `generate`.",
+                "Only rewards over a vocabulary work in `generate`.",
                 expected="a reward tuned from a causal language model",
                 found=f"a reward over {contract.kind}",
-                remedy="add a classifier's reward with `prt_hf.functional.combine`",
+                remedy="`PRTForSequenceClassification` or `PRTForImageClassification` adds a classifier's reward",
             )
         contract.check(VocabularyContract.from_tokenizer(self._tokenizer))
         self._contract = contract
+        self._signs = [term.sign for term in terms]
+        self._states = TermStates(*(term.network.eval() for term in terms), compile_config=compile_config)
         self.strength = strength
         self.attention_mask = attention_mask
         self._warned_of_padding = False
@@ -63,7 +74,7 @@ class _RewardProcessor(LogitsProcessor):
         return self._strength
 
     @strength.setter
-    def strength(self, value):
+    def strength(self, value: float | torch.Tensor | list[float]) -> None:
         self._strength = as_strength(value)
 
     @property
@@ -72,7 +83,7 @@ class _RewardProcessor(LogitsProcessor):
         return self._masked.mask
 
     @attention_mask.setter
-    def attention_mask(self, mask):
+    def attention_mask(self, mask: torch.LongTensor | None) -> None:
         if mask is not None and mask.ndim != 2:
             raise PRTValueError(
                 "`attention_mask` is not usable.",
@@ -82,7 +93,8 @@ class _RewardProcessor(LogitsProcessor):
         self._masked = _Masked(mask)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """
+        """Return log-probabilities of the backbone with the reward.
+
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): prompt and generated tokens.
             scores (`torch.FloatTensor` of shape `(batch_size, backbone_vocab_size)`): the backbone's logits, or their
@@ -106,35 +118,35 @@ class _RewardProcessor(LogitsProcessor):
             )
         self._contract.check_head(scores.shape[-1])
         size = self._contract.size
-        rewards = self._rewards(input_ids, self._mask(input_ids))[:, :size].to(scores.device)
+        logits = self._states(input_ids, self._mask(input_ids), slice(len(self._signs)))
+        rewards = signed_sum(self._signs, [each[:, :size].float() for each in logits]).to(scores.device)
         strength = strength_of_rows(self.strength, len(scores))[:, None].to(scores.device)
         output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
         output[:, :size] = combine(scores[:, :size], rewards, strength)
         return output
 
-    @abstractmethod
     def reset(self) -> None:
-        """Free the caches. Of themselves, they follow the prompts, and the weights and adapters as far as
-        [`~prt_hf.inference.versions.Versions`] tells."""
+        """Free the caches.
 
-    @abstractmethod
-    def _rewards(self, input_ids, attention_mask) -> torch.Tensor:
-        """r(x, .) of shape `(batch_size, at least contract.size)`."""
+        They follow the prompts by themselves, and the weights and adapters as far as
+        [`~prt_hf.inference.versions.Versions`] sees changes.
+        """
+        self._states.reset()
 
-    def _mask(self, input_ids):
+    def _mask(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
         masked = self._masked
         mask = self._inferred_mask(input_ids) if masked.mask is None else self._extended_mask(masked, input_ids)
         return None if mask is None or bool(mask.all()) else mask
 
-    def _extended_mask(self, masked, input_ids):
-        """The prompts' mask for every row that `generate` made of them, with ones for what was generated."""
+    def _extended_mask(self, masked: _Masked, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """Return the prompts' mask for every row that `generate` made of them, with ones for generated tokens."""
         mask = masked.mask.to(input_ids.device)
         rows, (prompts, length) = len(input_ids), mask.shape
         is_fitting = rows % prompts == 0 and input_ids.shape[1] >= length
         if is_fitting:
             copies = rows // prompts
             start = input_ids[:, :length]
-            if masked.prompts is None and input_ids.shape[1] == length:  # else of a text begun under another mask
+            if masked.prompts is None and input_ids.shape[1] == length:  # else the text began under another mask
                 masked.prompts = start[::copies].clone()
             # Beams never leave their prompt, so row i still starts with prompt i // copies.
             is_fitting = masked.prompts is not None and torch.equal(start, masked.prompts.repeat_interleave(copies, 0))
@@ -148,8 +160,8 @@ class _RewardProcessor(LogitsProcessor):
         generated = mask.new_ones(rows, input_ids.shape[1] - length)
         return torch.cat([mask.repeat_interleave(copies, 0), generated], 1)
 
-    def _inferred_mask(self, input_ids):
-        """Left padding: the run of pad tokens that a row starts with."""
+    def _inferred_mask(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
+        """Mask left padding: the run of pad tokens that a row starts with."""
         pad = self._tokenizer.pad_token_id
         if pad is None:
             return None
@@ -168,24 +180,24 @@ class _RewardProcessor(LogitsProcessor):
         return (torch.arange(input_ids.shape[1], device=input_ids.device) >= leading[:, None]).long()
 
 
-class PRTLogitsProcessor(_RewardProcessor):
+class PRTLogitsProcessor(_TermProcessor):
     r"""Portable Reward Tuning at inference (Eq. 10, Algorithm 2): log pi_pt + strength * r_theta, normalised.
 
-    Exactly what a full recomputation of the reward gives, in every mode of `generate`: greedy, sampling, beams,
+    It equals a full recomputation of the reward in every mode of `generate`: greedy, sampling, beams,
     `num_return_sequences`, left padding, assisted decoding, prompt lookup. The reward's KV cache follows the rows by
     their content, so one object may be used again, for other prompts and batch sizes, and by several threads at once,
     which take turns at the reward. `strength` and `attention_mask` hold for all of them.
 
     Args:
         reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
-            each normalises, and what it takes off a row does not change what the next gives.
+            each normalises, and a constant per row does not change the output of the next.
         tokenizer: the backbone's; must have the reward's vocabulary.
         strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned
-            with, 1 in the paper. Below 0, what the reward was tuned for is taken away.
+            with, 1 in the paper. Below 0, the tuned behaviour is subtracted.
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to
             `generate`. By default left padding is inferred from the tokenizer's pad token.
         source_backbone (`PreTrainedModel`, *optional*): drafts for [`~prt_hf.speculative_decoding`] with a full reward;
-            by default loaded as `prt_config.json` names it. The source backbone of an adapter is its own base.
+            by default loaded as `prt_config.json` names it. An adapter drafts with its own base.
         compile_config (`CompileConfig`, *optional*): compile the reward's step, for GPUs on which a small network waits
             for its launches; `CompileConfig()` uses CUDA graphs.
 
@@ -217,74 +229,69 @@ class PRTLogitsProcessor(_RewardProcessor):
                 found=type(reward).__name__,
                 remedy="RewardModel.from_pretrained(...)",
             )
-        super().__init__(
-            reward.contract, tokenizer, reward.config.strength if strength is None else strength, attention_mask
-        )
-        self.reward = reward
-        network = reward.network.eval()
-        if not reward.config.minus_base:
-            self._state = RewardState(network, compile_config=compile_config)
-        elif compile_config is None:
-            self._state = DifferenceState(network)
-        else:
+        terms = reward.terms
+        if compile_config is not None and len(terms) > 1:
             raise UnsupportedError(
                 "The step of an adapter that was carried over cannot be compiled.",
                 expected="a reward of one network",
                 found="log pi_ft - log pi_pt, of two",
                 remedy="leave `compile_config` out, or distil it into a reward",
             )
-        self._source_backbone = source_backbone
-        self._drafting: tuple[RewardState, RewardState] | None = None  # of rewards and source
+        strength = reward.config.strength if strength is None else strength
+        super().__init__(terms, reward.contract, tokenizer, strength, attention_mask, compile_config)
+        self.reward = reward
+        self._compile_config, self._source_backbone = compile_config, source_backbone
+        self._drafting: TermStates | None = None  # of the reward and its source backbone
 
     def reset(self) -> None:
-        for state in (self._state, *(self._drafting or ())):
-            state.reset()
+        """Free the caches, those of drafts as well."""
+        super().reset()
+        if self._drafting is not None:
+            self._drafting.reset()
 
     def drafter(self) -> "PRTLogitsProcessor":
-        """Return this processor able to give `source_logits`: of an adapter, in the pass that gives its rewards.
+        """Return a copy of this processor that can give `source_logits`, for an adapter in the pass of its rewards.
 
         It is another object, since this one may be at work in other threads; the caches are kept from call to call.
         """
-        network = self.reward.network
-        with lock_of(unwrap_adapter(network)):
-            is_mixed = can_mix(network)
-            if self._drafting is None or self._is_mixed != is_mixed:
-                self._drafting, self._is_mixed = self._draft_states(is_mixed), is_mixed
+        with lock_of(unwrap_adapter(self.reward.network)):
+            if self._drafting is None:
+                self._drafting = self._draft_states()
             drafter = copy.copy(self)
-        drafter._state = drafter._drafting[0]
+        drafter._states = drafter._drafting
         return drafter
 
-    def _draft_states(self, is_mixed: bool) -> tuple[RewardState, RewardState]:
+    def _draft_states(self) -> TermStates:
+        """Return the states of the reward's terms, the last of which, or one more, is the source backbone."""
+        if len(self._signs) > 1:
+            return self._states
         network, config = self.reward.network, self.reward.config
-        if config.minus_base:
-            return self._state, self._state
-        if is_mixed:
-            return (RewardState(network, of="both"),) * 2
         if config.is_adapter:
-            return self._state, RewardState(network, of="base")
-        source = self._source_backbone
-        if source is None:
-            source = load_base(config.sources[0], dtype=self.reward.dtype)
-        return self._state, RewardState(source.to(self.reward.device).eval())
+            source = bare_base(network)
+        elif self._source_backbone is None:
+            source = load_base(config.sources[0], dtype=self.reward.dtype).to(self.reward.device)
+        else:
+            source = self._source_backbone.to(self.reward.device)
+        return TermStates(network, source.eval(), compile_config=self._compile_config)
 
     def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
-        """The source backbone's logits for the tokens after `input_ids`, `(batch_size, contract.size)`."""
-        logits = self._drafting[1].blocks(input_ids, self._mask(input_ids))[-1]
+        """Return the source backbone's logits for the tokens after `input_ids`, `(batch_size, contract.size)`.
+
+        Only a [`drafter`] has them.
+        """
+        (logits,) = self._states(input_ids, self._mask(input_ids), slice(-1, None))
         return logits[:, : self._contract.size].float()
 
-    def _rewards(self, input_ids, attention_mask):
-        return self._state(input_ids, attention_mask)
 
-
-class EFTLogitsProcessor(_RewardProcessor):
+class EFTLogitsProcessor(_TermProcessor):
     r"""Emulated fine-tuning / proxy-tuning, the baseline with three models (Mitchell et al. 2024; Liu et al. 2024).
 
-    log pi_new + strength * (log pi_ft_old - log pi_pt_old), normalised. Any LoRA of the Hub is carried over so, without
-    training: [`from_adapter`].
+    log pi_new + strength * (log pi_ft_old - log pi_pt_old), normalised: the terms (finetuned, -pretrained). Any LoRA on
+    the Hub can be carried over in this way, without training: [`from_adapter`].
 
     Args:
-        finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. Of a `PeftModel`, the adapter on and off are two rows
-            of one pass; two passes where it is no plain LoRA.
+        finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. With a `PeftModel`, the adapter on and off are two rows
+            of one pass; two passes if it is not a plain LoRA.
         tokenizer: shared by all three models.
         pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel` that leaves
             its base as it was.
@@ -306,28 +313,10 @@ class EFTLogitsProcessor(_RewardProcessor):
         strength: float | torch.Tensor | list[float] = 1.0,
         attention_mask: torch.LongTensor | None = None,
     ):
-        if pretrained is None and not isinstance(finetuned, PeftModel):
-            raise PRTValueError(
-                "EFT needs the old model before and after fine-tuning.",
-                expected="`pretrained=`, or a PeftModel whose adapter can be switched off",
-                found=type(finetuned).__name__,
-            )
-        for peft_config in finetuned.peft_config.values() if isinstance(finetuned, PeftModel) else ():
-            check_is_of_layers(peft_config)
-            if pretrained is None and changes_base(peft_config):
-                raise UnsupportedError(
-                    "The adapter has changed its base, which is not the old model any more without it.",
-                    expected="`pretrained=`, or an adapter beside its base (LoRA with bias='none')",
-                    found=", ".join(
-                        f"{name}={getattr(peft_config, name, None)!r}"
-                        for name in ("bias", "init_lora_weights", "layer_replication")
-                    ),
-                    remedy="pretrained=AutoModelForCausalLM.from_pretrained(...)",
-                )
-        super().__init__(contract_of(finetuned, tokenizer), tokenizer, strength, attention_mask)
-        if pretrained is not None:
-            contract_of(pretrained, tokenizer)
-        self._state = DifferenceState(finetuned.eval(), None if pretrained is None else pretrained.eval())
+        check_finetuned(finetuned)
+        pretrained = pretrained_of(finetuned) if pretrained is None else pretrained
+        contract, _ = (contract_of(network, tokenizer) for network in (finetuned, pretrained))
+        super().__init__((Term(finetuned), Term(pretrained, -1.0)), contract, tokenizer, strength, attention_mask)
 
     @classmethod
     def from_adapter(
@@ -342,22 +331,18 @@ class EFTLogitsProcessor(_RewardProcessor):
         """Carry an ordinary PEFT adapter of a language model over to any backbone with its base's vocabulary.
 
         Args:
-            path_or_repo: folder, or repository id, of a LoRA or another adapter of layers; its base is loaded as
+            path_or_repo: folder or repository id of a LoRA or another adapter of layers; its base is loaded as
                 `adapter_config.json` names it.
             tokenizer: the backbone's.
-            strength, attention_mask: as for [`PRTLogitsProcessor`].
-            load_kwargs: of [`RewardModel.from_adapter`]: `base_model`, `revision`, `token`, `subfolder`, `dtype`, ...
+            strength: as for [`PRTLogitsProcessor`].
+            attention_mask: as for [`PRTLogitsProcessor`].
+            **load_kwargs: for [`RewardModel.from_adapter`]: `base_model`, `revision`, `token`, `subfolder`, `dtype`,
+                ...
 
         Raises:
             VocabularyMismatchError: the tokenizer is another one than the adapter's.
-            Those of [`RewardModel.from_adapter`].
+            PRTError: as raised by [`RewardModel.from_adapter`].
         """
         reward = RewardModel.from_adapter(path_or_repo, **load_kwargs)
         reward.contract.check(VocabularyContract.from_tokenizer(unwrap_tokenizer(tokenizer)))
         return cls(reward.network, tokenizer, strength=strength, attention_mask=attention_mask)
-
-    def reset(self) -> None:
-        self._state.reset()
-
-    def _rewards(self, input_ids, attention_mask):
-        return self._state(input_ids, attention_mask)

@@ -1,10 +1,11 @@
-"""What a network does with padding and with a cache, found out by asking it.
+"""Test how a network treats padding and a cache.
 
 Some networks count positions without looking at the mask or at the cache, some let padding into their state. No flag
 tells them apart, so eight tokens are read in each way, once per network, and the logits compared.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,10 +23,11 @@ TOLERANCE = 0.05
 
 
 class Behaviour(NamedTuple):
-    """
+    """How a network reads padding and a cache.
+
     Attributes:
         sees_padding: left padding changes nothing.
-        steps: reading on from a cache, token by token, gives what reading everything gives.
+        steps: reading on from a cache, token by token, gives the same logits as reading everything.
         rewinds: so does reading several tokens at once, after others were taken back.
     """
 
@@ -38,7 +40,7 @@ _KNOWN: "weakref.WeakKeyDictionary[nn.Module, Behaviour]" = weakref.WeakKeyDicti
 
 
 def behaviour_of(run: Pass) -> Behaviour:
-    """Return what was found out of the network of a pass, by short passes of it at the first time."""
+    """Return the behaviour of a pass's network, which the first call measures by a few short passes."""
     model = run.model
     if model not in _KNOWN:
         with evaluating(model):
@@ -50,8 +52,10 @@ def behaviour_of(run: Pass) -> Behaviour:
 
 
 def check_padding(run: Pass) -> None:
-    """Raises:
-    UnsupportedError: padding before a text changes the network's logits.
+    """Check that a network ignores padding.
+
+    Raises:
+        UnsupportedError: padding before a text changes the network's logits.
     """
     if not behaviour_of(run).sees_padding:
         raise UnsupportedError(
@@ -64,7 +68,7 @@ def check_padding(run: Pass) -> None:
 
 @torch.no_grad()
 def _find_out(run: Pass) -> Behaviour | None:
-    """None where all logits are equal: a head of zeros tells nothing, and nothing makes it wrong."""
+    """Measure a network; None if all its logits are equal, as with a head of zeros, which no reading makes wrong."""
     length = min(LENGTH, context_length(run.model) or LENGTH)
     apart = run.model.config.get_text_config().vocab_size // (length + 2)
     text = (torch.arange(1, length + 1, device=run.device) * apart)[None]
@@ -75,13 +79,13 @@ def _find_out(run: Pass) -> Behaviour | None:
         if not bool(expected.std(-1).any()):
             return None
 
-        def is_same(last, read, *inputs):
-            """At most tokens: rounding alone may send a single one to another expert."""
+        def is_same(last: int, read: Callable, *inputs) -> bool:
+            """Compare most of the last tokens: rounding alone may send a single one to another expert."""
             try:
                 found = read(run, *inputs)
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # as many kinds as there are networks that are called in another way
+            except Exception:  # networks that are called in another way raise errors of many kinds
                 return False
             difference = (found[-last:] - expected[-last:]).abs().amax(-1) / expected[-last:].std(-1)
             return bool(difference.median() <= TOLERANCE)
@@ -95,8 +99,10 @@ def _find_out(run: Pass) -> Behaviour | None:
     return Behaviour(sees_padding, steps, rewinds)
 
 
-def _read(run: Pass, rows, mask, start: int = 0, cache: Cache | None = None) -> torch.Tensor:
-    """Return the logits of one row from `start` on, what lies before being in the cache."""
+def _read(
+    run: Pass, rows: torch.LongTensor, mask: torch.LongTensor, start: int = 0, cache: Cache | None = None
+) -> torch.Tensor:
+    """Return the logits of one row from `start` on; the tokens before it are in the cache."""
     inputs = {"input_ids": rows[:, start:], "use_cache": cache is not None}
     is_padded = not bool(mask.all())
     if start or is_padded:
@@ -108,7 +114,8 @@ def _read(run: Pass, rows, mask, start: int = 0, cache: Cache | None = None) -> 
     return run(**inputs).logits[0].float()
 
 
-def _read_in_steps(run: Pass, rows, mask) -> torch.Tensor:
+def _read_in_steps(run: Pass, rows: torch.LongTensor, mask: torch.LongTensor) -> torch.Tensor:
+    """Read the last tokens one by one."""
     cache, length = DynamicCache(config=run.model.config), rows.shape[1]
     starts = [0, *range(length - STEPS, length)]
     ends = [*starts[1:], length]
@@ -117,7 +124,8 @@ def _read_in_steps(run: Pass, rows, mask) -> torch.Tensor:
     )
 
 
-def _read_after_others(run: Pass, rows) -> torch.Tensor:
+def _read_after_others(run: Pass, rows: torch.LongTensor) -> torch.Tensor:
+    """Read the last tokens at once, after others were read in their place and taken back."""
     cache, mask = DynamicCache(config=run.model.config), torch.ones_like(rows)
     start = rows.shape[1] - STEPS
     cache.activate_past_recording()

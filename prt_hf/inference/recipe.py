@@ -1,134 +1,57 @@
-"""The recipe of a PRT model: which backbone, which rewards, how strong. Its `config.json`; no backbone weights."""
+"""Recipes: how a PRT model is written, read and pushed as the names of its parts; no backbone weights."""
 
+import copy
 import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
-from math import isfinite
-from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub import CommitInfo
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.utils import CONFIG_NAME, logging
+from safetensors.torch import save_file
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
-from ..errors import RewardFileError
+from ..errors import PRTValueError, RewardFileError
+from ..functional import check_strengths
 from ..hub.card import PRT_CLASSES, render_recipe_card
+from ..hub.card_merge import read_card, write_card
 from ..hub.client import Branch, local_folder
 from ..hub.folder import (
     ADAPTER_CONFIG,
     RECIPE,
-    RECIPE_TYPE,
+    SAVED,
     check_files,
     check_unclaimed,
     folder_to_read,
     is_reward_folder,
     known_files,
     link_or_copy,
+    replacing_files,
     reward_digest,
     reward_folders,
 )
 from ..hub.publishing import check_pushed, publish, reward_files_to_push, warn_of_local_base
 from ..networks.adapter_config import read_peft_config
-from ..networks.auto import load_base, load_pretrained
-from ..networks.checkpoints import check_counts
-from ..networks.identity import reference_to
+from ..networks.auto import load_base, load_pretrained, save_processing_class
+from ..networks.checkpoints import check_attention, unreadable
+from ..networks.identity import check_same_model, digest, reference_to
 from ..reward.loading import read_ordinary_adapter
 from ..reward.model import RewardModel
+from .configuration import PRTModelConfig, check_complete
+
+if TYPE_CHECKING:
+    from .prt_model import PRTPreTrainedModel
 
 logger = logging.get_logger(__name__)
 
-RECIPE_VERSION = "1.0"
-_MOST_REWARDS = 256  # each is loaded, and may bring a base of its own
-_BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
-_REWARD_ENTRY = dict.fromkeys(("id", "revision", "digest", "folder"), str | None) | {"strength": Real}
-
-
-class PRTModelConfig(PreTrainedConfig):
-    """Configuration of a PRT model. What it does not say itself (sizes, special tokens, ...) is the backbone's.
-
-    Args:
-        backbone_reference (`dict`): id, revision, architecture and weight fingerprint of the backbone.
-        backbone_config (`PreTrainedConfig` or `dict`): the backbone's own configuration.
-        reward_references (`list[dict]`): for each reward its `strength`, the SHA-256 `digest` of its files
-            ([`~prt_hf.hub.folder.reward_digest`]), and where it lies: `id` and `revision` on the Hub, or a `folder`
-            beside this file.
-        reward_configs (`list`): configurations of the rewards' networks.
-        vocab_size (`int`, *optional*): tokens of the vocabulary, without the rows that pad the models' heads.
-
-    Raises:
-        RewardFileError: written by a newer major version, or malformed.
-    """
-
-    model_type = RECIPE_TYPE
-    auto_map = {}  # the backbone's would make the Auto classes load its code in the place of this model
-
-    recipe_version: str = RECIPE_VERSION
-    backbone_reference: dict | None = None
-    backbone_config: PreTrainedConfig | dict | None = None
-    reward_references: list | None = None
-    reward_configs: list | None = None
-    vocab_size: int | None = None
-    tie_word_embeddings: bool = False  # of this model's own heads, which it has not
-
-    def __post_init__(self, **kwargs):
-        check_counts(kwargs, "the recipe", RewardFileError)
-        _check_version(self.recipe_version)
-        _check_entries(self)
-        self.reward_references = self.reward_references or []
-        # Set last: PreTrainedConfig would take the backbone's settings for this model's own.
-        backbone_config, self.backbone_config = self.backbone_config, None
-        super().__post_init__(**kwargs)
-        self.backbone_config = _as_config(backbone_config)
-        self.reward_configs = [_as_config(config) for config in self.reward_configs or []]
-        if self.backbone_config is not None:
-            self.id2label, self.label2id = self.backbone_config.id2label, self.backbone_config.label2id
-            self.problem_type = self.backbone_config.problem_type
-            if self.vocab_size is None:
-                self.vocab_size = getattr(self.backbone_config.get_text_config(), "vocab_size", None)
-
-    def __getattr__(self, name):
-        config = self.__dict__.get("backbone_config")
-        if name.startswith("_") or not isinstance(config, PreTrainedConfig):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(config.get_text_config(), name)
-
-    def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {
-            "backbone_config": self.backbone_config and self.backbone_config.to_dict(),
-            "reward_configs": [config.to_dict() for config in self.reward_configs],
-        }
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        entries = self.to_dict()
-        entries.pop("_name_or_path", None)  # where this recipe was read from
-        return entries
-
-
-def check_complete(config: PRTModelConfig) -> None:
-    """Check that a recipe says where all its parts are.
-
-    Raises:
-        RewardFileError: it does not, or names more rewards than anybody adds up.
-    """
-    rewards = config.reward_references
-    if rewards and len(rewards) > _MOST_REWARDS:
-        raise RewardFileError(
-            "The recipe names too many rewards.", expected=f"at most {_MOST_REWARDS}", found=str(len(rewards))
-        )
-    if not rewards or not all(_REWARD_ENTRY.keys() <= entry.keys() for entry in rewards):
-        raise RewardFileError(
-            "The recipe is incomplete.",
-            expected=f"`reward_references`: one reward or more, each with {', '.join(_REWARD_ENTRY)}",
-            found=str(rewards)[:200],
-            remedy="save or download the recipe again",
-        )
-
 
 def reward_folder(folder: Path, entry: dict) -> Path:
-    """Where a reward that was saved beside its recipe lies.
+    """Return the folder of a reward that was saved beside its recipe.
 
     Raises:
         RewardFileError: it is gone, or would be outside of the recipe's folder.
@@ -153,7 +76,7 @@ def reward_folder(folder: Path, entry: dict) -> Path:
 
 
 def recipe_card(config: PRTModelConfig, name: str) -> str:
-    """The card of a recipe; `name` is where its lines load it from."""
+    """Return the card of a recipe; `name` is what its lines load it by."""
     rewards = [(entry["id"] or entry["folder"], entry["strength"]) for entry in config.reward_references]
     task = next(task for task, name in PRT_CLASSES.items() if name in config.architectures)
     return render_recipe_card(name, task, ModelReference(**config.backbone_reference or {}), rewards)
@@ -163,7 +86,8 @@ def recipe_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]
     """Return the names of the files of a saved recipe that [`push_recipe`] pushes.
 
     Args:
-        include: of further files.
+        folder: of the recipe.
+        include: names of further files.
 
     Raises:
         RewardFileError: it is not whole, or one of the files is a link.
@@ -182,8 +106,10 @@ def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), *
     """Push the recipe that was saved in a folder, without loading its models.
 
     Args:
+        folder: of the recipe.
+        repo_id: `"user/name"`; created if it does not exist.
         include: names of further files of the folder.
-        where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as of [`Shareable.push_to_hub`].
+        **where: `private`, `revision`, `commit_message`, `token`, `create_pr`, as for [`Shareable.push_to_hub`].
 
     Raises:
         RewardFileError: the folder holds no whole recipe, or the repository something else.
@@ -211,8 +137,10 @@ def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), *
     )
 
 
-def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict):
-    """A reward, and where it lies on the Hub if it does; its base is taken from `bases`, or added to them.
+def load_reward(
+    place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict
+) -> tuple[RewardModel, dict | None]:
+    """Load a reward, and return it with its place on the Hub, if any. Its base is taken from `bases`, or added to them.
 
     An ordinary adapter is carried over, and saved with the recipe: its own files do not pin the base.
     """
@@ -240,7 +168,7 @@ def load_reward(place: str | Path | RewardModel, bases: list[PreTrainedModel], l
 
 
 def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: dict) -> PreTrainedModel | None:
-    """Of an ordinary adapter: the one of `bases` that it names, else loaded and added; None where it names none."""
+    """Return the base that an ordinary adapter names, from `bases` or loaded and added; None if it names none."""
     peft_config = read_ordinary_adapter(folder)
     name, revision = peft_config.base_model_name_or_path, peft_config.revision
     if not name:
@@ -256,7 +184,7 @@ def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: di
 
 
 def place_of_reward(folder: Path, entry: dict, token: str | bool | None) -> Path:
-    """Where a recipe's reward lies on this machine, fetched if it has to be.
+    """Return the folder of a recipe's reward on this machine, and download it if needed.
 
     Raises:
         RewardFileError: the reward is gone, incomplete, or not the one that the recipe was written with.
@@ -278,73 +206,119 @@ def place_of_reward(folder: Path, entry: dict, token: str | bool | None) -> Path
     return place
 
 
-def load_from_recipe(folder: Path, entry: dict, bases: list[PreTrainedModel], load_kwargs: dict):
-    """
+def find_recipe(
+    model_class: type[PreTrainedModel], place: str | Path, config: PreTrainedConfig | None, **where
+) -> tuple[Path, PRTModelConfig]:
+    """Return the folder of a recipe, on this machine, and its configuration.
+
+    Args:
+        model_class: that the recipe must be one of.
+        place: folder or Hub id.
+        config: what an Auto class has read of it already.
+        **where: `revision` and `token` for the Hub.
+
     Raises:
-        RewardFileError: as of [`place_of_reward`].
+        PRTValueError: no recipe of that class.
+        RewardFileError: an incomplete one, or one of a newer version.
     """
-    place = place_of_reward(folder, entry, load_kwargs["token"])
-    reward, _ = load_reward(place, bases, load_kwargs)
-    return reward, None if entry["id"] is None else {name: entry[name] for name in ("id", "revision", "digest")}
+    folder = local_folder(place, **where)
+    # What a killed save left is newer than the configuration that the Auto classes have read.
+    if folder.name == SAVED or not isinstance(config, PRTModelConfig):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not isinstance(config, PRTModelConfig) or config.architectures != [model_class.__name__]:
+        raise PRTValueError(
+            f"{place} holds no recipe of a {model_class.__name__}.",
+            expected=f"the recipe of a {model_class.__name__}",
+            found=f"{config.model_type}: {config.architectures}",
+        )
+    check_complete(config)
+    return folder, config
+
+
+def load_parts(
+    folder: Path, config: PRTModelConfig, backbone: str | Path | PreTrainedModel | None, **load_kwargs
+) -> tuple[PreTrainedModel, list[tuple[RewardModel, dict | None]]]:
+    """Load the backbone and the rewards of a recipe, these with their places on the Hub.
+
+    Raises:
+        BaseModelMismatchError: the backbone is not the recipe's any more.
+        RewardFileError: as raised by [`place_of_reward`].
+    """
+    if config._attn_implementation and "attn_implementation" not in load_kwargs:
+        check_attention(config.get_config_dict(folder)[0], folder, RewardFileError)
+        load_kwargs["attn_implementation"] = config._attn_implementation  # moved there by the Auto classes
+    reference = ModelReference(**config.backbone_reference or {})
+    if backbone is None:
+        backbone = load_base(reference, **load_kwargs)
+    else:
+        if isinstance(backbone, str | Path):
+            backbone = load_pretrained(str(backbone), **load_kwargs)
+        check_same_model(reference, backbone)
+    bases, loaded = [backbone], []
+    for entry in config.reward_references:
+        place = place_of_reward(folder, entry, load_kwargs["token"])
+        reward, _ = load_reward(place, bases, load_kwargs)
+        is_on_hub = entry["id"] is not None
+        loaded.append((reward, {name: entry[name] for name in ("id", "revision", "digest")} if is_on_hub else None))
+    return backbone, loaded
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the generation settings that are saved with a recipe; None if there are none.
+
+    Raises:
+        RewardFileError: they cannot be read.
+    """
+    if not (folder / GENERATION_CONFIG_NAME).exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # its class raises errors of many kinds
+        raise unreadable(folder / GENERATION_CONFIG_NAME, error) from error
+
+
+def write_recipe(model: "PRTPreTrainedModel", folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """Write the recipe of a PRT model, see [`PRTPreTrainedModel.save_pretrained`].
+
+    Raises:
+        RewardFileError: the folder holds something else, or a `reward-0`, ... that is no part of the recipe there.
+    """
+    check_strengths(model.strengths, len(model.rewards))
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    changed = [i for i, reward in enumerate(model.rewards) if model.hub_digests.get(i) != digest(reward.network)]
+    names = {index: f"reward-{index}" for index in changed}
+    with replacing_files(folder, RECIPE, names.values()) as staged:
+        for index, (reward, strength) in enumerate(zip(model.rewards, model.strengths, strict=True)):
+            if model.is_tuned and strength > 0:
+                source = ModelReference(**model.config.backbone_reference)
+                reward.trained_with(source, kl_coef=1 / strength, entropy_coef=reward.config.entropy_coef)
+            entry = model.config.reward_references[index]
+            if name := names.get(index):
+                state = state_dict and _without_prefix(state_dict, f"reward_networks.{index}.")
+                entry = save_beside(reward, staged / name, folder / name, state)
+            config.reward_references[index] = entry | {"strength": float(strength)}
+        save_processing_class(model.processing_class, staged)
+        if model.can_generate():
+            model.generation_config.save_pretrained(staged)
+        if folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-"):  # a Trainer resumes from these, by their names
+            save_file(model.tuned_state(state_dict), staged / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+        card = recipe_card(config, folder.absolute().name)
+        write_card(staged, card, read_card(folder))
+        (staged / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
 
 
 def save_beside(reward: RewardModel, place: Path, earlier: Path, state_dict: dict | None) -> dict:
-    """Save a reward into a folder of its own, and say so for the recipe. What else lies beside the reward that was
-    saved there before, in `earlier`, is kept, and so is what users have written into its card."""
+    """Save a reward into a folder of its own, and return its entry for the recipe.
+
+    Other files beside the reward that was saved there before, in `earlier`, are kept, and so is what users have written
+    into its card.
+    """
     if earlier.is_dir():
         shutil.copytree(earlier, place, symlinks=True, copy_function=link_or_copy)
     reward.save_pretrained(place, state_dict=state_dict)
     return {"id": None, "revision": None, "digest": reward_digest(place, reward.config), "folder": place.name}
 
 
-def _check_entries(config: PRTModelConfig) -> None:
-    def is_made_of(entry, types) -> bool:
-        return isinstance(entry, dict) and all(
-            name in types and isinstance(value, types[name]) and (types[name] is not Real or isfinite(value))
-            for name, value in entry.items()
-        )
-
-    rewards, configs = config.reward_references or [], config.reward_configs or []
-    parts = [config.backbone_config or {}, *(configs if isinstance(configs, list) else [None])]
-    are_right = {
-        "backbone_reference": is_made_of(config.backbone_reference or {}, _BACKBONE_ENTRY),
-        "reward_references": isinstance(rewards, list) and all(is_made_of(entry, _REWARD_ENTRY) for entry in rewards),
-        "backbone_config": isinstance(parts[0], dict | PreTrainedConfig),
-        "reward_configs": all(isinstance(part, dict | PreTrainedConfig) for part in parts[1:]),
-    }
-    if wrong := [name for name, is_right in are_right.items() if not is_right]:
-        raise RewardFileError(
-            f"The recipe's {wrong[0]} cannot be read.",
-            expected=f"the entries of a {RECIPE_VERSION} recipe",
-            found=str(getattr(config, wrong[0]))[:200],
-            remedy="save or download the recipe again",
-        )
-
-
-def _check_version(version: str) -> None:
-    try:
-        is_known = int(str(version).split(".")[0]) <= int(RECIPE_VERSION.split(".")[0])
-    except ValueError:
-        is_known = False
-    if not is_known:
-        raise RewardFileError(
-            "The recipe was written by a newer prt_hf, or is none.",
-            expected=f"recipe version {RECIPE_VERSION} or older",
-            found=repr(version),
-            remedy="pip install --upgrade prt_hf",
-        )
-
-
-def _as_config(config) -> PreTrainedConfig | None:
-    if not isinstance(config, dict):
-        return config
-    entries = dict(config)
-    model_type = entries.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
-        raise RewardFileError(
-            "The recipe's models are not known to this transformers.",
-            expected="a model_type of an installed or imported architecture",
-            found=repr(model_type),
-        )
-    check_counts(entries, "the recipe", RewardFileError)
-    return AutoConfig.for_model(model_type, **entries)
+def _without_prefix(state_dict: dict, prefix: str) -> dict:
+    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}

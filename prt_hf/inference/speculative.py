@@ -1,7 +1,7 @@
 """Speculative decoding with the source PRT model as the drafter: the same text, with fewer passes of the backbone.
 
 The source backbone with the reward drafts (for a reward adapter, one pass of its base gives both), one pass of the
-backbone verifies all drafts, and the rewards at the drafts are known by then. What is emitted follows the backbone with
+backbone verifies all drafts, and the rewards at the drafts are known by then. The output depends on the backbone with
 the reward alone: greedy tokens are its own, samples follow its distribution (Leviathan et al. 2023, Algorithm 1).
 """
 
@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 from transformers.generation import (
     BaseStreamer,
     GenerateDecoderOnlyOutput,
@@ -32,10 +39,11 @@ _STATEFUL = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermar
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate(..., return_dict_in_generate=True)` gives, and what became of the drafts.
+    """The output of `generate(..., return_dict_in_generate=True)`, with counts of drafts.
 
     Args:
-        num_drafted, num_accepted (`int`): tokens.
+        num_drafted (`int`): drafted tokens.
+        num_accepted (`int`): drafted tokens that were kept.
         num_rounds (`int`): passes of the backbone.
     """
 
@@ -56,23 +64,30 @@ def speculative_decoding(
     rewards: Sequence[PRTLogitsProcessor] = (),
     **model_kwargs,
 ) -> torch.LongTensor | SpeculativeOutput:
-    """For `backbone.generate(..., logits_processor=[p], custom_generate=speculative_decoding)`, one prompt at a time.
+    """Decode as the `custom_generate` of a backbone, one prompt at a time.
 
-    Every option of greedy decoding and sampling holds: processors, warpers and stopping criteria see each token and its
-    prefix as in ordinary decoding. Processors that count their calls are refused.
+    Use: `backbone.generate(..., logits_processor=[p], custom_generate=speculative_decoding)`. Every option of greedy
+    decoding and sampling holds: processors, warpers and stopping criteria see each token and its prefix as in ordinary
+    decoding. Processors that count their calls are refused.
 
     Args:
-        num_draft_tokens (`int`, *optional*): the most that is drafted in a round, 16 by default; below it, the number
-            follows what was accepted.
-        streamer: transformers hands none to a `custom_generate`; give it with
+        model: the backbone.
+        input_ids: the prompt, `(1, sequence_length)`.
+        logits_processor: with a [`PRTLogitsProcessor`], whose reward drafts, unless `rewards` has one.
+        stopping_criteria: as `generate` makes them.
+        generation_config: as `generate` makes it.
+        num_draft_tokens (`int`, *optional*): most tokens to draft in a round, 16 by default; below it, the number
+            follows the accepted ones.
+        streamer: transformers passes none to a `custom_generate`; set it with
             `custom_generate=functools.partial(speculative_decoding, streamer=streamer)`.
         rewards: processors that come before those of `logits_processor`, and get the backbone's mask.
+        **model_kwargs: the mask, positions and cache.
 
     Returns:
         `torch.LongTensor` of shape `(1, sequence_length)`, or [`SpeculativeOutput`] with `return_dict_in_generate`.
 
     Raises:
-        PRTValueError: no [`PRTLogitsProcessor`] that could draft, or a number of drafts that is none.
+        PRTValueError: no [`PRTLogitsProcessor`] to draft with, or an unusable number of drafts.
         UnsupportedError: several rows, beams, classifier-free guidance, no cache, or one that cannot be cropped.
     """
     first, others = LogitsProcessorList(rewards), logits_processor
@@ -92,7 +107,7 @@ def speculative_decoding(
         reward.attention_mask = torch.ones_like(input_ids) if mask is None else mask
     networks = [model, *(drafter.reward.network for drafter in drafters)]
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
-    switch = switching_length(model.config)  # what is verified in one pass is read with the same frequencies
+    switch = switching_length(model.config)  # all tokens of one pass are read with the same frequencies
     drafter = drafters[0].drafter()
     first, others = (
         LogitsProcessorList(drafter if processor is drafters[0] else processor for processor in processors)
@@ -159,7 +174,7 @@ def speculative_decoding(
 
 
 class _Verifier:
-    """The backbone with its cache: logits for the last tokens of a text, of which any end may be taken back."""
+    """The backbone with its cache: logits for the last tokens of a text, whose end may be taken back."""
 
     def __init__(self, model: PreTrainedModel, model_kwargs: dict):
         self.model = model
@@ -169,7 +184,7 @@ class _Verifier:
         self._length = self.cache.get_seq_length()
 
     def __call__(self, tokens: torch.LongTensor, count: int) -> torch.FloatTensor:
-        """`(1, count, vocab_size)`"""
+        """Return the logits after the last `count` tokens, `(1, count, vocab_size)`."""
         inputs = self.model.prepare_inputs_for_generation(
             tokens,
             next_sequence_length=tokens.shape[1] - self._length,
@@ -191,7 +206,7 @@ class _Verifier:
         self._length = length
 
     def _extended(self, length: int) -> dict:
-        """The prompt's mask and positions, for the text so far."""
+        """Return the prompt's mask and positions, extended to the text so far."""
         extended = {}
         if (mask := self._kwargs.get("attention_mask")) is not None:
             more = mask.new_ones(1, max(0, length - mask.shape[1]))
@@ -203,15 +218,17 @@ class _Verifier:
 
 
 def _draw(scores: torch.FloatTensor, do_sample: bool) -> tuple[torch.LongTensor, torch.FloatTensor | None]:
-    """A token of shape `(1, 1)`, and the distribution that it was drawn from."""
+    """Choose a token of shape `(1, 1)`; also return the distribution that it was drawn from, None if greedy."""
     if not do_sample:
         return scores.argmax(-1, keepdim=True), None
     chances = scores.softmax(-1)
     return torch.multinomial(chances, 1), chances
 
 
-def _verify(scores, draft: torch.LongTensor, chances: torch.FloatTensor | None) -> tuple[torch.LongTensor, bool]:
-    """The token that is emitted, and whether it is the draft."""
+def _verify(
+    scores: torch.FloatTensor, draft: torch.LongTensor, chances: torch.FloatTensor | None
+) -> tuple[torch.LongTensor, bool]:
+    """Return the token to emit, and whether it is the draft."""
     if chances is None:
         token = scores.argmax(-1, keepdim=True)
         return token, bool(token == draft)
@@ -223,10 +240,18 @@ def _verify(scores, draft: torch.LongTensor, chances: torch.FloatTensor | None) 
     return torch.multinomial(rest if bool(rest.any()) else wanted, 1), False
 
 
-def _check(model, input_ids, cache, generation_config, drafters: Sequence[PRTLogitsProcessor], longest: int) -> None:
+def _check(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    cache: Cache | None,
+    generation_config: GenerationConfig,
+    drafters: Sequence[PRTLogitsProcessor],
+    longest: int,
+) -> None:
+    """Refuse what cannot be decoded speculatively, see [`speculative_decoding`]."""
     if not drafters:
         raise PRTValueError(
-            "Nothing can draft.",
+            "There is no PRTLogitsProcessor to draft with.",
             expected="a PRTLogitsProcessor in `logits_processor`",
             found="none",
             remedy="logits_processor=[PRTLogitsProcessor(reward, tokenizer)] beside `custom_generate`",
@@ -253,12 +278,12 @@ def _check(model, input_ids, cache, generation_config, drafters: Sequence[PRTLog
         )
     if cache.get_seq_length() >= input_ids.shape[1]:
         raise UnsupportedError(
-            "The rewards have to read what the backbone's cache holds.",
-            expected=f"all tokens of the text, those in `{CACHE}` included",
+            "The rewards have to read all tokens that the backbone's cache holds.",
+            expected=f"all tokens of the text, including those in `{CACHE}`",
             found=f"{input_ids.shape[1]} tokens, and {cache.get_seq_length()} in the cache",
         )
     if generation_config.output_hidden_states or generation_config.output_attentions:
         raise UnsupportedError(
-            "Hidden states and attentions of drafts that were not kept have no place.",
+            "Hidden states and attentions are not collected in speculative decoding.",
             expected="at most `output_scores` and `output_logits`",
         )

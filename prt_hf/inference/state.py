@@ -1,12 +1,13 @@
 """The reward's KV cache, aligned with whatever prefix is asked for.
 
-`generate()` never says what it does to its rows: beams are reordered, drafts rejected, one processor serves a draft
-model and its target. So the state looks at the token rows themselves. Whatever was asked before, it returns what a full
-recomputation returns; the cache only saves time.
+`generate()` does not announce what it does to its rows: beams are reordered, drafts rejected, one processor serves a
+draft model and its target. So the state looks at the token rows themselves. Whatever was asked before, it returns what
+a full recomputation returns; the cache only saves time.
 """
 
 import threading
 import weakref
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -14,6 +15,7 @@ from packaging import version
 from torch import nn
 from transformers import Cache, CompileConfig, DynamicCache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedError
 from ..networks.adapters import bare_base
@@ -22,7 +24,7 @@ from ..networks.mixed_pass import MixedPass, Pass, evaluating, lock_of
 from .probe import behaviour_of, check_padding
 from .versions import Versions
 
-PAD = -1  # stands for masked positions, so that rows with equal tokens and different masks differ
+PAD = -1  # token of masked positions, so that rows with equal tokens and different masks differ
 # Before, a window that records its past had to be cropped after every forward.
 RECORDS_PAST = version.parse(transformers.__version__) >= version.parse("5.18")
 THREADS = 8  # that are remembered
@@ -31,7 +33,7 @@ REMEMBERED = 64  # positions of a single row whose logits are kept: drafts are s
 
 
 class _Memory:
-    """What the last call of a thread has left."""
+    """The rows, cache and logits of a thread's last call."""
 
     def __init__(self, context: tuple = ()):
         self.context = context  # of the thread: the precision that it computes in
@@ -43,27 +45,28 @@ class _Memory:
         self.logits: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def clear(self) -> None:
+        """Forget everything but the thread's context."""
         self.__init__(self.context)
 
     @property
     def forgets(self) -> bool:
-        """Whether a cropped cache lacks what lies further back, as windows and convolutions do."""
+        """Whether a cropped cache lacks earlier tokens, as windows and convolutions do."""
         return any(type(layer) not in (DynamicLayer, StaticLayer) for layer in self.cache.layers)
 
 
 class RewardState:
     """Next-token logits of a causal language model, cached by content.
 
-    Each call matches the asked rows with the cached ones by their longest common prefix, then reuses, reorders, crops
+    Each call matches the given rows with the cached ones by their longest common prefix, then reuses, reorders, crops
     and extends the cache, or starts anew where that would not be exact. Equal rows are computed once.
 
-    May be called from several threads, one at a time at work: the last 8 that called have a cache each, so texts that
-    are decoded side by side do not cost each other theirs. A compiled step belongs to one thread, as CUDA graphs do.
+    Several threads may call it and take turns: the last 8 of them have a cache each, so texts that are decoded side by
+    side keep theirs. A compiled step belongs to one thread, as CUDA graphs do.
 
     Args:
         network: the model; a `PeftModel` for a reward adapter.
-        of (`str`): whose logits: `"network"`; of a `PeftModel` also its `"base"`, without adapters; or `"both"`, the
-            network first, in one pass where [`~prt_hf.networks.mixed_pass.can_mix`] says so.
+        of (`str`): whose logits to give: `"network"`; for a `PeftModel` also its `"base"`, without adapters, or
+            `"both"` in one pass, the network first, for which [`~prt_hf.networks.mixed_pass.can_mix`] must hold.
         compile_config (`CompileConfig`, *optional*): keep a static cache, and compile the step of one token (of the
             network only). The step with a growing cache is the reference.
 
@@ -98,19 +101,20 @@ class RewardState:
 
         Only needed for memory, and after changes that [`~prt_hf.inference.versions.Versions`] does not see.
         """
-        self._memories: dict[int, _Memory] = {}  # of threads, that of the last call at the end
+        self._memories: dict[int, _Memory] = {}  # by thread, in the order of their last calls
 
     def _new_pass(self) -> Pass:
+        """Return a pass of the network as it is now."""
         if self._of == "network":
             return Pass(self.network)
         base = bare_base(self.network).eval()
         return Pass(base) if self._of == "base" else MixedPass(base, [self.network, None])
 
     def __call__(self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None) -> torch.Tensor:
-        """Logits for the token after each row.
+        """Return logits for the token after each row.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`).
+            input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`): token ids.
             attention_mask (`torch.LongTensor` of the same shape, *optional*): 0 at padding; all ones by default.
 
         Returns:
@@ -126,12 +130,12 @@ class RewardState:
     def blocks(
         self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None = None
     ) -> tuple[torch.Tensor, ...]:
-        """As a call, for each of those that were asked for."""
+        """Return logits as a call does, for the network, its base or both, as `of` says."""
         with lock_of(unwrap_adapter(self.network)):
             return self._blocks(self._memory(), input_ids, attention_mask)
 
     def _memory(self) -> _Memory:
-        """What this thread can go on from: nothing, if the network or the thread's precision has changed."""
+        """Return the memory of this thread, an empty one if the network or the thread's precision has changed."""
         if self._pass is None or self._versions() != self._seen:
             self.reset()
             self._pass, self._versions = self._new_pass(), Versions(self.network)
@@ -146,7 +150,10 @@ class RewardState:
             del self._memories[next(iter(self._memories))]
         return memory
 
-    def _blocks(self, memory: _Memory, input_ids, attention_mask) -> tuple[torch.Tensor, ...]:
+    def _blocks(
+        self, memory: _Memory, input_ids: torch.LongTensor, attention_mask: torch.LongTensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Return remembered logits, or compute those of the distinct rows from the longest usable prefix on."""
         rows = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, PAD)
         rows, copies = _distinct(rows.to(self.network.device))
         length = rows.shape[1]
@@ -165,8 +172,8 @@ class RewardState:
         memory.rows = rows
         return tuple(block[copies] for block in logits)
 
-    def _align(self, memory: _Memory, rows, source, common: int) -> int:
-        """Bring the cache to the first `common` tokens of the rows, or drop it; returns how many it now holds."""
+    def _align(self, memory: _Memory, rows: torch.LongTensor, source: torch.LongTensor | None, common: int) -> int:
+        """Bring the cache to the first `common` tokens of the rows, or drop it; return how many it now holds."""
         cache = memory.cache
         cached = 0 if cache is None else memory.rows.shape[1]
         surplus = cached - common
@@ -189,7 +196,7 @@ class RewardState:
             return 0
         if surplus > 0 and isinstance(cache, StaticCache):
             for layer in cache.layers:
-                layer.cumulative_length.sub_(surplus)  # what lies behind is masked, and overwritten
+                layer.cumulative_length.sub_(surplus)  # later tokens are masked, and overwritten
         elif surplus > 0:
             cache.crop(-surplus)
             if memory.forgets:
@@ -202,8 +209,12 @@ class RewardState:
             cache.reorder_cache(torch.cat([source + block * len(memory.rows) for block in blocks]))
         return common
 
-    def _is_long(self, rows) -> bool:
-        """Whether the texts are so long that the network turns its positions by other frequencies."""
+    def _is_long(self, rows: torch.LongTensor) -> bool:
+        """Return whether the texts are so long that the network turns its positions by other frequencies.
+
+        Raises:
+            UnsupportedError: some are, and some are not.
+        """
         are_long = (rows != PAD).sum(1) > self._switch
         if bool(are_long.any() != are_long.all()):
             raise UnsupportedError(
@@ -214,13 +225,14 @@ class RewardState:
             )
         return bool(are_long.any())
 
-    def _forward(self, memory: _Memory, rows, kept: int) -> tuple[torch.Tensor, ...]:
+    def _forward(self, memory: _Memory, rows: torch.LongTensor, kept: int) -> tuple[torch.Tensor, ...]:
+        """Read all tokens but the first `kept`, which the cache holds, and return the last logits."""
         mask = rows != PAD
         check_length(int(mask.sum(1).max()), self._limit)
         new = rows[:, kept:]
         is_padded = not bool(mask.all())
         kwargs = {"input_ids": new.clamp(min=0), "use_cache": False, "logits_to_keep": 1}
-        if kept or is_padded or self._compile_config is not None:  # else the network itself knows best where it starts
+        if kept or is_padded or self._compile_config is not None:  # else the network counts by itself
             kwargs["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0)[:, kept:]
         if is_padded:
             check_padding(self._pass)
@@ -232,7 +244,7 @@ class RewardState:
         if memory.cache is not None:
             kwargs |= {self._cache_name: memory.cache, "use_cache": True}
             if kept and all(memory.cache.is_linear):
-                kwargs.pop("attention_mask", None)  # padding lies behind the state
+                kwargs.pop("attention_mask", None)  # the state is past the padding
         with evaluating(self.network):
             output = self._pass(**kwargs) if self._compile_config is None else self._static_step(rows, kept, kwargs)
         returned = getattr(output, self._cache_name or "", None)
@@ -242,6 +254,7 @@ class RewardState:
         return self._pass.split(output.logits[:, -1].clone())
 
     def _new_cache(self, memory: _Memory, length: int) -> Cache | None:
+        """Return an empty cache, or None for a network that cannot read on from one."""
         if self._compile_config is not None:
             memory.capacity = ROOM * (1 + length // ROOM)
             return StaticCache(config=self._config, max_cache_len=memory.capacity)
@@ -252,8 +265,8 @@ class RewardState:
             cache.activate_past_recording()
         return cache
 
-    def _static_step(self, rows, kept: int, kwargs: dict):
-        """The mask and positions of a static cache are made outside of what is compiled."""
+    def _static_step(self, rows: torch.LongTensor, kept: int, kwargs: dict) -> ModelOutput:
+        """Run a step with a static cache, whose mask and positions are made outside of the compiled part."""
         model = self._pass.model
         inputs = model.prepare_inputs_for_generation(
             rows.clamp(min=0),
@@ -268,10 +281,10 @@ class RewardState:
         return run(**self._pass.prepare(inputs), return_dict=True)
 
 
-def _reset_in_training(reference: weakref.ref):
-    """A pass in training mode says that the weights are about to change: what they gave before is not to be reused."""
+def _reset_in_training(reference: "weakref.ref[RewardState]") -> Callable[[nn.Module, tuple], None]:
+    """Return a hook that resets a state on a pass in training mode, after which the weights change."""
 
-    def hook(module, _):
+    def hook(module: nn.Module, _: tuple) -> None:
         state = reference()
         if module.training and state is not None:
             state.reset()
@@ -287,8 +300,8 @@ def switching_length(config: PreTrainedConfig) -> int | None:
     return min(lengths, default=None)
 
 
-def _match(rows, cached) -> tuple[torch.LongTensor | None, int]:
-    """For each row the cached row with the longest common prefix, and the length that all of them share."""
+def _match(rows: torch.LongTensor, cached: torch.LongTensor | None) -> tuple[torch.LongTensor | None, int]:
+    """Return for each row the cached row with the longest common prefix, and the length that all of them share."""
     if cached is None:
         return None, 0
     length = min(rows.shape[1], cached.shape[1])
@@ -298,8 +311,8 @@ def _match(rows, cached) -> tuple[torch.LongTensor | None, int]:
     return source, int(common.min())
 
 
-def _distinct(rows) -> tuple[torch.LongTensor, torch.LongTensor]:
-    """The different rows, and for each row its index among them."""
+def _distinct(rows: torch.LongTensor) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Return the different rows, and for each row its index among them."""
     if len(rows) == 1:
         return rows, torch.zeros(1, dtype=torch.long, device=rows.device)
     return torch.unique(rows, dim=0, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Whether a network still is what it was at an earlier call."""
+"""Detect changes of a network's weights and adapters between calls."""
 
 from operator import attrgetter
 
@@ -9,18 +9,18 @@ from torch import nn
 
 
 class Versions:
-    """Called, returns a value that is another one when the network's weights or adapters have changed since.
+    """Returns, when called, a value that differs after the network's weights or adapters have changed.
 
-    Seen are writes that autograd counts (`load_state_dict`, in-place operations, most optimisers), tensors put in the
-    place of others, moves and casts, and adapters switched on or off, chosen, merged or scaled. Not seen are writes
-    that pass autograd by: in place through `.data` or NumPy, by fused optimisers, to tensors made in inference mode;
-    nor a module put in the place of another.
+    It sees writes that autograd counts (`load_state_dict`, in-place operations, most optimisers), tensors replaced by
+    others, moves and casts, and adapters switched on or off, chosen, merged or scaled. It does not see writes that
+    bypass autograd: in place through `.data` or NumPy, by fused optimisers, to tensors made in inference mode; nor a
+    module replaced by another.
     """
 
     def __init__(self, network: nn.Module):
         modules = list(network.modules())
         self._parameters = [module._parameters for module in modules if module._parameters]
-        # What is not saved is computed from the configuration, by some models in every pass.
+        # Other buffers are computed from the configuration, by some models in every pass.
         self._buffers = [
             (module._buffers, name)
             for module in modules
@@ -29,6 +29,7 @@ class Versions:
         self._layers = [m for m in modules if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
     def __call__(self) -> tuple:
+        """Return the present value, which is compared with an earlier one."""
         tensors = [value for table in self._parameters for value in table.values() if value is not None]
         tensors += [table[name] for table, name in self._buffers if table[name] is not None]
         try:
@@ -39,10 +40,12 @@ class Versions:
 
 
 def _flags(layer: nn.Module) -> tuple:
+    """Return the settings of an adapted layer: its adapters, their scales, whether they are switched on or merged."""
     known = vars(layer)
     scaling = known.get("scaling", {}).values()
     return layer._disable_adapters, *layer._active_adapter, None, *known.get("merged_adapters", ()), *scaling
 
 
 def _count(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the writes to a tensor that autograd has counted, and the identity of the tensor."""
     return 0 if tensor.is_inference() else tensor._version, id(tensor)

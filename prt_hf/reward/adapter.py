@@ -1,4 +1,4 @@
-"""The LoRA form of a reward: which layers it adapts, and where it starts."""
+"""How a reward starts: the layers that its LoRA adapts, and its first values."""
 
 import copy
 
@@ -10,33 +10,68 @@ from transformers.pytorch_utils import Conv1D
 from ..contract import TEXT_GENERATION, ModelReference
 from ..errors import PRTValueError, UnsupportedError
 from ..networks.adapter_config import check_is_of_layers
-from ..networks.adapters import wrap
+from ..networks.adapters import ADAPTER, check_bare, wrap
 from ..networks.anatomy import FixedLinear, has_fixed_head, head_of, layer_stack, task_of
 
+REWARD_INITS = ("pretrained", "zero")
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
 # Fused kernels read these layers' weights past an adapter, so PEFT refuses to adapt them.
 _FUSED_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _FUSED_LAYERS = {"conv1d", "out_proj"}
 
 
+def start(
+    model: PreTrainedModel | PeftModel, base: ModelReference, peft_config: PeftConfig | None, reward_init: str
+) -> PreTrainedModel | PeftModel:
+    """Return the network that a reward starts as: a `PeftModel` as it is, a base with a new adapter, or a whole model.
+
+    Raises:
+        PRTValueError: arguments that exclude each other, or adapters that cannot be saved as a reward.
+        UnsupportedError: a kind of adapter that cannot be one.
+    """
+    is_zero = reward_init == "zero"
+    if isinstance(model, PeftModel):
+        if peft_config is not None or is_zero:
+            raise PRTValueError(
+                "The model is a PeftModel already.",
+                expected="no `peft_config`, and `reward_init='pretrained'`",
+                found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
+                remedy="pass its base model to get another adapter",
+            )
+        if list(model.peft_config) != [ADAPTER]:
+            raise PRTValueError(
+                "The PeftModel cannot be saved as a reward.",
+                expected=f"one adapter, named {ADAPTER!r}",
+                found=", ".join(map(repr, model.peft_config)),
+            )
+        check_is_of_layers(model.peft_config[ADAPTER], beside_base=True)
+        return model
+    if peft_config is not None:
+        check_bare(model)
+        return add_adapter(model, peft_config, base, zero=is_zero)
+    if is_zero:
+        zero_head(model)
+    return model
+
+
 def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None, **lora_kwargs) -> LoraConfig:
-    """LoRA on every linear or convolutional layer, the head included.
+    """Return LoRA on every linear or convolutional layer, the head included.
 
     The head decides: a reward is a residual over the vocabulary, which the pretrained head alone cannot express, and
     with it frozen LoRA rewards trail EFT (Table 6 of the paper). A language model's head gets LoRA, a classifier's
-    small head is tuned whole, that of a zero-shot classifier not at all. A reward has farther to go than a fine-tuned
-    model, because it starts as the pretrained logits, which the backbone adds once more: language models get twice the
-    customary scale of LoRA (see notebooks/lora_rewards.md), classifiers, which lose by that, do not.
+    small head is tuned whole, and a zero-shot classifier's head is left alone. A reward has farther to go than a
+    fine-tuned model, because it starts as the pretrained logits, which the backbone adds once more: language models get
+    twice the customary scale of LoRA (see notebooks/lora_rewards.md), classifiers, which lose by it, do not.
 
     Args:
         model (`PreTrainedModel`): the reward's base.
         top_layers (`int`, *optional*): adapt this many of the uppermost layers, and the head. The layers below are then
             computed once a step for the reward and its own base.
-        lora_kwargs: for [`~peft.LoraConfig`]. If not given, `r` is 16, and `lora_alpha` four times that, a
-            classifier's twice.
+        **lora_kwargs: for [`~peft.LoraConfig`]. By default `r` is 16, and `lora_alpha` four times as much, or twice
+            for classifiers.
 
     Raises:
-        PRTValueError: `top_layers` of a model whose layers are not so many, or not in one list.
+        PRTValueError: the model has fewer layers than `top_layers`, or they are not in one list.
     """
     head, _ = head_of(model)
     targets = [
@@ -59,7 +94,7 @@ def default_peft_config(model: PreTrainedModel, *, top_layers: int | None = None
 
 
 def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelReference, *, zero: bool) -> PeftModel:
-    """Wrap a base as a reward; the base itself stays untouched and shares its weights.
+    """Put a new adapter on a base, which itself stays untouched and shares its weights.
 
     A `LoraConfig` that names no `target_modules` gets those of [`default_peft_config`]. With `zero`, the reward gets an
     output layer of its own, zero at the start, so that r = 0 and the PRT model starts as the backbone.
@@ -91,7 +126,7 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
 
 
 def _check_saved(network: PeftModel) -> None:
-    """PEFT 0.19 leaves tuned biases out of its files."""
+    """Check that PEFT saves all that is trained: version 0.19 leaves tuned biases out of its files."""
     saved = {value.data_ptr() for value in get_peft_model_state_dict(network, save_embedding_layers=False).values()}
     lost = [name for name, value in network.named_parameters() if value.requires_grad and value.data_ptr() not in saved]
     if lost:
@@ -104,6 +139,7 @@ def _check_saved(network: PeftModel) -> None:
 
 
 def _check_fixed(network: PeftModel, head: str, is_fixed: bool) -> None:
+    """Refuse an adapter of a head that is fixed."""
     found = network.get_base_model().get_submodule(head)
     if is_fixed and not isinstance(found, FixedLinear):
         raise PRTValueError(
@@ -127,9 +163,11 @@ def zero_head(model: PreTrainedModel) -> None:
 
 
 def check_zero(model: PreTrainedModel) -> None:
-    """Raises:
-    PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be zero; or
-        the head is fixed, and would stay zero.
+    """Check that a reward of this model can start at zero.
+
+    Raises:
+        PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be
+            zero; or the head is fixed, and would stay zero.
     """
     if has_fixed_head(model):
         raise PRTValueError(
@@ -146,11 +184,13 @@ def check_zero(model: PreTrainedModel) -> None:
 
 
 def zero_(head: nn.Module) -> None:
+    """Set all parameters to zero, in place."""
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
 
 
 def _prefixes_of_top(model: PreTrainedModel, count: int) -> tuple[str, ...]:
+    """Return the names of the uppermost layers, with a dot behind."""
     stack = layer_stack(model)
     depth = 0 if stack is None else len(stack[1])
     if not 0 < count <= depth:
@@ -163,7 +203,7 @@ def _prefixes_of_top(model: PreTrainedModel, count: int) -> tuple[str, ...]:
 
 
 def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
-    """The layers' names without what repeats from block to block, where that names the same layers."""
+    """Shorten the layers' names to the part that repeats from block to block, if that names the same layers."""
     wanted = set(targets)
     short = {".".join(_suffix(name.split("."))) for name in targets}
     matched = {
@@ -173,6 +213,7 @@ def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
 
 
 def _takes_lora(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
+    """Return whether PEFT can put LoRA on a layer, and the layer's owner runs it as a module."""
     if getattr(module, "groups", 1) > 1:  # PEFT splits the rank among the groups of a depthwise convolution
         return False
     # Attention of torch's own reads the weights of its output layer past an adapter.
@@ -182,5 +223,6 @@ def _takes_lora(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
 
 
 def _suffix(parts: list[str]) -> list[str]:
+    """Return the last name of a path, with the numbers behind it."""
     named = max(index for index, part in enumerate(parts) if not part.isdigit())
     return parts[named:]

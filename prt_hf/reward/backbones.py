@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,55 +31,57 @@ from .model import RewardModel
 
 @dataclass
 class Batch:
-    """What both models read, and where they are judged.
+    """The inputs of both models, and the positions where they are judged.
 
     Attributes:
-        inputs (`dict`): of the reward, and of backbones that have no other.
+        inputs (`dict`): for the reward, and for backbones that have no others.
         labels (`torch.LongTensor`): aligned with what is predicted: `(batch_size, sequence_length - 1)` for language
             models, whose last position has no label, `(batch_size,)` for classifiers.
-        rows (`torch.LongTensor` of shape `(batch_size,)`, *optional*): places in the data set, for stored states.
-        of_backbones (`list[dict]`): inputs of single backbones, in the order of `backbone=`.
+        rows (`torch.LongTensor` of shape `(batch_size,)`, *optional*): row numbers in the data set, for stored states.
+        backbone_inputs (`list[dict]`): inputs of single backbones, in the order of `backbone=`.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.LongTensor
     rows: torch.LongTensor | None = None
-    of_backbones: Sequence[dict[str, torch.Tensor]] = ()
+    backbone_inputs: Sequence[dict[str, torch.Tensor]] = ()
 
     @cached_property
     def supervised(self) -> tuple[torch.LongTensor, ...]:
-        """Indices into `labels` of those that are not ignored."""
+        """Indices of the labels that are not ignored."""
         return (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)
 
     @cached_property
     def supervised_labels(self) -> torch.LongTensor:
-        """`(n,)`"""
+        """The labels that are not ignored, `(n,)`."""
         return self.labels[self.supervised]
 
     def chosen(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits or hidden states of all positions -> of the supervised ones, `(n, ...)`."""
+        """Select the supervised positions from logits or hidden states of all positions, `(n, ...)`."""
         return self.aligned(values)[tuple(index.to(values.device) for index in self.supervised)]
 
     def aligned(self, values: torch.Tensor) -> torch.Tensor:
-        """Logits or hidden states of all positions -> of those that are judged."""
+        """Select the positions that `labels` are for from logits or hidden states of all positions."""
         return values[:, :-1] if self.labels.ndim > 1 else values
 
 
 class Backbone:
     """A network pi_pt, frozen and in evaluation mode.
 
+    It has more than 15 methods because training, measuring and storing states each read it in their own way.
+
     Args:
-        reward ([`RewardModel`]): that is tuned on it.
-        network (`PreTrainedModel`, `str` or [`~contract.ModelReference`]): an id is not loaded before [`load`], so that
-            stored states do without; what a reference names is checked.
-        load_kwargs: for `from_pretrained` of an id.
+        reward ([`RewardModel`]): the reward that is tuned on it.
+        network (`PreTrainedModel`, `str` or [`~contract.ModelReference`]): an id is not loaded before [`load`], since
+            stored states need no model; a model named by a reference is checked.
+        **load_kwargs: for `from_pretrained` of an id.
 
     Attributes:
-        columns: of its logits, in the reward's order.
-        limit (`int`, *optional*): tokens that it can read.
-        reference ([`~contract.ModelReference`]): for the reward's configuration.
-        index (`int`): of its own inputs in a batch.
-        processing_class: what lies beside its weights, else the reward's.
+        columns: the columns of its logits, in the reward's order.
+        limit (`int`, *optional*): number of tokens that it can read.
+        reference ([`~contract.ModelReference`]): names it in the reward's configuration.
+        index (`int`): the place of its own inputs in a batch.
+        processing_class: the tokenizer or image processor saved with its weights, else the reward's.
     """
 
     index = 0
@@ -93,10 +96,12 @@ class Backbone:
 
     @property
     def task(self) -> str:
+        """The task of the reward."""
         return self._reward.config.task
 
     def load(self) -> None:
-        """
+        """Load the network, unless it is in memory, and match it with the reward.
+
         Raises:
             VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
         """
@@ -108,7 +113,7 @@ class Backbone:
             network = load_pretrained(self._named, **self._load_kwargs)
         self._take(network)
 
-    def _take(self, network: PreTrainedModel, processing_class=None) -> None:
+    def _take(self, network: PreTrainedModel, processing_class: Any = None) -> None:
         processing_class = processing_class or processing_class_of(network, self.task, **self._load_kwargs)
         order = self._reward.order_for(network, processing_class)
         self.columns = order if isinstance(order, slice) else inverse(order)
@@ -117,11 +122,12 @@ class Backbone:
         self.network = network.eval()
 
     def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+        """Replace the network by what `placed` makes of it, such as one on another device."""
         self._home = self.network.device
         self.network = placed(self.network)
 
     def unload(self) -> None:
-        """Free what can be loaded again; a model of the user's goes back where it was."""
+        """Free a network that can be loaded again; move a model of the user's back to its device."""
         if self._named is not None:
             self.network = None
         elif self.network.device != self._home:
@@ -129,7 +135,7 @@ class Backbone:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What tells its weights from all others, without loading it."""
+        """Key of the weights, computed without loading them."""
         if self._named is None:
             return {"weights": weights_digest_of_model(self.network)}
         name, revision = self._named, self._load_kwargs.get("revision")
@@ -141,24 +147,27 @@ class Backbone:
         return {"id": name, "revision": commit_of(name, revision, self._load_kwargs.get("token")), "dtype": dtype}
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """`(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`, in the reward's order."""
+        """Return logits in the reward's order.
+
+        Their shape is `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`.
+        """
         with torch.no_grad(), self._pretrained() as network:
             return network(**self._inputs(batch)).logits[..., self.columns]
 
     def projection(self, batch: Batch) -> Projection:
-        """Of a language model: the logits at the supervised positions, not made yet."""
+        """Return a language model's logits at the supervised positions as a product that is not computed yet."""
         with torch.no_grad(), self._pretrained() as network:
             return projection(network, _hidden(network, batch), self.columns)
 
     def states(self, batch: Batch) -> torch.Tensor:
-        """`(n, hidden_size)` or `(n, num_labels)`: all that is ever needed of it at the supervised positions."""
+        """Return all that is needed of it at the supervised positions, `(n, hidden_size)` or `(n, num_labels)`."""
         with torch.no_grad(), self._pretrained() as network:
             if self.task == TEXT_GENERATION:
                 return _hidden(network, batch)
             return batch.chosen(network(**self._inputs(batch)).logits)
 
     def companions(self) -> tuple[dict[str, torch.Tensor], dict]:
-        """Tensors and facts that turn its states into logits of the reward's order."""
+        """Return tensors and facts that turn its states into logits in the reward's order."""
         with self._pretrained() as network:
             facts = {
                 "reference": vars(self.reference),
@@ -171,22 +180,24 @@ class Backbone:
         return tensors, facts | {"scale": head.scale, "softcap": head.softcap}
 
     def prepare(self, batch: Batch) -> None:
-        """Look at a first batch."""
+        """Inspect the first batch; subclasses may enable optimisations."""
 
     def why_not_projected(self, batch: Batch) -> str | None:
+        """Return why [`projection`] would be wrong for this network; None if it is right."""
         with torch.no_grad(), self._pretrained() as network:
             return why_not_projected(network, batch.inputs)
 
     def reused(self) -> AbstractContextManager[None]:
-        """Around the reward's pass of the same batch: what both have in common is not computed again."""
+        """Return a context for the reward's pass of the same batch, in which shared layers are not computed again."""
         return nullcontext()
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """
+        """Return the inputs of this backbone.
+
         Raises:
-            UnsupportedError: the backbone wants other pixels than the reward's, and the batch has none.
+            UnsupportedError: the backbone needs other pixels than the reward, and the batch has none.
         """
-        own = batch.of_backbones[self.index] if batch.of_backbones else {}
+        own = batch.backbone_inputs[self.index] if batch.backbone_inputs else {}
         if self._wants_own_pixels and PIXELS not in own:
             raise missing_pixels(
                 "backbone",
@@ -209,8 +220,10 @@ class Backbone:
 
 
 class OwnBase(Backbone):
-    """The reward's own network with its adapter off: no second model in memory, and the layers below the first adapted
-    one are computed once for both."""
+    """The reward's own network with its adapter off.
+
+    There is no second model in memory, and the layers below the first adapted one are computed once for both.
+    """
 
     def __init__(self, reward: RewardModel):
         _check_one_network(reward)
@@ -220,18 +233,18 @@ class OwnBase(Backbone):
         self.columns = reward.columns
         self.limit, self.reference = context_length(reward.network), reference_to(reward.network)
 
-    def place(self, placed):
-        """It is where the reward is, and stays there."""
+    def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+        """Stay with the reward."""
 
-    def unload(self):
-        """It is the reward's."""
+    def unload(self) -> None:
+        """Stay in memory with the reward."""
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
-        if batch.of_backbones and batch.of_backbones[self.index]:
+        if batch.backbone_inputs and batch.backbone_inputs[self.index]:
             raise PRTValueError(
                 "The reward's own base reads what the reward reads.",
                 expected="no inputs of its own",
-                found=", ".join(f"backbone_{self.index}_{name}" for name in batch.of_backbones[self.index]),
+                found=", ".join(f"backbone_{self.index}_{name}" for name in batch.backbone_inputs[self.index]),
                 remedy="pass `backbone=` the model that they are for",
             )
         return batch.inputs
@@ -246,18 +259,21 @@ class OwnBase(Backbone):
 
     @cached_property
     def identity(self) -> dict[str, str]:
+        """Key of the base's weights."""
         return {"weights": weights_digest_of_model(bare_base(self.network))}
 
     def prepare(self, batch: Batch) -> None:
+        """Find out on the first batch whether the reward can start from the layers that both share."""
         trunk = SharedTrunk.of(self.network)
         if trunk is not None and trunk.is_enough(self.network, self._pretrained(), batch.inputs):
             self._trunk = trunk
 
-    def reused(self):
+    def reused(self) -> AbstractContextManager[None]:
+        """Return a context in which the reward starts from the layers that both share."""
         return nullcontext() if self._trunk is None else self._trunk.reused()
 
     @contextmanager
-    def _pretrained(self):
+    def _pretrained(self) -> Iterator[nn.Module]:
         # What `eval()` and PEFT's `disable_adapter()` do, without a walk through all modules, which takes as long as a
         # small model's step, and without touching `requires_grad`, which FSDP2 reads in the first pass.
         modes = [module.training for module in self._modules]
@@ -277,7 +293,7 @@ class OwnBase(Backbone):
 
 
 def source_backbones(reward: RewardModel, **load_kwargs) -> list[Backbone]:
-    """Those that a reward was tuned on; of one that was not tuned yet, the pretrained model that it starts from.
+    """Return the backbones that a reward was tuned on; before any tuning, the pretrained model that it starts from.
 
     Raises:
         PRTValueError: one of them was made in memory.
@@ -286,7 +302,7 @@ def source_backbones(reward: RewardModel, **load_kwargs) -> list[Backbone]:
 
 
 def is_own_base(config: RewardConfig, source: ModelReference) -> bool:
-    """Whether a source backbone of a reward is what the reward started from."""
+    """Return whether a source backbone is the pretrained model that the reward started from."""
     base = config.reward_base
     return source == base or (source.weights is not None and source.weights == base.weights)
 
@@ -311,10 +327,12 @@ def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _check_one_network(reward: RewardModel) -> None:
-    """Raises:
-    UnsupportedError: the reward is not what its network gives.
+    """Check that a reward is its network's logits.
+
+    Raises:
+        UnsupportedError: it is a sum of several terms.
     """
-    if reward.config.minus_base:
+    if len(reward.config.terms) > 1:
         raise UnsupportedError(
             "An adapter that was carried over is a reward of two networks, and neither tuned nor measured as one.",
             expected="a reward that PRTTrainer made",
@@ -324,4 +342,5 @@ def _check_one_network(reward: RewardModel) -> None:
 
 
 def inverse(order: list[int]) -> list[int]:
+    """Return the permutation that undoes another one."""
     return sorted(range(len(order)), key=order.__getitem__)

@@ -1,34 +1,35 @@
-"""Fine-tuned models: what EFT shifts a target by, what a reward is distilled from or held against."""
+"""Fine-tuned models: they are compared with a reward, shift a target in EFT, or teach a reward."""
 
 import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ..contract import PRT_CONFIG_NAME, ModelReference
-from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError
+from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.client import has_file, local_file
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, file_digest
-from ..networks.adapter_config import changes_base, check_is_of_layers, read_peft_config
+from ..networks.adapter_config import changes_base, check_is_of_layers
 from ..networks.adapters import bare_base
 from ..networks.auto import load_pretrained
 from ..networks.identity import origin_of, reference_to
 from .backbones import Backbone
-from .loading import load_saved_processing_class, on_base
+from .loading import load_saved_processing_class, on_base, read_ordinary_adapter
 from .model import RewardModel
 
 
 class TunedModel(Backbone):
-    """A model that was tuned the usual way: whole, or as an adapter on its base.
+    """A model that was tuned in the usual way: whole, or as an adapter on its base.
 
     Args:
-        reward ([`RewardModel`]): whose tokens or labels it has.
-        network (`PreTrainedModel`, `PeftModel`, `str` or `Path`): or the id or folder of either, not loaded before
-            [`load`].
-        load_kwargs: for `from_pretrained` of an id.
+        reward ([`RewardModel`]): a reward with the same tokens or labels.
+        network (`PreTrainedModel`, `PeftModel`, `str` or `Path`): the model, or its id or folder, which is not loaded
+            before [`load`].
+        **load_kwargs: for `from_pretrained` of an id.
 
     Raises:
         PRTValueError: the id is a reward's.
@@ -47,17 +48,19 @@ class TunedModel(Backbone):
 
     @property
     def base(self) -> str | None:
-        """Where the base of an adapter lies, or the model itself; None of one in memory."""
+        """The place of an adapter's base, or of the model itself; None for a model in memory."""
         return self._named if self._adapter is None else self._adapter.base_model_name_or_path
 
     @cached_property
     def identity(self) -> dict[str, str]:
+        """Key of the weights, an adapter's together with its base's."""
         if self._adapter is None:
             return super().identity
         return {"adapter": file_digest(*self._files)} | Backbone(self._reward, self.base, **self._base_kwargs).identity
 
     def load(self) -> None:
-        """
+        """Load the model, unless it is in memory.
+
         Raises:
             VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
             BaseModelMismatchError, RewardFileError: an adapter does not fit its base, or its weights are damaged.
@@ -72,13 +75,15 @@ class TunedModel(Backbone):
 
     @property
     def origin(self) -> ModelReference:
-        """What was tuned, not the base that it was tuned from."""
+        """The model that was tuned, not the base that it was tuned from."""
         if self._adapter is None:
             return ModelReference(architecture=self.reference.architecture) if self._is_adapted else self.reference
         return origin_of(self._named, self._files[0].parent)
 
     def check_base(self, source: Backbone) -> None:
-        """Once both are loaded: log pi_ft - log pi_pt is the tuning alone where pi_ft was tuned from pi_pt.
+        """Check that this model was tuned from the source backbone, once both are loaded.
+
+        Only then log pi_ft - log pi_pt is the tuning alone.
 
         Raises:
             BaseModelMismatchError: an adapter sits on another model.
@@ -92,7 +97,7 @@ class TunedModel(Backbone):
                 remedy="that model as the source backbone, or an adapter of the present one",
             )
 
-    def _take(self, network, processing_class=None) -> None:
+    def _take(self, network: PreTrainedModel | PeftModel, processing_class: Any = None) -> None:
         if isinstance(network, PeftModel):
             check_is_of_layers(network.active_peft_config)
         super()._take(network, processing_class)
@@ -100,7 +105,7 @@ class TunedModel(Backbone):
             self.reference = replace(self.reference, weights=None)  # those of the base are gone
 
     def _base_in_memory(self) -> PreTrainedModel | None:
-        """The base of the reward adapter, on the very same weights, where the adapter names that one."""
+        """Return the base of the reward adapter, on the very same weights, if this adapter names it."""
         config, network = self._reward.config, self._reward.network
         if not isinstance(network, PeftModel):
             return None
@@ -118,7 +123,7 @@ class TunedModel(Backbone):
 
     @cached_property
     def _files(self) -> list[Path]:
-        """Of the adapter, on this machine, in one folder."""
+        """The adapter's files on this machine, in one folder."""
         return [local_file(self._named, name, self._token) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 
     @property
@@ -130,22 +135,10 @@ class TunedModel(Backbone):
         return self._load_kwargs.get("token")
 
     def _adapter_at(self, place: str) -> PeftConfig | None:
-        if has_file(place, PRT_CONFIG_NAME, self._token):
-            raise PRTValueError(
-                f"{place} is a reward, which is no model by itself.",
-                expected="a fine-tuned model, or an adapter that makes one of its base",
-                found=PRT_CONFIG_NAME,
-            )
-        if not has_file(place, ADAPTER_CONFIG, self._token):
+        """Read the configuration of an adapter that names its base; None for a whole model."""
+        if not has_file(place, ADAPTER_CONFIG, self._token) and not has_file(place, PRT_CONFIG_NAME, self._token):
             return None
-        if not has_file(place, ADAPTER_WEIGHTS, self._token):
-            raise RewardFileError(
-                f"The adapter {place} has no weights that can be loaded.",
-                expected=ADAPTER_WEIGHTS,
-                found="no such file; pickled weights can run code and are not loaded",
-                remedy="convert the weights to safetensors",
-            )
-        adapter = read_peft_config(self._files[0].parent, beside_base=False)
+        adapter = read_ordinary_adapter(place, self._token, beside_base=False)
         if not adapter.base_model_name_or_path:
             raise RewardFileError(
                 f"The adapter {place} does not name its base.",
@@ -159,8 +152,9 @@ class TunedModel(Backbone):
 def teacher_of(
     reward: RewardModel, sources: list[Backbone], network: PreTrainedModel | PeftModel | str | Path
 ) -> TunedModel:
-    """The loaded model that a reward is distilled from. Its base is the source backbone, so that log pi_pt + r can be
-    its distribution.
+    """Return the loaded model that a reward is distilled from.
+
+    Its base must be the source backbone, so that log pi_pt + r can be its distribution.
 
     Raises:
         PRTValueError: several source backbones, or a reward.
@@ -177,3 +171,40 @@ def teacher_of(
     teacher.load()
     teacher.check_base(sources[0])
     return teacher
+
+
+def check_finetuned(network: PeftModel | PreTrainedModel) -> None:
+    """Check that an adapter changes layers, and does so independently of the text.
+
+    Raises:
+        UnsupportedError: an adapter of prompts, or one that depends on the text.
+    """
+    for peft_config in network.peft_config.values() if isinstance(network, PeftModel) else ():
+        check_is_of_layers(peft_config)
+
+
+def pretrained_of(network: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """Return the model that a fine-tuned one was tuned from: the base of its adapter, on the very same weights.
+
+    Raises:
+        PRTValueError: it is no `PeftModel`.
+        UnsupportedError: the adapter has changed its base.
+    """
+    if not isinstance(network, PeftModel):
+        raise PRTValueError(
+            "EFT needs the old model before and after fine-tuning.",
+            expected="`pretrained=`, or a PeftModel whose adapter can be switched off",
+            found=type(network).__name__,
+        )
+    for peft_config in network.peft_config.values():
+        if changes_base(peft_config):
+            raise UnsupportedError(
+                "The adapter has changed its base, which is not the old model any more without it.",
+                expected="`pretrained=`, or an adapter beside its base (LoRA with bias='none')",
+                found=", ".join(
+                    f"{name}={getattr(peft_config, name, None)!r}"
+                    for name in ("bias", "init_lora_weights", "layer_replication")
+                ),
+                remedy="pretrained=AutoModelForCausalLM.from_pretrained(...)",
+            )
+    return bare_base(network)

@@ -1,4 +1,4 @@
-"""A full reward from a folder that may be anybody's: measured against its weights before a byte is allocated."""
+"""Load a full reward from a folder that may be anybody's, checked against its weights before memory is allocated."""
 
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from ..hub.folder import ADAPTER_CONFIG, MODEL_CONFIG, read_shapes, weight_files
 from ..networks.anatomy import AUTO_CLASSES
 from ..networks.checkpoints import check_attention, load_whole, read_entries, unreadable, walk
 
-# They name other weights, change modules, or need what a reward has no use for: none is written by a save of a reward.
+# They name other weights, change modules, or need libraries that rewards do not use; no save of a reward writes them.
 _NOT_IN_A_REWARD = ("quantization_config", "transformers_weights", "fusion_config", "distributed_config")
 _MOST = 2**48
 _MOST_UNITS = 2**16  # that a configuration may speak of, even if no dimension of the weights is as large
@@ -31,7 +31,7 @@ def load_full(
     """Load a full reward, of the class of `base_model` where that is given. No code of its folder is run.
 
     Raises:
-        RewardFileError: as of [`check_full`]; or some weights are missing or left over.
+        RewardFileError: as raised by [`check_full`]; or some weights are missing or left over.
     """
     check_full(folder, config, base_model)
     kwargs = load_kwargs | {"trust_remote_code": False, "use_safetensors": True}
@@ -76,7 +76,7 @@ def check_full(folder: Path, config: RewardConfig, base_model: PreTrainedModel |
             raise _too_large(path, f"{name} = {str(value)[:40]}", f"{bound} at the most")
     try:
         model = _laid_out(folder, config, base_model, len(shapes))
-    except Exception as error:  # whatever the classes of configuration and network say of nonsense
+    except Exception as error:  # the classes of configurations and networks raise errors of many kinds
         raise RewardFileError(
             f"{path} cannot be used: the full reward is a {config.reward_base.architecture}, "
             f"which {_class_of(config, base_model).__name__} cannot load.",
@@ -100,11 +100,12 @@ def check_full(folder: Path, config: RewardConfig, base_model: PreTrainedModel |
 
 
 def _class_of(config: RewardConfig, base_model: PreTrainedModel | None) -> type:
+    """Return the class that loads the reward."""
     return AUTO_CLASSES[config.task] if base_model is None else type(base_model)
 
 
 def _laid_out(folder: Path, config: RewardConfig, base_model: PreTrainedModel | None, tensors: int) -> PreTrainedModel:
-    """Make the network without memory."""
+    """Construct the network on the meta device."""
     model_class = _class_of(config, base_model)
     with torch.device("meta"), _Patience(_MOST_CALLS * (tensors + 10)):
         if base_model is not None:
@@ -113,7 +114,7 @@ def _laid_out(folder: Path, config: RewardConfig, base_model: PreTrainedModel | 
 
 
 def _integers_in(file: Path) -> int:
-    """Count the tensors that transformers would cast to weights, whatever their bits mean."""
+    """Count the tensors of integers, which transformers would cast to weights."""
     with safe_open(file, framework="pt") as opened:
         return sum(not opened.get_slice(name).get_dtype().startswith(("F", "BF")) for name in opened.keys())  # noqa: SIM118
 
@@ -128,7 +129,7 @@ def _too_large(path: Path, found: str, expected: str) -> RewardFileError:
 
 
 class _Patience(TorchFunctionMode):
-    """Ends what makes far more layers than there are weights."""
+    """Raise when a constructor makes far more layers than there are weights."""
 
     def __init__(self, calls: int):
         super().__init__()

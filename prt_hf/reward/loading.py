@@ -1,15 +1,17 @@
-"""The networks that saved files name: a reward's own, and the pretrained model it sits on; checked to be those."""
+"""Load the networks that saved files name, and check that they are those: an adapter, and its base."""
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..contract import IMAGE_CLASSIFICATION, PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
+from ..contract import IMAGE_CLASSIFICATION, MINUS_BASE, PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
 from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
+from ..hub.client import has_file, local_file
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
 from ..networks.adapter_config import read_peft_config
 from ..networks.adapters import bare_base, check_bare, wrap
@@ -31,7 +33,7 @@ def load_adapter(
     token: str | bool | None,
     load_kwargs: dict,
 ) -> tuple[PeftModel, str | None]:
-    """The adapter on its checked base, and where the base came from."""
+    """Return a reward adapter on its checked base, and the place that the base was loaded from; None if from memory."""
     peft_config = read_peft_config(folder, config.reward_base.id)
     base, source = base_model, None
     if base_model is None:
@@ -44,41 +46,50 @@ def load_adapter(
         check_bare(base)
         check_same_model(config.reward_base, base)
     network = on_base(base, peft_config, folder)
-    if config.minus_base:
+    if MINUS_BASE in config.terms:
         check_switchable(network, base)
     return network, source
 
 
-def read_ordinary_adapter(folder: Path) -> PeftConfig:
-    """The configuration of a PEFT adapter that was not made as a reward, after a check that its weights can be loaded.
+def read_ordinary_adapter(
+    place: str | Path, token: str | bool | None = None, *, beside_base: bool = True
+) -> PeftConfig:
+    """Read the configuration of a PEFT adapter that was not made as a reward, once its weights can be loaded.
+
+    Args:
+        place: folder or Hub id of the adapter.
+        token: for the Hub.
+        beside_base: see [`~prt_hf.networks.adapter_config.check_is_of_layers`].
 
     Raises:
         PRTValueError: it is a reward.
         RewardFileError: no adapter there, or a damaged or pickled one.
-        UnsupportedError: what it does depends on the text, or it is a prompt.
+        UnsupportedError: its effect depends on the text, or it is a prompt.
     """
-    if (folder / PRT_CONFIG_NAME).exists():
+    place = str(place)
+    if has_file(place, PRT_CONFIG_NAME, token):
         raise PRTValueError(
-            f"{folder} is a reward, and no ordinary adapter.",
-            expected="an adapter of a fine-tuned language model",
+            f"{place} is a reward, which is no model by itself.",
+            expected="a fine-tuned model, or an ordinary adapter",
             found=PRT_CONFIG_NAME,
             remedy="RewardModel.from_pretrained",
         )
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
+        if not has_file(place, name, token):
             raise RewardFileError(
-                f"{folder} holds no adapter that can be loaded.",
-                expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
-                found=f"no {name}; pickled weights can run code and are not loaded",
+                f"The adapter {place} has no {'weights' if name == ADAPTER_WEIGHTS else 'files'} that can be loaded.",
+                expected=name,
+                found="no such file; pickled weights can run code and are not loaded",
                 remedy="convert the weights to safetensors, or name another folder",
             )
-    return read_peft_config(folder)
+    folder = local_file(place, ADAPTER_WEIGHTS, token).parent
+    return read_peft_config(folder, beside_base=beside_base)
 
 
 def load_ordinary_adapter(
     folder: Path, base_model: str | PreTrainedModel | None, token: str | bool | None, load_kwargs: dict
 ) -> PeftModel:
-    """A PEFT adapter that was not made as a reward, on its base; by default the one that it names.
+    """Load a PEFT adapter that was not made as a reward, on its base; by default the one that it names.
 
     Raises:
         PRTValueError: it names no base, or its base is no language model.
@@ -114,8 +125,10 @@ def load_ordinary_adapter(
 
 
 def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
-    """Raises:
-    UnsupportedError: without its adapted layers the network is not the base.
+    """Check that an adapter can be switched off.
+
+    Raises:
+        UnsupportedError: without its adapted layers the network is not the base.
     """
     off = bare_base(network)
     kinds = [[(name, type(module)) for name, module in model.named_modules()] for model in (off, base)]
@@ -131,7 +144,7 @@ def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
 
 
 def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> PeftModel:
-    """Put a saved adapter on its base, once its weights are known to be those that its configuration describes.
+    """Put a saved adapter on its base, once its weights are known to be the ones that its configuration describes.
 
     Raises:
         BaseModelMismatchError: its layers or its weights are another model's.
@@ -143,7 +156,7 @@ def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> Pef
     peft_config.inference_mode = False
     try:
         expected, named = _described(base, peft_config, shapes)
-    except Exception as error:  # whatever PEFT says of layers that are not there
+    except Exception as error:  # PEFT raises errors of many kinds for missing layers
         raise BaseModelMismatchError(
             "The adapter cannot be put on its base.",
             expected=f"the configuration of an adapter of {reference_to(base)}",
@@ -173,8 +186,11 @@ def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> Pef
 def _described(
     base: PreTrainedModel, peft_config: PeftConfig, shapes: dict[str, list[int]]
 ) -> tuple[dict[str, list[int]], set[str]]:
-    """Return what an adapter consists of by its configuration, without memory for it, and which of the stored tensors
-    are no more than embeddings or head of the base, which PEFT saves beside an adapter of them."""
+    """Return the shapes of an adapter's tensors by its configuration, without memory for them.
+
+    Also return the names of stored tensors that are just embeddings or head of the base, which PEFT saves beside an
+    adapter of them.
+    """
     peft_config = copy.deepcopy(peft_config)
     if hasattr(peft_config, "init_lora_weights"):
         peft_config.init_lora_weights = True  # some others read the base's weights
@@ -191,9 +207,13 @@ def _described(
     return {name: list(value.shape) for name, value in expected.items()}, others
 
 
-def load_saved_processing_class(folder: Path, task: str):
-    """Load the tokenizer or image processor that lies in the folder of a reward or an adapter; None where there is
-    none, or one that needs code. The folder may be anybody's: no code of it is run.
+def load_saved_processing_class(folder: Path, task: str) -> Any:
+    """Load the tokenizer or image processor in the folder of a reward or an adapter.
+
+    The folder may be anybody's: no code of it is run.
+
+    Returns:
+        None if there is none, or one that needs code.
 
     Raises:
         RewardFileError: its files cannot be used.
@@ -209,14 +229,14 @@ def load_saved_processing_class(folder: Path, task: str):
     except BaseException as error:  # the Rust of tokenizers panics past `Exception`
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise
-        if entries.get("auto_map"):  # as of a base with code of its own, where it lies as well
-            logger.warning(f"The {files[0].name} in {folder} asks for code, which is not run: it is left out.")
+        if entries.get("auto_map"):  # like those of a base with code of its own, which has them as well
+            logger.warning(f"The {files[0].name} in {folder} asks for code, which is not run: it is skipped.")
             return None
         raise unreadable(files[0], error) from error
 
 
 def _is_same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Up to the precision of either: an adapter is not always tuned in the one that its base is stored in."""
+    """Compare in the precision of either: an adapter may be tuned in another one than its base is stored in."""
     ours = ours.cpu()
     return ours.shape == theirs.shape and any(
         torch.equal(ours.to(dtype), theirs.to(dtype)) for dtype in (ours.dtype, theirs.dtype)

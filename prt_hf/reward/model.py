@@ -1,16 +1,20 @@
-"""The reward model r_theta: a network, its processing, and what it needs of a backbone."""
+"""The reward model r_theta: its networks, its tokenizer or image processor, and its match with a backbone."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..contract import (
     IMAGE_CLASSIFICATION,
+    MINUS_BASE,
+    NETWORK,
     PRT_CONFIG_NAME,
     Contract,
     LabelContract,
@@ -20,29 +24,35 @@ from ..contract import (
     unwrap_tokenizer,
 )
 from ..errors import PRTValueError
+from ..functional import signed_sum
 from ..hub.card import render_card
 from ..hub.card_merge import merged_or_new, read_card, write_card
 from ..hub.client import local_folder
 from ..hub.folder import ADAPTER_CONFIG, REWARD, check_files, replacing_files
 from ..hub.publishing import Shareable, push_reward
-from ..networks.adapter_config import check_is_of_layers
-from ..networks.adapters import check_bare
+from ..networks.adapters import bare_base
 from ..networks.anatomy import check_length, context_length, contract_of, task_of
 from ..networks.auto import load_pretrained, load_processing_class, processing_class_of, save_processing_class
 from ..networks.identity import origin_of, reference_to
-from .adapter import add_adapter, zero_head
+from .adapter import REWARD_INITS, start
 from .full import load_full
 from .loading import load_adapter, load_ordinary_adapter, load_saved_processing_class
 
 logger = logging.get_logger(__name__)
 
-REWARD_INITS = ("pretrained", "zero")
+
+class Term(NamedTuple):
+    """One network of the signed sum that a reward is."""
+
+    network: nn.Module
+    sign: float = 1.0
 
 
 class RewardModel(Shareable):
     """r_theta(x, y): one number per vocabulary token or class label.
 
-    Not a `torch.nn.Module` itself: `network` is, and is what a Trainer tunes.
+    It is no `torch.nn.Module` itself: a Trainer tunes its `network`. It has more than 15 methods and 250 lines because
+    its three constructors document all ways to obtain a reward.
 
     Attributes:
         network (`PeftModel` or `PreTrainedModel`): a reward adapter on its base, or a full reward.
@@ -57,7 +67,7 @@ class RewardModel(Shareable):
         self,
         network: PeftModel | PreTrainedModel,
         config: RewardConfig,
-        processing_class=None,
+        processing_class: Any = None,
         card: str | None = None,
     ):
         self.network = network
@@ -69,24 +79,24 @@ class RewardModel(Shareable):
     def from_base(
         cls,
         model_or_id: str | PreTrainedModel | PeftModel,
-        processing_class=None,
+        processing_class: Any = None,
         peft_config: PeftConfig | None = None,
         *,
         reward_init: str = "pretrained",
         **load_kwargs,
     ) -> "RewardModel":
-        """Start a reward from a pretrained model, whose architecture and weights it takes over (Sec. 3 of the paper).
+        """Start a reward from a pretrained model, with its architecture and weights (Sec. 3 of the paper).
 
         Args:
             model_or_id: Hub id, path, or a model in memory. With `peft_config` the model is left as it is, and shares
                 its weights with the reward; without, it becomes the (full) reward, to be tuned in place. A `PeftModel`
                 is taken as the reward adapter that it is.
-            processing_class: tokenizer (needed for language models; loaded beside an id) or image processor.
+            processing_class: tokenizer (needed for language models; loaded with an id) or image processor.
             peft_config (`PeftConfig`, *optional*): makes a reward adapter; [`default_peft_config`] is a good one, and
                 fills in for a `LoraConfig` without `target_modules`.
             reward_init (`str`): `"pretrained"`, r starts as the base's logits, as in the paper; `"zero"`, r = 0, with
                 an output layer of its own.
-            load_kwargs: for `from_pretrained` of an id (`revision`, `dtype`, `trust_remote_code`, ...).
+            **load_kwargs: for `from_pretrained` of an id (`revision`, `dtype`, `trust_remote_code`, ...).
 
         Raises:
             PRTValueError: the model predicts neither tokens nor labels, or arguments that exclude each other.
@@ -104,31 +114,8 @@ class RewardModel(Shareable):
                 expected="load arguments with an id or path only",
                 found=", ".join(load_kwargs),
             )
-        base = reference_to(model)
-        contract = contract_of(model, processing_class)
-        if isinstance(model, PeftModel):
-            if peft_config is not None or reward_init != "pretrained":
-                raise PRTValueError(
-                    "The model is a PeftModel already.",
-                    expected="no `peft_config`, and `reward_init='pretrained'`",
-                    found=f"peft_config={type(peft_config).__name__}, reward_init={reward_init!r}",
-                    remedy="pass its base model to get another adapter",
-                )
-            if list(model.peft_config) != ["default"]:
-                raise PRTValueError(
-                    "The PeftModel cannot be saved as a reward.",
-                    expected="one adapter, named 'default'",
-                    found=", ".join(map(repr, model.peft_config)),
-                )
-            check_is_of_layers(model.peft_config["default"], beside_base=True)
-            network = model
-        elif peft_config is not None:
-            check_bare(model)
-            network = add_adapter(model, peft_config, base, zero=reward_init == "zero")
-        else:
-            network = model
-            if reward_init == "zero":
-                zero_head(model)
+        base, contract = reference_to(model), contract_of(model, processing_class)
+        network = start(model, base, peft_config, reward_init)
         config = RewardConfig(
             task=task_of(network),
             contract=contract,
@@ -152,19 +139,19 @@ class RewardModel(Shareable):
         """Load a reward from a folder or from the Hub, in evaluation mode.
 
         Args:
-            path_or_repo: folder, or repository id.
+            path_or_repo: folder or repository id.
             revision: branch, tag or commit of the reward.
-            token: of the Hub; by default the one that `hf auth login` stored.
-            subfolder: where the reward lies within: a checkpoint (`"last-checkpoint"`), or one reward of a recipe.
-            base_model: the adapter's base if it is in memory already, or where it lies now; by default it is loaded as
+            base_model: the adapter's base if it is in memory already, or its present place; by default it is loaded as
                 `prt_config.json` names it, at the revision named there. A model in memory is left as it is and shares
                 its weights. For a full reward of a class that the Auto classes do not know: a model of that class.
-            load_kwargs: for `from_pretrained` of the base, or of the full reward (`dtype`, `device_map`, ...).
+            token: for the Hub; by default the one that `hf auth login` stored.
+            subfolder: of the folder or repository: a checkpoint (`"last-checkpoint"`), or one reward of a recipe.
+            **load_kwargs: for `from_pretrained` of the base, or of the full reward (`dtype`, `device_map`, ...).
 
         Raises:
             RewardFileError: no reward there, or an incomplete, damaged or pickled one.
             BaseModelMismatchError: the base is not the one that the reward was tuned on.
-            VocabularyMismatchError: the tokenizer beside the reward is not the one that it was tuned with.
+            VocabularyMismatchError: the tokenizer saved with the reward is not the one that it was tuned with.
         """
         folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
         config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
@@ -184,23 +171,26 @@ class RewardModel(Shareable):
         revision: str | None = None,
         base_model: str | PreTrainedModel | None = None,
         *,
-        processing_class=None,
+        processing_class: Any = None,
         token: str | bool | None = None,
         subfolder: str | None = None,
         **load_kwargs,
     ) -> "RewardModel":
-        """Carry an ordinary PEFT adapter of a language model over, without training: r = log pi_ft - log pi_pt, as in
-        emulated fine-tuning. The adapter switched on and off are two rows of one pass of its base. [`PRTTrainer`] makes
-        a reward of half the cost of it (`distill_from`).
+        """Carry an ordinary PEFT adapter of a language model over, without training.
+
+        r = log pi_ft - log pi_pt, as in emulated fine-tuning: two terms, which are two rows of one pass of the base.
+        [`PRTTrainer`] makes a reward of half the cost of it (`distill_from`).
 
         Args:
-            path_or_repo: folder, or repository id, of a LoRA or another adapter of layers.
-            revision, token, subfolder: of the adapter, as in [`from_pretrained`].
-            base_model: what the adapter was tuned on, in memory or where it lies now; by default as
+            path_or_repo: folder or repository id of a LoRA or another adapter of layers.
+            revision: branch, tag or commit of the adapter.
+            base_model: the model that the adapter was tuned on, in memory or by its present place; by default as
                 `adapter_config.json` names it.
-            processing_class (*optional*): the tokenizer that the adapter was tuned with, by default the one that lies
-                beside it, else its base's.
-            load_kwargs: for `from_pretrained` of the base.
+            processing_class (*optional*): the tokenizer that the adapter was tuned with; by default the one saved with
+                it, else its base's.
+            token: for the Hub, as in [`from_pretrained`].
+            subfolder: of the folder or repository.
+            **load_kwargs: for `from_pretrained` of the base.
 
         Raises:
             RewardFileError: no adapter there, or a damaged or pickled one.
@@ -212,17 +202,26 @@ class RewardModel(Shareable):
         network = load_ordinary_adapter(folder, base_model, token, load_kwargs)
         task = task_of(network)
         if processing_class is None:
-            kwargs = {"token": token} | load_kwargs
-            processing_class = load_saved_processing_class(folder, task)
-            processing_class = processing_class or processing_class_of(network.get_base_model(), task, **kwargs)
+            processing_class = load_saved_processing_class(folder, task) or processing_class_of(
+                network.get_base_model(), task, **{"token": token} | load_kwargs
+            )
         contract = contract_of(network, processing_class)
         snapshot = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
         origin = origin_of(path_or_repo, snapshot)
-        config = RewardConfig(task, contract, reference_to(network), minus_base=True, distilled_from=origin)
+        config = RewardConfig(task, contract, reference_to(network), terms=(NETWORK, MINUS_BASE), distilled_from=origin)
         return cls(network, config, processing_class)
 
     @property
+    def terms(self) -> tuple[Term, ...]:
+        """The networks whose logits, with their signs, add up to r; a base is on the very same weights."""
+        return tuple(
+            Term(bare_base(self.network), -1.0) if name == MINUS_BASE else Term(self.network)
+            for name in self.config.terms
+        )
+
+    @property
     def contract(self) -> Contract:
+        """The vocabulary or the labels that the reward scores."""
         return self.config.contract
 
     @property
@@ -232,40 +231,43 @@ class RewardModel(Shareable):
 
     @property
     def device(self) -> torch.device:
+        """The device of the network."""
         return self.network.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """The precision of the network's weights."""
         return self.network.dtype
 
     def to(self, *args, **kwargs) -> "RewardModel":
+        """Move or cast the network, in place, as [`~torch.nn.Module.to`]."""
         self.network.to(*args, **kwargs)
         return self
 
     def __call__(self, **inputs) -> torch.Tensor:
-        """r_theta(x, .) for a batch of model inputs, without labels.
+        """Return r_theta(x, .) for a batch of model inputs, without labels.
 
         Returns:
-            `torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`;
-            rows that pad the vocabulary are cut off.
+            `torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`,
+            without columns that pad the vocabulary.
 
         Raises:
             ContextLengthError: the sequence is longer than the network can read.
         """
         if "input_ids" in inputs:
             check_length(inputs["input_ids"].shape[1], context_length(self.network))
-        logits = self.network(**inputs).logits[..., self.columns]
-        if not self.config.minus_base:
-            return logits
-        with torch.no_grad(), self.network.disable_adapter():
-            return logits - self.network(**inputs).logits[..., self.columns]
+        networks, signs = zip(*self.terms, strict=True)
+        return signed_sum(signs, [network(**inputs).logits[..., self.columns] for network in networks])
 
     def save_pretrained(self, folder: str | Path, *, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Write plain PEFT files (or those of a full model), the tokenizer or image processor, `prt_config.json`, and a
-        model card, `README.md`.
+        """Write plain PEFT or model files, the tokenizer or image processor, `prt_config.json`, and a model card.
 
         An interrupted save leaves the reward that was there before whole. Other files of the folder are kept, and so is
         what users have written into its card.
+
+        Args:
+            folder: created if it does not exist.
+            state_dict (*optional*): weights to write in the place of the network's.
 
         Raises:
             RewardFileError: the folder holds something else: a model or adapter that is no reward, or a recipe.
@@ -291,7 +293,14 @@ class RewardModel(Shareable):
         entropy_coef: float,
         distilled_from: ModelReference | None = None,
     ) -> None:
-        """Write down the training that `network` is about to get."""
+        """Record the training that `network` is about to get in `config`.
+
+        Args:
+            *source_backbones: the models that it is tuned on.
+            kl_coef: lambda.
+            entropy_coef: alpha of Eq. 12.
+            distilled_from (*optional*): the fine-tuned model whose distribution it is tuned to.
+        """
         first, *others = source_backbones
         self.config = replace(
             self.config,
@@ -302,22 +311,25 @@ class RewardModel(Shareable):
             distilled_from=distilled_from or self.config.distilled_from,
         )
 
-    def order_for(self, backbone: PreTrainedModel, processing_class=None) -> slice | list[int]:
-        """The reward's columns in the order of a backbone's logits, after checking that the two fit together.
+    def order_for(self, backbone: PreTrainedModel, processing_class: Any = None) -> slice | list[int]:
+        """Return the reward's columns in the order of a backbone's logits, after checking that the two fit together.
 
         Args:
             backbone: pi_pt.
-            processing_class (*optional*): the backbone's tokenizer or image processor; by default what lies beside its
-                weights, else, with a warning, the reward's.
+            processing_class (*optional*): the backbone's tokenizer or image processor; by default the one saved with
+                its weights, else, with a warning, the reward's.
 
         Returns:
-            A slice that cuts padded rows off both models' vocabularies, or the labels' permutation. Image classifiers
-            may want other pixels than one another: see [`~prt_hf.networks.pixels`].
+            A slice that cuts padding off both models' vocabularies, or the labels' permutation. Image classifiers may
+            need different pixels: see [`~prt_hf.networks.pixels`].
 
         Raises:
-            VocabularyMismatchError, LabelMismatchError: the backbone speaks of other tokens or labels.
+            PRTValueError: the backbone is made for another task.
+            VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
         task = self.config.task
+        if task_of(backbone) != task:
+            raise PRTValueError("The backbone is made for another task.", expected=task, found=task_of(backbone))
         if processing_class is None:
             processing_class = processing_class_of(backbone, task)
         if processing_class is None and task != IMAGE_CLASSIFICATION:
@@ -331,10 +343,10 @@ class RewardModel(Shareable):
         return self.contract.check(LabelContract.from_model_config(backbone.config))
 
     def check_processing_class(self) -> VocabularyContract | None:
-        """The contract that the tokenizer keeps, if the reward has a vocabulary and a tokenizer.
+        """Check that the tokenizer is the reward's, and return its contract; None for labels, or without a tokenizer.
 
         Raises:
-            VocabularyMismatchError: it is not the reward's.
+            VocabularyMismatchError: it is another one.
         """
         tokenizer = unwrap_tokenizer(self.processing_class)
         if tokenizer is None or not isinstance(self.contract, VocabularyContract):
@@ -344,7 +356,7 @@ class RewardModel(Shareable):
         return found
 
     def name_tokens(self) -> None:
-        """Take the token names from the tokenizer, to name differences later: a saved contract has none.
+        """Add the tokenizer's token names to the contract, to name differences later: a saved contract has none.
 
         Raises:
             VocabularyMismatchError: the tokenizer is not the reward's.
@@ -364,7 +376,7 @@ class RewardModel(Shareable):
 
 
 def _sort_lists(path: Path) -> None:
-    """PEFT writes sets in the order that they have in the process: the same adapter would make other files."""
+    """Sort the lists of names in a file: PEFT writes sets in an order that changes from process to process."""
     entries = json.loads(path.read_text(encoding="utf-8"))
     for name, value in entries.items():
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
@@ -372,8 +384,8 @@ def _sort_lists(path: Path) -> None:
     path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _check_same_tokens(ours, theirs, backbone: PreTrainedModel) -> None:
-    """Text classifiers match in their labels, and both also read the same token ids."""
+def _check_same_tokens(ours: Any, theirs: Any, backbone: PreTrainedModel) -> None:
+    """Check that two text classifiers, which match in their labels, also read the same token ids."""
     ours, theirs = unwrap_tokenizer(ours), unwrap_tokenizer(theirs)
     if ours is None or theirs is None:
         return

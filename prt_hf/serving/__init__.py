@@ -1,4 +1,4 @@
-"""PRT models inside vLLM, as an out-of-tree model: all networks' KV caches in the engine, no merged checkpoint on disk.
+"""PRT models in vLLM, as an out-of-tree model: the engine keeps all networks' KV caches; no merged checkpoint on disk.
 
 vLLM finds [`register`] by the entry point `vllm.general_plugins`. Nothing here is imported without vLLM.
 """
@@ -8,7 +8,7 @@ ADAPTER_BASE = "prt_adapter_base"  # of the rewards that requests name; an entry
 
 
 def register() -> None:
-    """Make vLLM know recipes, and their architecture. Called in each of its processes, maybe more than once."""
+    """Register recipes and their architecture with vLLM, which calls this in each process, maybe more than once."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

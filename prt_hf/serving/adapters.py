@@ -24,7 +24,7 @@ from .parts import ADAPTERS, ServedParts, strength_of_adapter
 
 
 class RequestAdapters:
-    """Tells the engine which layers its LoRAs are for, checks each as a reward, and knows whose rows are whose.
+    """The LoRAs of an engine as rewards: their layers, their checks, and the strengths of their rows.
 
     Raises:
         UnsupportedError: vLLM puts no LoRAs on this architecture.
@@ -48,30 +48,33 @@ class RequestAdapters:
         self._model = model
         self._strengths: dict[int, float] = {}
         self._slots: tuple[float | None, ...] = ()
-        self._of_slots: torch.Tensor | None = None
+        self._slot_strengths: torch.Tensor | None = None
 
     @property
     def _manager(self) -> LoRAModelManager:
+        """The engine's manager of LoRAs."""
         return self._model.lora_manager  # which the engine sets once the weights are loaded
 
     def strengths_of_rows(self) -> torch.Tensor:
-        """1 / lambda of the reward that each row of the step names, NaN if it names none: `(num_rows,)`, float32."""
-        (of_batch,) = self._manager.punica_wrapper_mapping.values()
+        """Return 1 / lambda of the reward that each row of the step names, NaN for none: `(num_rows,)`, float32."""
+        (mapping,) = self._manager.punica_wrapper_mapping.values()
         slots = tuple(self._strengths.get(adapter) for adapter in self._manager.lora_index_to_id)
         if slots != self._slots:  # else nothing goes to the device
             self._slots = slots
             # None is what the engine warms up with. The slot of a row that names none is -1.
-            of_slots = [nan if each is None else each for each in (*slots, None)]
-            self._of_slots = torch.tensor(of_slots, dtype=torch.float32, device=of_batch.device)
-        return self._of_slots[of_batch.sampler_indices]
+            slot_strengths = [nan if each is None else each for each in (*slots, None)]
+            self._slot_strengths = torch.tensor(slot_strengths, dtype=torch.float32, device=mapping.device)
+        return self._slot_strengths[mapping.sampler_indices]
 
     def load(self, request: LoRARequest, load_lora: Callable[[LoRARequest], LoRAModel]) -> LoRAModel:
-        """
+        """Check a request's reward, load it, and remember its strength.
+
         Args:
-            load_lora: the engine's way.
+            request: names the reward.
+            load_lora: loads it as a LoRA of the engine.
 
         Raises:
-            RewardFileError, UnsupportedError, BaseModelMismatchError, VocabularyMismatchError: as of
+            RewardFileError, UnsupportedError, BaseModelMismatchError, VocabularyMismatchError: as raised by
                 [`~prt_hf.serving.parts.strength_of_adapter`].
         """
         parts: ServedParts = self._model.parts
@@ -86,6 +89,7 @@ class RequestAdapters:
         return lora
 
     def _known_layers(self) -> set[str]:
+        """Return the names of layers that take LoRAs, also as they are named in adapters."""
         known = set(self._manager.modules)
         for name in self._manager.modules:
             parent, _, last = name.rpartition(".")
@@ -94,7 +98,7 @@ class RequestAdapters:
 
 
 def _check_what_requests_name() -> None:
-    """The engine offers no place to look at a LoRA before it is used, and any one would pass for a reward."""
+    """Patch the engine's load of a LoRA: it offers no hook for a check, and any LoRA would pass for a reward."""
     load_adapter = WorkerLoRAManager._load_adapter
 
     @wraps(load_adapter)

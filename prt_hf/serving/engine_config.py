@@ -1,7 +1,8 @@
-"""What vLLM asks of an architecture before it starts: of which networks it is, and where they lie."""
+"""Describe a PRT model to vLLM before it starts: its networks, and their folders."""
 
 import copy
 
+from transformers import PreTrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.config import get_config, get_hf_text_config
@@ -18,14 +19,15 @@ PARTS = "prt_parts"  # entry of the configuration that the engine hands to its p
 
 
 class PRTEngineConfig(VerifyAndUpdateConfig):
-    """Makes the backbone the engine's model, under the architecture of a PRT model and with its rewards told."""
+    """Makes the backbone the engine's model, under the architecture of a PRT model and with its rewards."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: ModelConfig) -> None:
-        """
+        """Find the parts, and store them in the model's configuration.
+
         Raises:
-            RewardFileError, BaseModelMismatchError, VocabularyMismatchError: as of [`~prt_hf.serving.parts`].
-            ContextLengthError, UnsupportedError: as of [`~prt_hf.serving.limits`].
+            RewardFileError, BaseModelMismatchError, VocabularyMismatchError: as raised in [`~prt_hf.serving.parts`].
+            ContextLengthError, UnsupportedError: as raised in [`~prt_hf.serving.limits`].
         """
         config = model_config.hf_config
         where = {"revision": model_config.revision, "token": model_config.hf_token}
@@ -33,7 +35,7 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             overrides = model_config.hf_overrides  # of draft models, a function
             if isinstance(overrides, dict) and overrides:
                 raise PRTValueError(
-                    "A recipe says what its networks are.", expected="no `hf_overrides`", found=str(overrides)
+                    "A recipe names all of its networks.", expected="no `hf_overrides`", found=str(overrides)
                 )
             folder = local_folder(model_config.model, **where)
             parts = parts_of_recipe(folder, config, model_config.tokenizer, token=where["token"])
@@ -69,9 +71,10 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """
+        """Check the engine's options, and name the processor of strengths.
+
         Raises:
-            UnsupportedError: as of [`~prt_hf.serving.limits.check_engine`].
+            UnsupportedError: as raised by [`~prt_hf.serving.limits.check_engine`].
             PRTValueError: a base for rewards that requests name, and no LoRA.
         """
         model = vllm_config.model_config
@@ -91,8 +94,8 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             model.logits_processors = [*(model.logits_processors or []), processor]
 
 
-def network_configs(config) -> list:
-    """Configurations of the backbone and of what runs beside it, as the engine builds them, from the PRT model's."""
+def network_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the configurations of the backbone and of the other networks, as the engine builds them."""
     backbone = copy.deepcopy(config)
     backbone.update(getattr(config, PARTS)["backbone_config"])
     others = []
@@ -104,14 +107,15 @@ def network_configs(config) -> list:
     return [backbone, *others]
 
 
-def parts_of(config) -> ServedParts:
+def parts_of(config: PreTrainedConfig) -> ServedParts:
+    """Return the parts that are stored in a PRT model's configuration."""
     return ServedParts.from_dict(
         {name: value for name, value in getattr(config, PARTS).items() if name != "backbone_config"}
     )
 
 
-def _forget_adapters(config) -> None:
-    """Of an engine that takes no LoRA.
+def _forget_adapters(config: PreTrainedConfig) -> None:
+    """Drop the base of rewards that requests name, for an engine without LoRA.
 
     Raises:
         PRTValueError: a base for adapters was given.

@@ -1,7 +1,8 @@
-"""What vLLM's engine cannot do with several networks, told before it starts; all else gives the PRT model's text."""
+"""Refuse what vLLM's engine cannot do with several networks; with all other options it gives the PRT model's text."""
 
 import copy
 
+from transformers import PreTrainedConfig
 from vllm.config import ModelConfig, VllmConfig
 from vllm.transformers_utils.config import get_hf_text_config, uses_mrope
 
@@ -12,13 +13,15 @@ _LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor"
 _SPECULATION = ("ngram", "ngram_gpu", "draft_model")  # methods that look at tokens alone
 
 
-def check_networks(model_config: ModelConfig, networks: list) -> None:
-    """
+def check_networks(model_config: ModelConfig, networks: list[PreTrainedConfig]) -> None:
+    """Check that every network can run beside others.
+
     Args:
-        networks: configurations of the backbone and of what runs beside it.
+        model_config: of the engine.
+        networks: configurations of the backbone and of the other networks.
 
     Raises:
-        UnsupportedError: one that cannot be run beside others.
+        UnsupportedError: one cannot.
     """
     for network in networks:
         _check_network(model_config, network)
@@ -28,8 +31,8 @@ def check_networks(model_config: ModelConfig, networks: list) -> None:
         )
 
 
-def fit_length(model_config: ModelConfig, config) -> None:
-    """Texts become no longer than a network beside the backbone can read.
+def fit_length(model_config: ModelConfig, config: PreTrainedConfig) -> None:
+    """Limit the length of texts to what a network beside the backbone can read.
 
     Raises:
         ContextLengthError: longer ones were asked for.
@@ -47,24 +50,27 @@ def fit_length(model_config: ModelConfig, config) -> None:
     model_config.max_model_len = limit
 
 
-def check_engine(vllm_config: VllmConfig, others: list, *, has_adapter_base: bool) -> None:
-    """
+def check_engine(vllm_config: VllmConfig, others: list[PreTrainedConfig], *, has_adapter_base: bool) -> None:
+    """Check the options of the engine.
+
     Args:
+        vllm_config: of the engine.
         others: configurations of the networks beside the backbone.
+        has_adapter_base: whether requests may name rewards.
 
     Raises:
-        UnsupportedError: a way of running the engine that would give other text, or none.
+        UnsupportedError: an option with which the engine would give other text, or none.
     """
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     lora, speculation = vllm_config.lora_config, vllm_config.speculative_config
     method = None if speculation is None else speculation.method
     quantised = [reward.quantization_config for reward in others if getattr(reward, "quantization_config", None)]
     refused = {
-        "it gives tokens, and the hidden states of its networks are not to be pooled together": (
+        "it generates tokens, and the hidden states of its networks cannot be pooled": (
             model.runner_type == "pooling",
             f"runner = {model.runner_type}",
         ),
-        "vLLM's other loaders read the weights of one network, and leave the rewards as they were made": (
+        "vLLM's other loaders read the weights of one network, and leave the rewards with random ones": (
             vllm_config.load_config.load_format not in _LOAD_FORMATS,
             f"load_format = {vllm_config.load_config.load_format}",
         ),
@@ -84,7 +90,7 @@ def check_engine(vllm_config: VllmConfig, others: list, *, has_adapter_base: boo
             model.enable_prompt_embeds,
             "enable_prompt_embeds",
         ),
-        "such drafts are made from hidden states of one network": (
+        "such drafts are made from the hidden states of one network": (
             method not in (None, *_SPECULATION),
             f"speculative method {method}",
         ),
@@ -100,20 +106,20 @@ def check_engine(vllm_config: VllmConfig, others: list, *, has_adapter_base: boo
             lora is not None and lora.target_modules is not None,
             "lora_target_modules",
         ),
-        "vLLM's V1 model runner does not tell which of the drafts' rows have rewards of their own": (
+        "vLLM's V1 model runner does not show which of the drafts' rows have rewards of their own": (
             lora is not None and speculation is not None and not vllm_config.use_v2_model_runner,
             "enable_lora with speculation",
         ),
     }
     for reason, (is_asked, found) in refused.items():
         if is_asked:
-            raise UnsupportedError(f"A PRT model is not served so: {reason}.", found=found)
+            raise UnsupportedError(f"This way of serving is not supported for a PRT model: {reason}.", found=found)
     for config in others:
         _check_heads(config.get_text_config(), parallel.tensor_parallel_size)
 
 
-def window_of(config) -> int | None:
-    """The sliding window of a network all of whose layers have one; mixed ones tell the engine layer by layer."""
+def window_of(config: PreTrainedConfig) -> int | None:
+    """Return the sliding window of a network whose layers all have one; mixed layers tell the engine themselves."""
     config = config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds is not None and any(kind != "sliding_attention" for kind in kinds):
@@ -121,7 +127,8 @@ def window_of(config) -> int | None:
     return getattr(config, "sliding_window", None)
 
 
-def _check_network(model_config: ModelConfig, config) -> None:
+def _check_network(model_config: ModelConfig, config: PreTrainedConfig) -> None:
+    """Refuse architectures whose caches the engine cannot keep beside others."""
     registry, architectures = model_config.registry, config.architectures or ["none"]
     problem = None
     if architectures[0] not in registry.get_supported_archs() or model_config.model_impl == "transformers":
@@ -145,19 +152,21 @@ def _check_network(model_config: ModelConfig, config) -> None:
         )
 
 
-def _has_experts(model_config: ModelConfig, config) -> bool:
+def _has_experts(model_config: ModelConfig, config: PreTrainedConfig) -> bool:
+    """Return whether the engine takes a network for one with experts."""
     own = copy.copy(model_config)
     own.hf_config, own.hf_text_config = config, get_hf_text_config(config)
     return own.get_model_arch_config().num_experts > 0
 
 
-def _check_heads(config, degree: int) -> None:
+def _check_heads(config: PreTrainedConfig, degree: int) -> None:
+    """Refuse a number of ranks that does not divide the attention heads."""
     heads = config.num_attention_heads
-    of_keys = getattr(config, "num_key_value_heads", None) or heads
-    if heads % degree or (of_keys % degree and degree % of_keys):
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % degree or (key_heads % degree and degree % key_heads):
         raise UnsupportedError(
             "A reward's attention heads cannot be divided among the ranks.",
-            expected=f"a tensor_parallel_size that divides {heads} heads, and divides {of_keys} key heads or is a "
+            expected=f"a tensor_parallel_size that divides {heads} heads, and divides {key_heads} key heads or is a "
             "multiple of them",
             found=str(degree),
         )

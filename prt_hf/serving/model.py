@@ -5,14 +5,17 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.models.interfaces import SupportsLoRA
 from vllm.model_executor.models.utils import AutoWeightsLoader, init_vllm_registered_model, maybe_prefix
+from vllm.sequence import IntermediateTensors
 from vllm.transformers_utils.config import get_hf_text_config
 
 from ..errors import UnsupportedError
+from ..functional import signed_sum
 from .adapters import RequestAdapters
 from .engine_config import network_configs, parts_of
 from .limits import window_of
@@ -22,10 +25,10 @@ from .weights import merged_weights, weights_of_base
 
 
 class PRTForCausalLM(nn.Module, SupportsLoRA):
-    """Backbone and rewards over one batch of tokens, each with its own layers in the engine's paged cache.
+    """The backbone and all networks of rewards, each with its own layers in the engine's paged cache.
 
     logits = log_softmax(b + sum_i strength_i r_i) over the contract's tokens, which is Eq. 10. A reward adapter is
-    merged into its base's weights while these are loaded, in memory only; those that requests name are LoRAs of the
+    merged into its base's weights while these are loaded, in memory only; adapters that requests name are LoRAs of the
     engine, on a network of their own.
     """
 
@@ -58,20 +61,21 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
             self.request_adapters = RequestAdapters(self, vllm_config.lora_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Return the backbone's embeddings, `(num_tokens, hidden_size)`."""
         return self.backbone.embed_input_ids(input_ids)
 
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
-        intermediate_tensors=None,
+        intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The last hidden states of all networks, side by side: `(num_tokens, sum of hidden sizes)`."""
+        """Return the last hidden states of all networks, side by side: `(num_tokens, sum of hidden sizes)`."""
         return torch.cat([network(input_ids, positions) for network in self._modules_in_order], -1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """`(num_rows, vocab_size)` in float32; None on ranks that do not sample."""
+        """Return log-probabilities, `(num_rows, vocab_size)` in float32; None on ranks that do not sample."""
         hidden = hidden_states.split(self._sizes, -1)
         backbone, *others = [
             network.compute_logits(states.contiguous())
@@ -79,16 +83,17 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         ]
         if backbone is None:
             return None
-        said = iter(others)
+        logits = iter(others)
         rewards = [
-            next(said).float() - next(said).float() if reward.minus_base else next(said)
+            signed_sum([term.sign for term in reward.terms], [next(logits).float() for _ in reward.terms])
             for reward in self.parts.rewards
         ]
         if self.request_adapters is None:
             return self._steps.combine(backbone, rewards)
-        return self._steps.combine(backbone, [*rewards, next(said)], self.request_adapters.strengths_of_rows())
+        return self._steps.combine(backbone, [*rewards, next(logits)], self.request_adapters.strengths_of_rows())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load the weights of all networks, and merge adapters into theirs; return the names of what was loaded."""
         own = tuple(f"{name}." for name in self._networks)
         loaded = AutoWeightsLoader(self).load_weights(
             (name if name.startswith(own) else f"backbone.{name}", tensor) for name, tensor in weights
@@ -96,30 +101,34 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         for name, network in self._networks.items():
             if network.is_adapted:
                 _check_own_head(getattr(self, name))
-                found = weights_of_base(network.folder) if network.merged is None else merged_weights(network.merged)
+                if network.adapter is None:
+                    found = weights_of_base(network.folder)
+                else:
+                    found = merged_weights(network.adapter, network.folder)
                 loaded |= AutoWeightsLoader(self).load_weights((f"{name}.{key}", tensor) for key, tensor in found)
         return loaded
 
     @property
     def _modules_in_order(self) -> list[nn.Module]:
+        """The backbone, then the other networks."""
         return [self.backbone, *(getattr(self, name) for name in self._networks)]
 
 
-def _width(config) -> int:
-    """Of the last hidden states, which OPT projects for its head."""
+def _width(config: PreTrainedConfig) -> int:
+    """Return the width of the last hidden states, which OPT projects for its head."""
     return getattr(config, "word_embed_proj_dim", config.hidden_size)
 
 
-def _own_text_config(vllm_config: VllmConfig, config) -> VllmConfig:
-    """Some architectures read the engine's text configuration, whose vocabulary is the contract's."""
+def _own_text_config(vllm_config: VllmConfig, config: PreTrainedConfig) -> VllmConfig:
+    """Return the engine's configuration with a network's own: some architectures read the vocabulary there."""
     own = copy.copy(vllm_config)
     own.model_config = copy.copy(vllm_config.model_config)
     own.model_config.hf_text_config = get_hf_text_config(config)
     return own
 
 
-def _own_cache_config(vllm_config: VllmConfig, config) -> VllmConfig:
-    """Layers take their sliding window from the engine's cache configuration, which has the backbone's."""
+def _own_cache_config(vllm_config: VllmConfig, config: PreTrainedConfig) -> VllmConfig:
+    """Return the engine's configuration with a network's own sliding window, which its layers read there."""
     own = _own_text_config(vllm_config, config)
     own.cache_config = copy.copy(vllm_config.cache_config)
     own.cache_config.sliding_window = window_of(config)
@@ -127,6 +136,7 @@ def _own_cache_config(vllm_config: VllmConfig, config) -> VllmConfig:
 
 
 def _check_own_head(network: nn.Module) -> None:
+    """Refuse networks whose head is always the embedding."""
     if not any(isinstance(module, ParallelLMHead) for module in network.modules()):
         raise UnsupportedError(
             f"vLLM's {type(network).__name__} has no head but its embeddings, and an adapter changes the head alone.",

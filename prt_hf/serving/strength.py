@@ -1,7 +1,7 @@
-"""Strengths: of the recipe, and of single requests.
+"""Add rewards to logits, with the strengths of the recipe or of single requests.
 
-The engine has two runners, each with an interface of its own for what looks at requests: V1 tells the rows before a
-step, V2 when the step's logits are there.
+The engine has two runners, each with its own interface for processors that look at requests: V1 gives them the rows
+before a step, V2 together with the step's logits.
 """
 
 import re
@@ -21,10 +21,10 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Proces
 from ..errors import PRTValueError
 
 ARGUMENT = "prt_strength"  # among `extra_args` of SamplingParams, `vllm_xargs` of a request
-_MOST = 1e4  # beyond it, float32 has no digits left for what the backbone says
+_MOST = 1e4  # beyond it, float32 has no digits left for the backbone's log-probabilities
 _Strengths = tuple[float, ...]
 
-# Model and logits processor of one engine know the same configuration, and nothing else of each other.
+# Model and logits processor of one engine share the configuration, and no other object.
 _STEPS: "WeakValueDictionary[int, Steps]" = WeakValueDictionary()
 
 
@@ -43,52 +43,60 @@ class Steps:
         self._logits: torch.Tensor | None = None
         self._rewards: list[torch.Tensor] = []
         self._defaults = torch.tensor(strengths, dtype=torch.float32)  # models are made in another type
-        self._of_rows: torch.Tensor | None = None
+        self._row_strengths: torch.Tensor | None = None
         self._names_none: torch.Tensor | None = None
         _STEPS[id(vllm_config.model_config)] = self
 
     @staticmethod
     def of(vllm_config: VllmConfig) -> "Steps | None":
+        """Return the steps of an engine's model."""
         return _STEPS.get(id(vllm_config.model_config))
 
     def combine(
-        self, backbone: torch.Tensor, rewards: list[torch.Tensor], of_named: torch.Tensor | None = None
+        self, backbone: torch.Tensor, rewards: list[torch.Tensor], named_strengths: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """log pi over the contract's tokens, without what pads the networks' heads; `(num_rows, size)`, float32.
+        """Return log pi over the contract's tokens, without padding, `(num_rows, size)`, float32.
 
         Args:
-            of_named: `(num_rows,)`, strengths of the last reward, which is another one for each row that names one; NaN
-                in rows that name none.
+            backbone: its logits.
+            rewards: their logits, one tensor for each reward.
+            named_strengths: `(num_rows,)`, strengths of the last reward, which is another one for each row that names
+                one; NaN in rows that name none.
         """
         # The step's own rows come first, those of prompts that are scored as well after them.
         rows, self.next_rows = self.next_rows, {}
         self._rewards = [reward[:, : self.size].float() for reward in rewards]
         self._defaults = self._defaults.to(backbone.device)
-        self._of_rows = self._defaults.expand(len(backbone), -1)
-        self._names_none = None if of_named is None else of_named.isnan()
-        if of_named is not None:
-            self._of_rows = torch.cat([self._of_rows, of_named.nan_to_num()[:, None]], 1)
+        self._row_strengths = self._defaults.expand(len(backbone), -1)
+        self._names_none = None if named_strengths is None else named_strengths.isnan()
+        if named_strengths is not None:
+            self._row_strengths = torch.cat([self._row_strengths, named_strengths.nan_to_num()[:, None]], 1)
         if rows:
-            self._of_rows = self._changed(rows)
+            self._row_strengths = self._changed(rows)
         logits = backbone[:, : self.size].to(torch.float32, copy=True)
-        for strength, reward in zip(self._of_rows.T, self._rewards, strict=True):
+        for strength, reward in zip(self._row_strengths.T, self._rewards, strict=True):
             logits += strength[:, None] * reward
         self._logits = logits.log_softmax(-1)
         return self._logits
 
     def change(self, logits: torch.Tensor, rows: dict[int, _Strengths]) -> None:
-        """Other strengths for rows of this step, in `logits`, of which sampling is about to choose, and in those that
-        [`combine`] returned, of which the engine makes log-probabilities."""
+        """Change the strengths of some rows of this step.
+
+        Args:
+            logits: those that sampling is about to choose from. The ones that [`combine`] returned, of which the engine
+                makes log-probabilities, are changed as well.
+            rows: new strengths.
+        """
         index = list(rows)
-        difference = (self._changed(rows) - self._of_rows)[index]
+        difference = (self._changed(rows) - self._row_strengths)[index]
         for strength, reward in zip(difference.T, self._rewards, strict=True):
             logits[index] += strength[:, None] * reward[index]
             self._logits[index] += strength[:, None] * reward[index]
         self._logits[index] = self._logits[index].log_softmax(-1)
 
     def _changed(self, rows: dict[int, _Strengths]) -> torch.Tensor:
-        """Strengths of all rows, `(num_rows, rewards)`."""
-        changed = self._of_rows.clone()
+        """Return the strengths of all rows, some of them changed, `(num_rows, rewards)`."""
+        changed = self._row_strengths.clone()
         changed[list(rows)] = torch.tensor(list(rows.values()), dtype=changed.dtype, device=changed.device)
         if self._names_none is not None:
             changed[:, -1].masked_fill_(self._names_none, 0.0)
@@ -103,9 +111,10 @@ class _Requests:
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """
+        """Check the strengths of a request.
+
         Raises:
-            PRTValueError: no strengths for these rewards, or beside what the engine cannot give with them.
+            PRTValueError: they are not for these rewards, or come with an option that the engine cannot give with them.
         """
         if cls.with_adapters and sampling_params.prompt_logprobs is not None:
             raise PRTValueError(
@@ -142,48 +151,58 @@ class _Requests:
 
 
 class RequestStrengthsV1(_Requests, ProcessorV1):
+    """Strengths of requests in vLLM's V1 model runner."""
+
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
         self.vllm_config = vllm_config
-        self.of_rows: dict[int, _Strengths] = {}
+        self.row_strengths: dict[int, _Strengths] = {}
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self.of_rows, batch_update, lambda params, *_: read(params))
-        Steps.of(self.vllm_config).next_rows = dict(self.of_rows)
+        """Tell the model the strengths of the coming step's rows."""
+        process_dict_updates(self.row_strengths, batch_update, lambda params, *_: read(params))
+        Steps.of(self.vllm_config).next_rows = dict(self.row_strengths)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the logits, which have the strengths already."""
         return logits
 
     def is_argmax_invariant(self) -> bool:
+        """Return True: nothing is changed here."""
         return True
 
 
 class RequestStrengthsV2(_Requests, ProcessorV2):
+    """Strengths of requests in vLLM's V2 model runner."""
+
     def __init__(self, vllm_config: VllmConfig, req_states: LogitsProcRequestState):
         self.vllm_config = vllm_config
-        self.of_slots: dict[int, _Strengths] = {}
+        self.slot_strengths: dict[int, _Strengths] = {}
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
-        self.of_slots.pop(req_idx, None)
+        """Remember the strengths of a request; return whether it has any."""
+        self.slot_strengths.pop(req_idx, None)
         strengths = read(sampling_params)
         if strengths is not None:
-            self.of_slots[req_idx] = strengths
+            self.slot_strengths[req_idx] = strengths
         return strengths is not None
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext) -> torch.Tensor:
-        if self.of_slots.keys() & set(ctx.idx_mapping_np.tolist()):
+        """Give the rows of requests with strengths of their own those strengths."""
+        if self.slot_strengths.keys() & set(ctx.idx_mapping_np.tolist()):
             slots = ctx.expanded_idx_mapping.tolist()
-            rows = {row: self.of_slots[slot] for row, slot in enumerate(slots) if slot in self.of_slots}
+            rows = {row: self.slot_strengths[slot] for row, slot in enumerate(slots) if slot in self.slot_strengths}
             Steps.of(self.vllm_config).change(logits, rows)
         return logits
 
 
 class RefusedStrengths(ProcessorV1, ProcessorV2):
-    """Refuses `prt_strength` where the engine takes no logits processors: in V1 with speculation. Of all that is
-    installed the engine asks only those that it finds by entry point; this one changes nothing, in any engine.
+    """Refuses `prt_strength` where the engine takes no logits processors: in V1 with speculation.
+
+    There the engine only asks processors that it finds by entry point; this one changes nothing, in any engine.
 
     Attributes:
-        engines (`dict[int, ModelConfig]`): those of this process that speculate, by id; while there is one, none takes
-            strengths, as requests do not tell whose they are.
+        engines (`dict[int, ModelConfig]`): engines of this process that speculate, by id; while there is one, none
+            takes strengths, as requests do not show which engine they are for.
     """
 
     engines: "WeakValueDictionary[int, ModelConfig]" = WeakValueDictionary()
@@ -193,9 +212,10 @@ class RefusedStrengths(ProcessorV1, ProcessorV2):
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:
-        """
+        """Refuse strengths while an engine of this process speculates.
+
         Raises:
-            PRTValueError: strengths of its own.
+            PRTValueError: the request has some.
         """
         if cls.engines and read(sampling_params) is not None:
             raise PRTValueError(
@@ -204,19 +224,23 @@ class RefusedStrengths(ProcessorV1, ProcessorV2):
             )
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
+        """Return False: there is nothing to apply."""
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        pass
+        """Do nothing."""
 
     def apply(self, logits: torch.Tensor, ctx: LogitsContext | None = None) -> torch.Tensor:
+        """Return the logits as they are."""
         return logits
 
     def is_argmax_invariant(self) -> bool:
+        """Return True: nothing is changed here."""
         return True
 
 
 def read(sampling_params: SamplingParams) -> _Strengths | None:
+    """Return the strengths that a request names, if any."""
     strengths = (sampling_params.extra_args or {}).get(ARGUMENT)
     if strengths is None:
         return None
@@ -224,14 +248,17 @@ def read(sampling_params: SamplingParams) -> _Strengths | None:
 
 
 def processor_name(vllm_config: VllmConfig, count: int, *, with_adapters: bool) -> str:
-    """How the engine finds the processor for `count` rewards, and one more that each request may name."""
+    """Return the name by which the engine finds the processor for `count` rewards, and one that requests may name."""
     name = f"{__name__}:RequestStrengthsV{2 if vllm_config.use_v2_model_runner else 1}Of{count + with_adapters}"
     return name + ("WithAdapters" if with_adapters else "")
 
 
 @lru_cache
 def __getattr__(name: str) -> type[_Requests]:
-    """The engine gives a class requests to look at, but no configuration: it has to know how many rewards there are."""
+    """Make a processor class that knows how many rewards there are.
+
+    The engine checks requests with the class itself, which it finds by its name alone.
+    """
     if match := re.fullmatch(r"(RequestStrengthsV[12])Of(\d+)(WithAdapters)?", name):
         return type(name, (globals()[match[1]],), {"count": int(match[2]), "with_adapters": match[3] is not None})
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Weights of reward adapters and of their bases as those of a plain model."""
+"""Weights of reward adapters and of their bases, named as in a checkpoint of a plain model."""
 
 from collections.abc import Iterator
 
@@ -8,22 +8,24 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from ..networks.auto import load_pretrained
 from ..reward.model import RewardModel
-from .parts import ServedReward
 
 
-def merged_weights(reward: ServedReward) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors as in a checkpoint of the reward's base, with the adapter added to them; float32.
+def merged_weights(adapter: str, base: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield names and tensors as in a checkpoint of a reward's base, with the adapter added to them; float32.
 
-    The reward is loaded as everywhere, with all its checks, and let go of when the last tensor is taken.
+    The reward is loaded as everywhere, with all its checks, and freed when the last tensor is taken.
+
+    Args:
+        adapter: folder of the reward.
+        base: folder of its base.
     """
-    loaded = RewardModel.from_pretrained(reward.folder, base_model=reward.network, dtype=torch.float32)
-    network = loaded.network
+    network = RewardModel.from_pretrained(adapter, base_model=base, dtype=torch.float32).network
     _untie(network.get_base_model())
     yield from _as_in_a_checkpoint(network.merge_and_unload())
 
 
 def weights_of_base(folder: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Of a base that adapters are put on while it is served: the head apart from the embeddings."""
+    """Yield the weights of a base that adapters are put on while it is served, its head apart from the embeddings."""
     network = load_pretrained(folder, dtype=torch.float32)
     _untie(network)
     yield from _as_in_a_checkpoint(network)
@@ -34,7 +36,7 @@ def _as_in_a_checkpoint(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]
 
 
 def _untie(model: nn.Module) -> None:
-    """Merging into a head that is also the embedding would change both."""
+    """Give the head weights of its own: merging into one that is also the embedding would change both."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     head, embedding = (getattr(layer, "base_layer", layer) for layer in (head, embedding))
     if head.weight.data_ptr() == embedding.weight.data_ptr():

@@ -122,7 +122,7 @@ def test_what_adapters_say_of_their_making_does_not_matter(home, tmp_path, monke
     (home / "here").mkdir()
     monkeypatch.chdir(home / "here")
     model = PRTForCausalLM.from_parts(str(home / "old"), [tmp_path / "lora", home / "lora"], [1, -1]).eval()
-    assert [len(run.blocks) for run in model._mixed] == [5]  # one base for all
+    assert [len(each.parts) for each in model._mixed] == [5]  # one base for all
     with torch.no_grad():
         expected = old(home)(ids := tiny.prompts()).logits.log_softmax(-1)
         torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=1e-4)
@@ -178,16 +178,16 @@ def test_an_adapter_in_memory_that_has_changed_its_base_wants_it_beside_itself(h
 
 def test_on_and_off_are_two_rows_of_one_pass(home):
     reward = RewardModel.from_adapter(home / "lora")
-    assert [len(run.blocks) for run in PRTForCausalLM.from_parts(new(home), [reward])._mixed] == [1, 2]
+    assert [len(each.parts) for each in PRTForCausalLM.from_parts(new(home), [reward])._mixed] == [1, 2]
     own = RewardModel.from_adapter(home / "lora", base_model=(base := old(home)))
     model = PRTForCausalLM.from_parts(base, [own]).eval()
-    assert [len(run.blocks) for run in model._mixed] == [3]
+    assert [len(each.parts) for each in model._mixed] == [3]
     with torch.no_grad():  # its own base with it is the fine-tuned model
         expected = own.network(ids := tiny.prompts()).logits.log_softmax(-1)
         torch.testing.assert_close(model(ids).logits, expected, atol=2e-5, rtol=1e-4)
     processor = EFTLogitsProcessor.from_adapter(home / "lora", TOKENIZER)
     processor(ids, new(home)(ids).logits[:, -1].detach())
-    assert [state._of for state in processor._state._states] == ["both"]
+    assert [state._of for state in processor._states._states] == ["both"]
 
 
 def test_the_adapter_may_be_switched_off_between_calls(home):
@@ -206,7 +206,7 @@ def test_a_recipe_has_the_adapter_in_it_and_pins_its_base(home, tmp_path):
     model = PRTForCausalLM.from_parts(str(home / "new"), [str(home / "lora")], [0.5]).eval()
     model.save_pretrained(tmp_path / "recipe")
     saved = json.loads((tmp_path / "recipe" / "reward-0" / "prt_config.json").read_text())
-    assert (saved["minus_base"], saved["format_version"]) == (True, "2.0")  # which earlier readers refuse
+    assert saved["terms"] == ["network", "-base"]
     assert saved["reward_base"]["id"] == str(home / "old") and len(saved["reward_base"]["weights"]) == 64
     assert saved["distilled_from"]["id"] == str(home / "lora")
     card = (tmp_path / "recipe" / "reward-0" / "README.md").read_text()
@@ -227,7 +227,7 @@ def test_beside_a_reward_of_the_same_base_and_below_zero(home, tmp_path):
     RewardModel.from_base(str(home / "old"), peft_config=config).save_pretrained(tmp_path / "reward")
     places = [tmp_path / "reward", home / "lora"]
     model = PRTForCausalLM.from_parts(str(home / "new"), places, [0.8, -0.5]).eval()
-    assert [len(run.blocks) for run in model._mixed] == [1, 3]
+    assert [len(each.parts) for each in model._mixed] == [1, 3]
     ids = tiny.prompts()
     with torch.no_grad():
         terms = [0.8 * model.rewards[0](input_ids=ids), -0.5 * model.rewards[1](input_ids=ids)]
@@ -338,7 +338,7 @@ def test_what_cannot_be_carried_over_is_refused(home, tmp_path):
     (tmp_path / "it" / "adapter_model.safetensors").rename(tmp_path / "it" / "adapter_model.bin")
     refused(RewardFileError, "pickled weights can run code")
     RewardModel.from_base(str(home / "old"), peft_config=LoraConfig()).save_pretrained(tmp_path / "it")
-    refused(PRTValueError, "is a reward, and no ordinary adapter")
+    refused(PRTValueError, "is a reward, which is no model by itself")
 
 
 def test_it_is_no_reward_to_be_tuned_on(home, tmp_path):

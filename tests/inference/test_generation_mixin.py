@@ -61,8 +61,8 @@ class ModelTester:
         return config, {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids).tril()}
 
 
-def of_parts(kind):
-    """What `isinstance(cache, kind)` asks, of the caches in a PRT model's cache."""
+def kind_of_parts(kind):
+    """Return a class whose instances are the PRT caches with parts of a kind."""
 
     class Kind(type):
         def __instancecheck__(cls, cache):
@@ -93,7 +93,7 @@ class TestGeneration(test_utils.GenerationTesterMixin, unittest.TestCase):
 
     def setUp(self):
         for kind in (DynamicCache, StaticCache):
-            patched = mock.patch.object(test_utils, kind.__name__, of_parts(kind))
+            patched = mock.patch.object(test_utils, kind.__name__, kind_of_parts(kind))
             self.addCleanup(patched.stop)
             patched.start()
 

@@ -169,7 +169,7 @@ def test_the_processor_gives_the_same(parts):
 
 
 def test_adapters_of_one_base_share_a_pass(parts):
-    assert [len(run.blocks) for run in parts.model._mixed] == parts.blocks
+    assert [len(each.parts) for each in parts.model._mixed] == parts.blocks
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -720,7 +720,7 @@ def test_images(make):
         torch.testing.assert_close(out.logits.double(), expected, atol=1e-4, rtol=1e-4)
         assert out.loss.item() == pytest.approx(F.nll_loss(expected, labels).item(), rel=1e-4)
         torch.testing.assert_close(out.hidden_states, backbone(pixels(), output_hidden_states=True).hidden_states)
-    assert [len(run.blocks) for run in model._mixed] == [1, 1, 1, 1]  # nothing to gain without decoding
+    assert [len(each.parts) for each in model._mixed] == [1, 1, 1, 1]  # nothing to gain without decoding
     total = model(pixels(), labels=labels, num_items_in_batch=5).loss.item()
     assert total == pytest.approx(3 / 5 * F.nll_loss(expected, labels).item(), rel=1e-4)
     assert model.config.id2label == dict(enumerate(OTHER_ORDER)) and model.config.num_labels == 4
@@ -798,7 +798,9 @@ def test_other_vocabularies():
 
 
 def test_models_of_other_tasks():
-    with pytest.raises(PRTValueError, match="(?s)PRTForCausalLM is for text-generation.*found: image-classification"):
+    with pytest.raises(
+        PRTValueError, match="(?s)made for another task.*expected: image-classification.*found: text-generation"
+    ):
         PRTForCausalLM.from_parts(tiny.llama(1), [RewardModel.from_base(tiny.vit())], tokenizer=TOKENIZER)
     with pytest.raises(PRTValueError, match="(?s)PRTForImageClassification is for.*found: text-classification"):
         PRTForImageClassification.from_parts(tiny.bert(1), [RewardModel.from_base(tiny.vit())])
@@ -916,7 +918,7 @@ def test_the_same_weights_under_another_configuration_are_another_model():
     other = type(other)(other.config).eval()
     other.load_state_dict(backbone.state_dict())
     model = PRTForCausalLM.from_parts(backbone, [adapter(other)], tokenizer=TOKENIZER).eval()
-    assert [len(run.blocks) for run in model._mixed] == [1, 1]
+    assert [len(each.parts) for each in model._mixed] == [1, 1]
 
 
 def test_inputs_that_every_row_shares():

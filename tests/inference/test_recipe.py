@@ -108,7 +108,7 @@ def test_round_trip(model, tmp_path, auto_class):
     assert loaded.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
     rows = tiny.prompts(2)
     assert torch.equal(loaded.generate(rows), model.generate(rows)) and loaded.generate(rows).shape == (2, 11)
-    assert [len(run.blocks) for run in loaded._mixed] == [2, 2, 1], "one copy of each base"
+    assert [len(each.parts) for each in loaded._mixed] == [2, 2, 1], "one copy of each base"
     assert AutoTokenizer.from_pretrained(tmp_path / "recipe").get_vocab() == TOKENIZER.get_vocab()
 
 
@@ -586,5 +586,5 @@ def test_strengths_are_checked_before_saving(model, recipe):
 def test_what_a_recipe_cannot_do(model, recipe):
     with pytest.raises(UnsupportedError, match="push_to_hub"):
         model.save_pretrained(recipe, push_to_hub=True)
-    with pytest.raises(UnsupportedError, match="no weights whose loading"):
+    with pytest.raises(UnsupportedError, match="a recipe has no weights"):
         AutoModelForCausalLM.from_pretrained(recipe, output_loading_info=True)

@@ -212,8 +212,7 @@ def test_work_is_as_promised(source, backbone, tokenizer):
     ordinary, ours = both(backbone, processor, prompt)
     handle.remove()
     assert len(passes) == 24 + ours.num_rounds
-    state = processor._drafting[0]
-    assert processor._drafting[1] is state
+    (state,) = processor._drafting._states
     # The prompt, every draft, and after a round whose drafts all held the token that follows.
     assert state.tokens_computed <= 9 + ours.num_drafted + ours.num_rounds
 

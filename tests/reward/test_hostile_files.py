@@ -31,7 +31,6 @@ TOKENIZER, ROWS = tiny.tokenizer(), tiny.prompts()
 KNOBS = {
     "adapter_config.json": {"lora_alpha", "use_rslora", "alpha_pattern"},
     "config.json": {"rms_norm_eps", "rope_theta", "rope_parameters", "rope_type", "hidden_act", "num_attention_heads"},
-    "prt_config.json": {"minus_base"},
 }
 NESTED = {"a": [{"b": [None, {"c": ["d"] * 3}]}] * 3}
 JUNK = [

@@ -271,7 +271,7 @@ def test_full_rewards_are_plain_models(tmp_path, tokenizer):
 
 def test_what_is_written_down(saved, base_folder):
     entries = json.loads((saved[0] / "prt_config.json").read_text())
-    assert entries["format_version"] == "1.2" and entries["task"] == "text-generation"
+    assert entries["format_version"] == "1.0" and entries["task"] == "text-generation"
     assert entries["contract"]["kind"] == "vocabulary" and entries["contract"]["size"] == 97
     assert entries["reward_base"] == {
         "id": str(base_folder),

@@ -63,8 +63,8 @@ def named(index, adapters):
     return None if index is None else LoRARequest(f"reward-{index}", index + 1, adapters[index])
 
 
-def strengths_for(index, of_request=None):
-    *fixed, own = of_request or (*FIXED, None if index is None else OF_ADAPTERS[index])
+def strengths_for(index, requested=None):
+    *fixed, own = requested or (*FIXED, None if index is None else OF_ADAPTERS[index])
     return [*fixed, *(own if number == index else 0.0 for number in range(len(OF_ADAPTERS)))]
 
 

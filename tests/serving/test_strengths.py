@@ -78,9 +78,9 @@ def test_the_last_strength_is_for_the_reward_that_a_request_names():
     """Rows 0 and 2 name one, of strength 2; before the step (V1) and after it (V2)."""
     config = SimpleNamespace(model_config=object())
     model = strengths_of.Steps(config, [0.7], size=6)
-    of_named = torch.tensor([2.0, torch.nan, 2.0, torch.nan])
+    named_strengths = torch.tensor([2.0, torch.nan, 2.0, torch.nan])
     model.next_rows = {2: (0.0, 0.5), 3: (1.0, 0.5)}
-    logits = model.combine(BACKBONE.clone(), [FIRST, SECOND], of_named)
+    logits = model.combine(BACKBONE.clone(), [FIRST, SECOND], named_strengths)
     for row, strengths in enumerate([(0.7, 2.0), (0.7, 0.0), (0.0, 0.5), (1.0, 0.0)]):
         torch.testing.assert_close(logits[row], expected(row, strengths))
     chosen_from = logits.clone()

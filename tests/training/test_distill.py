@@ -274,7 +274,7 @@ def test_the_reward_tells_what_it_was_distilled_from(home, config, tmp_path):
     trainer.train()
     trainer.save_model()
     saved = json.loads((tmp_path / "out" / "prt_config.json").read_text())
-    assert saved["distilled_from"]["id"] == str(home / "lora") and saved["minus_base"] is False
+    assert saved["distilled_from"]["id"] == str(home / "lora") and saved["terms"] == ["network"]
     assert saved["source_backbone"]["id"] == str(home / "base")
     assert RewardModel.from_pretrained(tmp_path / "out").config == trainer.reward.config
     assert "| distilled from (fine-tuned model) | `lora` |" in (tmp_path / "out" / "README.md").read_text()
