@@ -84,7 +84,12 @@ class Fit:
 
 
 def check_fit(
-    reward: str | Path, backbone: str, *, dtype: torch.dtype | None = None, token: str | bool | None = None, **kwargs
+    reward: str | Path,
+    backbone: str,
+    *,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
 ) -> Fit:
     """Check whether a reward fits a backbone, by configurations and tokenizers; weights are not loaded or downloaded.
 
@@ -142,7 +147,9 @@ def order_on(model: PreTrainedModel, reward: RewardModel, processing_class: Any 
     return reward.order_for(model, processing_class)
 
 
-def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[RewardModel, PreTrainedModel]:
+def _skeleton_of_reward(
+    place: str | Path, token: str | bool | None, trust_remote_code: bool | None
+) -> tuple[RewardModel, PreTrainedModel]:
     """Return a reward without its weights, and the network that its adapter is on (or the full reward)."""
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))
     if Path(place).is_dir():
@@ -170,7 +177,7 @@ def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[Re
     return reward, base
 
 
-def _differing_roles(config: RewardConfig, processing_class) -> dict[str, tuple[str | None, str | None]]:
+def _differing_roles(config: RewardConfig, processing_class: Any) -> dict[str, tuple[str | None, str | None]]:
     tokenizer = unwrap_tokenizer(processing_class)
     if tokenizer is None or not isinstance(config.contract, VocabularyContract):
         return {}

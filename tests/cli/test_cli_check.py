@@ -251,9 +251,7 @@ def test_images_are_measured_with_labels_by_name(folder, capsys):
     rows.remove_columns("label").to_parquet("unlabelled.parquet")
     out = check(capsys, "images", "permuted", "--data", "unlabelled.parquet")[1]
     assert f"eps = {found['portability']['eps']:.4g} " in out
-    assert out.endswith(
-        "worth porting: cannot tell\n  the data has no labels, so better and worse are unknown\n"
-    )
+    assert out.endswith("worth porting: cannot tell\n  the data has no labels, so better and worse are unknown\n")
     rows.cast_column("label", Value("int64")).to_parquet("numbers.parquet")
     numbers = json.loads(check(capsys, "images", "permuted", "--data", "numbers.parquet", "--json")[1])
     assert numbers["portability"]["accuracy"]["target"] == pytest.approx(
