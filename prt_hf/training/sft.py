@@ -51,8 +51,8 @@ class PRTSFTTrainer(PRTTrainer, _SFTData):
     arguments are [`PRTTrainer`]'s.
     """
 
-    def _default_collator(self, train_dataset, eval_dataset, processing_class):
-        """None: TRL makes one, which knows of packing."""
+    def _default_collator(self, train_dataset, eval_dataset) -> None:
+        """Return None: TRL makes a collator that fits its packing."""
 
 
 @contextmanager

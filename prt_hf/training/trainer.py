@@ -118,9 +118,7 @@ class PRTTrainer(PrecomputingTrainer):
             )
         self._teachers = [] if distill_from is None else [teacher_of(self.reward, self._sources, distill_from)]
         if data_collator is None and self._is_language_model:
-            evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-            check_tokenized(train_dataset, *evaluated)
-            data_collator = TokenCollator(unwrap_tokenizer(processing_class).pad_token_id or 0)
+            data_collator = self._default_collator(train_dataset, eval_dataset)
         super().__init__(
             self.reward.network,
             args,
@@ -191,6 +189,11 @@ class PRTTrainer(PrecomputingTrainer):
                 return self.compute_loss(model, inputs).detach(), None, None
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
             return loss.detach(), outputs["logits"], inputs["labels"]
+
+    def _default_collator(self, train_dataset, eval_dataset) -> TokenCollator | None:
+        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
+        check_tokenized(train_dataset, *evaluated)
+        return TokenCollator(unwrap_tokenizer(self.reward.processing_class).pad_token_id or 0)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._means.clear("eval")
