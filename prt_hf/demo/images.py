@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
 from safetensors.torch import save_file
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
@@ -17,6 +18,7 @@ from transformers import (
     BaseImageProcessor,
     ConvNextConfig,
     ConvNextForImageClassification,
+    PreTrainedConfig,
     ViTConfig,
     ViTForImageClassification,
     set_seed,
@@ -130,6 +132,7 @@ def usage(folder: Path, target: str | Path) -> str:
     """Return lines of Python that use the saved reward."""
     return f"""\
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from prt_hf import LabelContract, RewardModel, combine
@@ -176,7 +179,7 @@ def _rows(images: np.ndarray, labels: np.ndarray) -> Rows:
     return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, torch.tensor(labels), strict=True)]
 
 
-def _own_rows(part, image_processor, config) -> Rows:
+def _own_rows(part: Dataset, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> Rows:
     images = tqdm(part["image"], desc="reading images", unit="image")
     return [
         {"pixel_values": pixel_values(image, image_processor, config), "labels": torch.tensor(label)}

@@ -83,7 +83,12 @@ class Fit:
 
 
 def check_fit(
-    reward: str | Path, backbone: str, *, dtype: torch.dtype | None = None, token: str | bool | None = None, **kwargs
+    reward: str | Path,
+    backbone: str,
+    *,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
 ) -> Fit:
     """Check whether a reward fits a backbone, by configurations and tokenizers; weights are not loaded or downloaded.
 
@@ -129,7 +134,9 @@ def check_fit(
     )
 
 
-def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[RewardModel, PreTrainedModel]:
+def _skeleton_of_reward(
+    place: str | Path, token: str | bool | None, trust_remote_code: bool | None
+) -> tuple[RewardModel, PreTrainedModel]:
     """Return a reward without its weights, and the network that its adapter is on (or the full reward)."""
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))
     if Path(place).is_dir():
@@ -157,7 +164,7 @@ def _skeleton_of_reward(place: str | Path, token, trust_remote_code) -> tuple[Re
     return reward, base
 
 
-def _differing_roles(config: RewardConfig, processing_class) -> dict[str, tuple[str | None, str | None]]:
+def _differing_roles(config: RewardConfig, processing_class: Any) -> dict[str, tuple[str | None, str | None]]:
     tokenizer = unwrap_tokenizer(processing_class)
     if tokenizer is None or not isinstance(config.contract, VocabularyContract):
         return {}

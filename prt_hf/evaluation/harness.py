@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -119,7 +120,7 @@ def task_report(
     batch_size: int = 8,
     include_path: str | Path | None = None,
     output_dir: str | Path | None = None,
-    **load_kwargs,
+    **load_kwargs: Any,
 ) -> TaskReport:
     """Run `lm_eval.simple_evaluate` on each target, by itself and with the reward as one PRT model.
 
@@ -185,7 +186,9 @@ def _model(backbone: Backbone, reward: RewardModel, method: str) -> PreTrainedMo
     return PRTForCausalLM.from_parts(network, [reward], tokenizer=backbone.processing_class)
 
 
-def _scores(model, tokenizer, task: str, manager, limit: int | None, batch_size: int) -> dict[str, Score]:
+def _scores(
+    model: PreTrainedModel, tokenizer: Any, task: str, manager: Any, limit: int | None, batch_size: int
+) -> dict[str, Score]:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -214,7 +217,7 @@ def _scores(model, tokenizer, task: str, manager, limit: int | None, batch_size:
     return found
 
 
-def _task_manager(tasks: Sequence[str], include_path: str | Path | None):
+def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
     if find_spec("lm_eval") is None:
         raise PRTValueError(
             "Tasks are run by lm-evaluation-harness, which is not installed.",

@@ -7,6 +7,7 @@ This module needs the package evaluate, which is part of the extra `eval`; nothi
 import math
 import re
 import string
+from collections.abc import Iterable
 from decimal import Decimal
 
 import datasets
@@ -144,13 +145,13 @@ def last_number(text: str) -> Decimal | None:
     return -number if found[-1]["minus"] or found[-1]["minus_behind"] else number
 
 
-def _share(are_right, count: int) -> float:
+def _share(are_right: Iterable[bool], count: int) -> float:
     if not count:
         raise PRTValueError("There is nothing to compare.", expected="at least one prediction", found="none")
     return sum(are_right) / count
 
 
-def _described(metric: evaluate.Metric, **features) -> evaluate.MetricInfo:
+def _described(metric: evaluate.Metric, **features: datasets.Value) -> evaluate.MetricInfo:
     description = type(metric).__doc__
     return evaluate.MetricInfo(
         description=description,

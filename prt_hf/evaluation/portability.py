@@ -119,7 +119,7 @@ def measure_portability(
     *,
     strength: float | None = None,
     source: PreTrainedModel | Backbone | None = None,
-    **load_kwargs,
+    **load_kwargs: Any,
 ) -> Portability:
     """Run source, target and reward once over the batches.
 

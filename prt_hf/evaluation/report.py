@@ -55,7 +55,7 @@ def portability_report(
     output_dir: str | Path | None = None,
     progress: Progress = lambda batches, description: batches,
     revision: str | None = None,
-    **load_kwargs,
+    **load_kwargs: Any,
 ) -> PortabilityReport:
     """Measure a reward on its source and on other backbones: Tables 4, 6 and 7 of the paper, for any task.
 

@@ -97,13 +97,13 @@ def _texts(rows: Dataset, reward: RewardModel, length: int) -> tuple[list[dict],
     return [row for row in cut if len(row["input_ids"]) > 1], collate
 
 
-def _answered(tokenizer, prompt: list[dict], completion: list[dict]) -> dict:
+def _answered(tokenizer: PreTrainedTokenizerBase, prompt: list[dict], completion: list[dict]) -> dict:
     asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     whole = tokenizer.apply_chat_template(prompt + completion, tokenize=False)
     return _supervised(*(tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole)))
 
 
-def _completed(tokenizer, prompt: str, completion: str) -> dict:
+def _completed(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> dict:
     return _supervised(*(tokenizer(text)["input_ids"] for text in (prompt, prompt + _ended(completion, tokenizer))))
 
 
@@ -115,7 +115,7 @@ def _supervised(start: list[int], ids: list[int]) -> dict:
     return {"input_ids": ids, "completion_mask": [int(index >= border) for index in range(len(ids))]}
 
 
-def _ended(text: str, tokenizer) -> str:
+def _ended(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Append the end token if it is absent, as TRL's trainer does in training."""
     end = tokenizer.eos_token or ""
     return text if text.endswith(end) else text + end
