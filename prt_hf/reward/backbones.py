@@ -78,10 +78,12 @@ class Backbone:
         limit (`int`, *optional*): tokens that it can read.
         reference ([`~contract.ModelReference`]): for the reward's configuration.
         index (`int`): of its own inputs in a batch.
+        shares_reward_network (`bool`): whether it is the reward's own network, which the reward loads and places.
         processing_class: what lies beside its weights, else the reward's.
     """
 
     index = 0
+    shares_reward_network = False
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
         _check_one_network(reward)
@@ -211,6 +213,8 @@ class Backbone:
 class OwnBase(Backbone):
     """The reward's own network with its adapter off: no second model in memory, and the layers below the first adapted
     one are computed once for both."""
+
+    shares_reward_network = True
 
     def __init__(self, reward: RewardModel):
         _check_one_network(reward)
