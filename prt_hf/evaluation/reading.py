@@ -13,7 +13,7 @@ from ..functional import IGNORE_INDEX, check_finite
 from ..networks.anatomy import check_length, context_length, pretrained_parameters
 from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import split_inputs
-from ..reward.backbones import Backbone, Batch, OwnBase
+from ..reward.backbones import Backbone, Batch
 from ..reward.model import RewardModel
 from .machine import now
 
@@ -61,8 +61,7 @@ class Reading:
         self._networks: dict[str, nn.Module] = {}
         for name, backbone in self._backbones.items():
             backbone.load()
-            if not isinstance(backbone, OwnBase):
-                backbone.place(self._placed)
+            backbone.place(self._placed)
             backbone.index = len(self._networks)
             self._networks[name] = backbone.network
         limits = [backbone.limit for backbone in self._backbones.values()]
@@ -140,8 +139,7 @@ class Reading:
     def unload(self) -> None:
         """Free what can be loaded again, and move models of the user back to their devices."""
         for backbone in self._backbones.values():
-            if not isinstance(backbone, OwnBase):
-                backbone.unload()
+            backbone.unload()
         self._networks, self._readers = {}, None
 
     def _placed(self, network: nn.Module) -> nn.Module:
@@ -212,7 +210,7 @@ class Reading:
 
     def _weights(self, name: str) -> list[torch.Tensor]:
         network = self._networks[name]
-        if isinstance(self._backbones.get(name), OwnBase):  # the adapter is off
+        if name in self._backbones and self._backbones[name].shares_reward_network:  # the adapter is off
             return [*pretrained_parameters(network).values(), *network.buffers()]
         return [*network.parameters(), *network.buffers()]
 

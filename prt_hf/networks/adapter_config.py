@@ -1,4 +1,4 @@
-"""Which adapters can be rewards, and what the file that describes one may say: it may be anybody's."""
+"""Decide which adapters can be rewards, and check files of adapters, which may come from anybody."""
 
 import re
 from dataclasses import MISSING, fields
@@ -15,10 +15,10 @@ from ..errors import PRTError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from .checkpoints import read_entries
 
-# Those whose weights and configuration say all that they do to a layer. Others depend on the text (X-LoRA, Lily,
-# prompts), on a task's id (Poly), on what is drawn or computed anew at each load (VeRA, FourierFT, OSF and their kin),
-# or run a compiler (BOFT).
-_OF_LAYERS = {
+# Kinds whose weights and configuration fully describe the change of a layer. Others depend on the text (X-LoRA, Lily,
+# prompts), on a task's id (Poly), or on values that each load draws anew (VeRA, FourierFT, OSF and similar), or run a
+# compiler (BOFT).
+_LAYER_KINDS = {
     "ADALORA",
     "C3A",
     "DELORA",
@@ -34,9 +34,8 @@ _OF_LAYERS = {
     "ROAD",
     "TRAINABLE_TOKENS",
 }
-# LoRA's options of which the same holds; what a later PEFT adds is refused until it is known. The last five are of the
-# start alone.
-_OF_LORA = {
+# LoRA's options of the same nature; options that a later PEFT adds are refused until they are known.
+_LORA_OPTIONS = {
     *{entry.name for entry in fields(PeftConfig)},
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters"),
@@ -45,8 +44,8 @@ _OF_LORA = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     *("megatron_core", "runtime_config", "layer_replication"),
 }
-# Initialisations that put LoRA's part of the weights into the adapter and leave the base without it are not among
-# these: the base, with the adapter off, is the source backbone.
+# Not those that move a part of the base's weights into the adapter: the base with the adapter off is the source
+# backbone.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
 _PATTERNS = ("target_modules", "exclude_modules")
 _NAMES = (
@@ -55,35 +54,36 @@ _NAMES = (
     "trainable_token_indices",
 )
 _PLAIN = re.compile(r"\^?(\w|-|\.|\\\.)+\$?")
-_MOST_UNITS = 2**16  # of ranks and blocks, where the weights do not tell more
+_MOST_UNITS = 2**16  # ranks and blocks, if the weights do not limit them
 
 
 def check_is_of_layers(peft_config: PeftConfig, *, beside_base: bool = False) -> None:
-    """Check that an adapter does the same to every token of every text, whatever came before.
+    """Check that an adapter treats every token of every text alike.
 
     Args:
-        beside_base: it also has to leave its base as it is, so that it can be switched off.
+        peft_config: the adapter.
+        beside_base: also check that it leaves its base unchanged, so that it can be switched off.
 
     Raises:
         UnsupportedError: it depends on more than its weights and its configuration.
-        PRTValueError: its initialisation changed its base.
+        PRTValueError: its initialisation changes its base.
     """
     kind, options = PeftType(peft_config.peft_type).value, []
     if isinstance(peft_config, LoraConfig):
-        others = [entry for entry in fields(peft_config) if entry.name not in _OF_LORA]
+        others = [entry for entry in fields(peft_config) if entry.name not in _LORA_OPTIONS]
         options = [entry.name for entry in others if getattr(peft_config, entry.name) not in (None, _default(entry))]
-    if kind not in _OF_LAYERS or options:
+    if kind not in _LAYER_KINDS or options:
         raise UnsupportedError(
             ("The adapter puts tokens of its own before the text" if peft_config.is_prompt_learning else "The adapter")
-            + (", so it " if peft_config.is_prompt_learning else " does not change layers once and for all, so it ")
+            + (", so it " if peft_config.is_prompt_learning else " does not change layers in a fixed way, so it ")
             + "cannot be switched on and off side by side.",
-            expected="an adapter of layers: LoRA, or one of " + ", ".join(sorted(_OF_LAYERS - {"LORA"})),
+            expected="an adapter of layers: LoRA, or one of " + ", ".join(sorted(_LAYER_KINDS - {"LORA"})),
             found=f"{kind}{' with ' if options else ''}{', '.join(options)}",
             remedy="distil the fine-tuned model into a reward" if options else "fine-tune a LoRA adapter",
         )
     if beside_base and getattr(peft_config, "layer_replication", None):
         raise UnsupportedError(
-            "The adapter makes a deeper network of its base, so it cannot be switched off.",
+            "The adapter makes its base deeper, so it cannot be switched off.",
             expected="no `layer_replication`",
             found=str(peft_config.layer_replication)[:80],
             remedy="distil the fine-tuned model into a reward",
@@ -93,13 +93,13 @@ def check_is_of_layers(peft_config: PeftConfig, *, beside_base: bool = False) ->
             "The adapter's initialisation would change the base's weights.",
             expected=f"`init_lora_weights` one of {_INITIALISATIONS}",
             found=repr(peft_config.init_lora_weights),
-            remedy="if it was tuned already: distil it (`distill_from`), or save it by PEFT as plain LoRA "
+            remedy="if it was tuned already: distil it (`distill_from`), or save it with PEFT as plain LoRA "
             "(`path_initial_model_for_weight_conversion`)",
         )
 
 
 def changes_base(peft_config: PeftConfig) -> bool:
-    """Return whether the adapter, switched off, leaves another model than the one it was tuned from."""
+    """Whether the model with the adapter switched off differs from the one that the adapter was tuned from."""
     return (
         getattr(peft_config, "bias", "none") != "none"
         or getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS
@@ -111,12 +111,13 @@ def read_peft_config(folder: Path, base_id: str | None = None, *, beside_base: b
     """Read the configuration of the adapter in a folder, before anything is loaded or allocated for it.
 
     Args:
-        base_id (*optional*): of the base that it must name, if it names any.
+        folder: the adapter's.
+        base_id: the base that it must name, if it names any.
         beside_base: see [`check_is_of_layers`].
 
     Raises:
-        RewardFileError: it cannot be read, or describes another adapter than the one that lies beside it.
-        UnsupportedError, PRTValueError: as of [`check_is_of_layers`].
+        RewardFileError: the file cannot be read, or does not describe the weights beside it.
+        UnsupportedError, PRTValueError: those of [`check_is_of_layers`].
     """
     path = folder / ADAPTER_CONFIG
     try:
@@ -130,14 +131,14 @@ def read_peft_config(folder: Path, base_id: str | None = None, *, beside_base: b
         _name_targets(peft_config, shapes)
     except PRTError:
         raise
-    except Exception as error:  # whatever PEFT's classes say of nonsense
+    except Exception as error:  # PEFT's classes raise errors of any kind
         raise RewardFileError.unreadable(
             path, error, expected="the configuration of a PEFT adapter", remedy="download or save the adapter again"
         ) from error
     named = peft_config.base_model_name_or_path
     if base_id is not None and named not in (None, base_id):
         raise RewardFileError(
-            f"{path} and {PRT_CONFIG_NAME} name two bases, of which one is wrong.",
+            f"{path} and {PRT_CONFIG_NAME} name different bases.",
             expected=base_id,
             found=str(named),
             remedy="download or save the reward again",
@@ -146,9 +147,10 @@ def read_peft_config(folder: Path, base_id: str | None = None, *, beside_base: b
 
 
 def _check_entries(entries: dict[str, Any]) -> None:
-    """
+    """Check the entries of a file before PEFT reads them.
+
     Raises:
-        ValueError: the file asks for code of others, or for more of the base.
+        ValueError: PEFT would import a module or repeat layers of the base, or an entry is missing.
     """
     if entries.get("megatron_config") is not None:  # PEFT would import the module that it names
         raise ValueError(f"it is for Megatron: megatron_config = {str(entries['megatron_config'])[:80]}")
@@ -159,9 +161,10 @@ def _check_entries(entries: dict[str, Any]) -> None:
 
 
 def _check_values(peft_config: PeftConfig) -> None:
-    """
+    """Check the types of the values.
+
     Raises:
-        ValueError: a switch that is none, a number that is none, a pattern where a name would do.
+        ValueError: a value is not the boolean, number or name that it should be.
     """
     for entry in fields(peft_config):
         name, value, default = entry.name, getattr(peft_config, entry.name), _default(entry)
@@ -180,11 +183,10 @@ def _check_values(peft_config: PeftConfig) -> None:
 
 
 def _name_targets(peft_config: PeftConfig, shapes: dict[str, list[int]] | None) -> None:
-    """Put the names of the layers that a file holds adapters of in the place of regular expressions, which are
-    anybody's, and could run for ever.
+    """Replace regular expressions, which could take for ever, by the names of the layers in the file of weights.
 
     Raises:
-        ValueError: the weights are not here to tell the names.
+        ValueError: there is no such file.
     """
     if not any(isinstance(getattr(peft_config, name, None), str) for name in _PATTERNS):
         return
@@ -197,7 +199,9 @@ def _name_targets(peft_config: PeftConfig, shapes: dict[str, list[int]] | None) 
 
 
 def _check_ranks(path: Path, peft_config: PeftConfig, shapes: dict[str, list[int]]) -> None:
-    """LoRA's are dimensions of its weights. Of AdaLoRA, which starts with another rank, the pattern has masks over it.
+    """Check that the weights are as large as described.
+
+    LoRA's ranks are dimensions of its weights. AdaLoRA's rank_pattern holds masks over `init_r`, not ranks.
 
     Raises:
         RewardFileError: the configuration describes larger weights than there are.
@@ -229,8 +233,10 @@ def _default(entry) -> Any:
 
 
 def _are_names(value) -> bool:
-    """Names of layers, some of which PEFT takes for regular expressions, so that none may be one; of patterns with a
-    number, or AdaLoRA's mask, for each. Tokens to be trained may go without."""
+    """Whether a value has names of layers, and for each a number or AdaLoRA's mask if it is a pattern.
+
+    No name may be a regular expression, because PEFT takes some names for these. Tokens to be trained are numbers.
+    """
     names = [value] if isinstance(value, str) else value or ()
     numbers = value.values() if isinstance(value, dict) else ()
     return all(type(name) is int or (isinstance(name, str) and _PLAIN.fullmatch(name)) for name in names) and all(

@@ -21,15 +21,17 @@ ADAPTER = "default"  # the one adapter of a reward
 
 
 def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None = None) -> PeftModel:
-    """Return a PEFT model on the weights of `model`, which itself stays without adapter.
+    """Return a PEFT model on the weights of `model`, which itself stays without an adapter.
 
     Args:
-        device (*optional*): `"meta"` shows what the adapter consists of, without memory for it.
+        model: the base.
+        peft_config: the adapter.
+        device: `"meta"` makes the adapter without memory for its weights.
     """
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with warnings.catch_warnings(), nullcontext() if device is None else torch.device(device):
-        # Merging into a tied head is what PEFT warns of; rewards are not merged. GPT-2's mixed layers it sorts out
-        # itself.
+        # PEFT warns of merging into tied heads, but rewards are not merged; and of GPT-2's transposed layers, which it
+        # handles itself.
         warnings.filterwarnings("ignore", message="(?s).*(tie_word_embeddings|fan_in_fan_out)")
         network = peft_class(share_weights(model, device), peft_config)
     shared = {parameter.data_ptr() for parameter in model.parameters()}
@@ -40,7 +42,7 @@ def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None 
 
 
 def bare_base(network: PeftModel) -> PreTrainedModel:
-    """The base of an adapter without its layers, on the very same parameters and buffers."""
+    """Return the base of an adapter without the adapter's layers, on the same parameters and buffers."""
     model = network.get_base_model()
     memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     base = copy.deepcopy(model, memo)
@@ -53,7 +55,7 @@ def bare_base(network: PeftModel) -> PreTrainedModel:
 
 
 def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Outermost layers that PEFT put in the place of the base's own."""
+    """Yield name and module of the outermost layers that PEFT put in the place of the base's own."""
     wrapped = None
     for name, module in model.named_modules():
         if wrapped is not None and name.startswith(wrapped):
@@ -64,12 +66,15 @@ def wrapped_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield name and module of the layers that an adapter changes."""
     return wrapped_layers(network.get_base_model())
 
 
 def check_not_merged(layer: nn.Module) -> None:
-    """Raises:
-    UnsupportedError: PEFT has added the adapter to the base's own weights.
+    """Check that PEFT has not added an adapter to the base's own weights.
+
+    Raises:
+        UnsupportedError: it has.
     """
     if getattr(layer, "merged", False):
         raise UnsupportedError(
@@ -80,8 +85,8 @@ def check_not_merged(layer: nn.Module) -> None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Plain LoRA, or a layer that is saved whole, switched on."""
-    # FSDP2 makes a class of its own of a layer's: that and FSDPModule come before it.
+    """Whether a layer is plain LoRA, or a fully trained copy, and switched on."""
+    # FSDP2 derives a class from the layer's and from FSDPModule.
     kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
     if kind is ModulesToSaveWrapper:
         return layer.active_adapters == [ADAPTER] and not layer.disable_adapters
@@ -96,12 +101,14 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def check_bare(model: PreTrainedModel) -> None:
-    """Raises:
-    PRTValueError: the model carries an adapter.
+    """Check that a model has no adapter.
+
+    Raises:
+        PRTValueError: it has one.
     """
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise PRTValueError(
-            "The base carries an adapter, so it is no pretrained model any more.",
+            "The base carries an adapter, so it is no longer the pretrained model.",
             expected="a PreTrainedModel without adapters",
             found=type(model).__name__,
             remedy="load the base again, or merge its adapter with `merge_and_unload` if that is what you want",
@@ -109,8 +116,12 @@ def check_bare(model: PreTrainedModel) -> None:
 
 
 def share_weights(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
-    """Return a second model on the very same weights: adapters put into one leave the other as it is, and cost no copy;
-    or, on the device `"meta"`, on none."""
+    """Return a second model on the same weights, so that an adapter of one leaves the other unchanged.
+
+    Args:
+        model: the first.
+        device: `"meta"` for a model without weights.
+    """
 
     def shared(tensor: torch.Tensor) -> torch.Tensor:
         if type(tensor) is nn.Parameter:
@@ -121,8 +132,7 @@ def share_weights(model: PreTrainedModel, device: str | None = None) -> PreTrain
 
 
 def tie_parameters(network: nn.Module, base: nn.Module) -> None:
-    """Make parameters of `network` that share their values with parameters of `base` the same objects, so that they
-    stay one when they move to another device or precision."""
+    """Make parameters that `network` and `base` share the same objects, so that they move and are cast together."""
     known = {value.data_ptr(): value for value in base.parameters() if value.numel()}
     for module in network.modules():
         for name, value in module._parameters.items():

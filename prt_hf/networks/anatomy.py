@@ -7,8 +7,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BaseImageProcessor,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
@@ -24,6 +27,7 @@ from ..contract import (
 )
 from ..errors import ContextLengthError, PRTValueError
 
+ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin | BaseImageProcessor
 AUTO_CLASSES = {
     TEXT_GENERATION: AutoModelForCausalLM,
     TEXT_CLASSIFICATION: AutoModelForSequenceClassification,
@@ -36,13 +40,13 @@ _CLASS_NAMES = {
 }
 _OTHER_TASKS = ("TokenClassification", "MaskedLM", "QuestionAnswering", "MultipleChoice", "Segmentation", "Detection")
 # Parameters that PEFT adds besides those with its prefix; the last is AdaLoRA's.
-_OF_ADAPTERS = (".modules_to_save.", ".trainable_tokens_", ".ranknum.")
-# The name of the cache among the inputs and outputs of models, and of `generate`; another before transformers 5.24.
+_ADAPTER_PARTS = (".modules_to_save.", ".trainable_tokens_", ".ranknum.")
+# The cache's name among the inputs and outputs of models and of `generate`, which transformers 5.24 changed.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class FixedLinear(nn.Linear):
-    """A linear head that is never tuned: its weights are buffers, which no optimiser and no `requires_grad_` finds."""
+    """A linear head that is never tuned: its weights are buffers, which optimisers and `requires_grad_` do not see."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True):
         super().__init__(in_features, out_features, bias)
@@ -52,20 +56,19 @@ class FixedLinear(nn.Linear):
 
 
 def register_model(task: str, config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
-    """Make a pretrained model's class that transformers does not have known to the Auto classes, and its task to
-    [`task_of_checkpoint`]."""
+    """Register a model class of this package with the Auto classes, and its task with [`task_of_checkpoint`]."""
     AutoConfig.register(config_class.model_type, config_class)
     AUTO_CLASSES[task].register(config_class, model_class)
     _CLASS_NAMES[task].add(model_class.__name__)
 
 
 def unwrap_adapter(network: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT model; any other network itself."""
+    """Return the transformers model inside a PEFT model; any other network itself."""
     return network.get_base_model() if isinstance(network, PeftModel) else network
 
 
 def task_of(network: nn.Module) -> str:
-    """Tell causal language models, sequence classifiers and image classifiers apart.
+    """Return the task of a causal language model, sequence classifier or image classifier.
 
     Raises:
         PRTValueError: the network is none of them, or its loss is not cross-entropy over labels.
@@ -80,7 +83,7 @@ def task_of(network: nn.Module) -> str:
     try:
         task = task_of_class(type(model).__name__, model.name_or_path)
     except PRTValueError:
-        # A class of the user's own: its inputs and outputs tell.
+        # A class of the user's own: judged by its inputs and outputs.
         if any(name in type(model).__name__ for name in _OTHER_TASKS):
             raise
         if model.can_generate() and model.get_output_embeddings() is not None:
@@ -104,8 +107,8 @@ def task_of(network: nn.Module) -> str:
     return task
 
 
-def contract_of(network: nn.Module, processing_class=None) -> Contract:
-    """The contract that a network's logits keep; language models need their tokenizer for it.
+def contract_of(network: nn.Module, processing_class: ProcessingClass | None = None) -> Contract:
+    """Return the contract of a network's logits; language models need their tokenizer for it.
 
     Raises:
         PRTValueError: a language model without a tokenizer.
@@ -117,7 +120,7 @@ def contract_of(network: nn.Module, processing_class=None) -> Contract:
     tokenizer = unwrap_tokenizer(processing_class)
     if tokenizer is None:
         raise PRTValueError(
-            "The vocabulary of a language model is told by its tokenizer.",
+            "The vocabulary of a language model is that of its tokenizer.",
             expected="`processing_class=` a tokenizer",
             found=type(processing_class).__name__,
             remedy="processing_class=AutoTokenizer.from_pretrained(...)",
@@ -128,8 +131,9 @@ def contract_of(network: nn.Module, processing_class=None) -> Contract:
 
 
 def head_of(network: nn.Module) -> tuple[str, nn.Module]:
-    """Name and module of the layer whose outputs are the logits: the language model head, or the last layer with as
-    many outputs as there are labels.
+    """Return name and module of the layer whose outputs are the logits.
+
+    It is the language model head, or the last linear layer with as many outputs as there are labels.
 
     Raises:
         PRTValueError: there is none.
@@ -155,7 +159,7 @@ def has_fixed_head(network: nn.Module) -> bool:
 
 
 def layer_stack(network: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """Name and module of the list in which a network's layers follow one another; None where there is not one list."""
+    """Return name and module of the list of a network's layers; None if there is no such list, or several."""
     model = unwrap_adapter(network)
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [
@@ -167,7 +171,7 @@ def layer_stack(network: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def context_length(network: nn.Module) -> int | None:
-    """Tokens that the network can read; None where there is no limit (state-space models)."""
+    """Return the number of tokens that the network can read; None if there is no limit (state-space models)."""
     model = unwrap_adapter(network)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or limit <= 0:
@@ -176,7 +180,7 @@ def context_length(network: nn.Module) -> int | None:
 
 
 def first_position(model: PreTrainedModel) -> int:
-    """Return the number that the model gives to the first token of a text: not 0 where padding has a position."""
+    """Return the position of the first token of a text: not 0 in models where padding has a position."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:  # RoBERTa's kin
             return module.padding_idx + 1
@@ -184,8 +188,10 @@ def first_position(model: PreTrainedModel) -> int:
 
 
 def check_length(length: int, limit: int | None) -> None:
-    """Raises:
-    ContextLengthError: more tokens than a network can read.
+    """Check that a network can read as many tokens.
+
+    Raises:
+        ContextLengthError: it cannot.
     """
     if limit is not None and length > limit:
         raise ContextLengthError(
@@ -197,18 +203,20 @@ def check_length(length: int, limit: int | None) -> None:
 
 
 def pretrained_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are no adapter's, by name."""
+    """Return the parameters that do not belong to an adapter, by name."""
     tuner = getattr(network.base_model, "prefix", "lora_") if isinstance(network, PeftModel) else None
     return {
         name: parameter
         for name, parameter in network.named_parameters()
-        if not (tuner and any(part in name for part in (tuner, *_OF_ADAPTERS)))
+        if not (tuner and any(part in name for part in (tuner, *_ADAPTER_PARTS)))
     }
 
 
 def frozen_norms(network: nn.Module) -> list[nn.Module]:
-    """Layers with batch statistics that are not trained: under an adapter the statistics are the base's, which others
-    share."""
+    """Return the layers with batch statistics that are not trained.
+
+    Under an adapter the statistics belong to the base, which other networks share.
+    """
     return [
         module
         for module in network.modules()
@@ -218,6 +226,15 @@ def frozen_norms(network: nn.Module) -> list[nn.Module]:
 
 
 def task_of_class(class_name: str, model_id: str) -> str:
+    """Return the task of a model's class.
+
+    Args:
+        class_name: name of the class.
+        model_id: name of the model in the message.
+
+    Raises:
+        PRTValueError: the class has no head that predicts tokens or labels.
+    """
     for task, names in _CLASS_NAMES.items():
         if class_name in names:
             return task
@@ -225,6 +242,6 @@ def task_of_class(class_name: str, model_id: str) -> str:
         f"{model_id or class_name} has no head that predicts tokens or class labels.",
         expected="a causal language model, a sequence classifier or an image classifier",
         found=class_name,
-        remedy="name a checkpoint that was trained for the task: a new head knows nothing that a reward could build "
-        "on. Of CLIP and its kin, `zero_shot_classifier` makes an image classifier",
+        remedy="use a checkpoint that was trained for the task, because a reward cannot build on a new head; "
+        "`zero_shot_classifier` makes an image classifier of CLIP and similar models",
     )

@@ -1,6 +1,7 @@
 """Load models, configurations, tokenizers and image processors by id."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -10,22 +11,27 @@ from transformers.utils import logging
 from ..contract import IMAGE_CLASSIFICATION, ModelReference
 from ..errors import PRTValueError, RewardFileError
 from ..hub.client import commit_of
-from .anatomy import AUTO_CLASSES, task_of_class
+from .anatomy import AUTO_CLASSES, ProcessingClass, task_of_class
 from .checkpoints import check_attention, check_counts, load_whole
-from .identity import check_same_model, reference_to
+from .identity import check_same_model, reference_to, remember_commit
 from .pixels import PRTImageProcessor, is_saved_apart
 
 logger = logging.get_logger(__name__)
-_TIMM = "timm_wrapper"  # whose checkpoints name no class
-CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # those that tokenizers and image processors take as well
+_TIMM = "timm_wrapper"  # its checkpoints name no class
+CONFIG_KWARGS = ("revision", "token", "trust_remote_code")  # also for tokenizers and image processors
 
 
-def load_base(reference: ModelReference, token: str | bool | None = None, **load_kwargs) -> PreTrainedModel:
-    """The pretrained model that a file names, at the revision named there.
+def load_base(reference: ModelReference, token: str | bool | None = None, **load_kwargs: Any) -> PreTrainedModel:
+    """Load the pretrained model that a file names, at the revision named there.
+
+    Args:
+        reference: the file's entry.
+        token: access token for the Hub.
+        load_kwargs: for `from_pretrained`; a `revision` among them is that of another model, and not used.
 
     Raises:
-        RewardFileError: it was made in memory and has no id.
-        BaseModelMismatchError: what lies there now is another model.
+        RewardFileError: the model was made in memory and has no id.
+        BaseModelMismatchError: the id now stands for another model.
     """
     if reference.id is None:
         raise RewardFileError(
@@ -33,7 +39,6 @@ def load_base(reference: ModelReference, token: str | bool | None = None, **load
             expected="`base_model=` of a reward, or `backbone=` of a PRT model: that model, or its path",
             found=str(reference),
         )
-    # A revision among the arguments is of another model: a PRT model's backbone.
     kwargs = {name: value for name, value in load_kwargs.items() if name != "revision"}
     pinned = {"revision": reference.revision} if reference.revision else {}
     model = load_pretrained(reference.id, **{"token": token} | kwargs | pinned)
@@ -41,8 +46,8 @@ def load_base(reference: ModelReference, token: str | bool | None = None, **load
     return model
 
 
-def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
-    """Load the tokenizer or image processor of a pretrained model; None where it has none."""
+def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs: Any) -> ProcessingClass | None:
+    """Load the tokenizer or image processor of a pretrained model; return None if it has none."""
     kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if load_kwargs.get(name) is not None}
     try:
         return _processing_class(path_or_id, task, **{"trust_remote_code": False} | kwargs)
@@ -50,7 +55,7 @@ def load_processing_class(path_or_id: str | Path, task: str, **load_kwargs):
         return None
 
 
-def _processing_class(path_or_id: str | Path, task: str, **kwargs):
+def _processing_class(path_or_id: str | Path, task: str, **kwargs: Any) -> ProcessingClass | None:
     auto_class = AutoImageProcessor if task == IMAGE_CLASSIFICATION else AutoTokenizer
     try:
         found = auto_class.from_pretrained(path_or_id, **kwargs)
@@ -60,7 +65,7 @@ def _processing_class(path_or_id: str | Path, task: str, **kwargs):
     return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
 
 
-def save_processing_class(processing_class, folder: Path) -> None:
+def save_processing_class(processing_class: ProcessingClass | None, folder: Path) -> None:
     """Write a tokenizer or image processor, if there is one, so that [`load_processing_class`] finds it."""
     if is_saved_apart(processing_class):
         processing_class = PRTImageProcessor(processing_class)
@@ -68,34 +73,42 @@ def save_processing_class(processing_class, folder: Path) -> None:
         processing_class.save_pretrained(folder)
 
 
-def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs):
-    """What lies beside a model's weights, at their revision; None where it was made in memory or has none."""
+def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs: Any) -> ProcessingClass | None:
+    """Load the tokenizer or image processor of a model, at its revision; return None if it was made in memory."""
     if not model.name_or_path:
         return None
     return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
 
 
-def load_pretrained(model_id: str, **load_kwargs) -> PreTrainedModel:
-    """Load a model by id with the Auto class of its task, which its configuration names, and remember its commit.
+def load_pretrained(model_id: str, **load_kwargs: Any) -> PreTrainedModel:
+    """Load a model by id with the Auto class of its task, and remember its commit.
+
+    Args:
+        model_id: id of the Hub, or folder.
+        load_kwargs: for `from_pretrained`.
 
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels, lacks weights, or names an attention
             that is not transformers' own.
     """
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
-    # Said either way: asked for code of others, transformers would put the question to the terminal.
+    # Always given, because transformers would otherwise ask in the terminal whether to run the model's code.
     trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     load_kwargs = load_kwargs | trusted | {"revision": commit or "main"}
-    telling = (*CONFIG_KWARGS, "attn_implementation")
-    config = load_config(model_id, **{name: load_kwargs[name] for name in telling if name in load_kwargs})
+    names = (*CONFIG_KWARGS, "attn_implementation")
+    config = load_config(model_id, **{name: load_kwargs[name] for name in names if name in load_kwargs})
     check_attention(config, model_id)
     model = load_whole(AUTO_CLASSES[_task_of_config(config, model_id)], model_id, **load_kwargs)
-    model.config._commit_hash = commit  # where transformers kept it up to 5.17; never written to files
+    remember_commit(model, commit)
     return model
 
 
-def task_of_checkpoint(model_id: str, **config_kwargs) -> str:
-    """The task of a model by id, told by its configuration; its weights are not loaded.
+def task_of_checkpoint(model_id: str, **config_kwargs: Any) -> str:
+    """Return the task of a model by its configuration, without loading its weights.
+
+    Args:
+        model_id: id of the Hub, or folder.
+        config_kwargs: `revision`, `token`, `trust_remote_code`.
 
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels.
@@ -103,13 +116,15 @@ def task_of_checkpoint(model_id: str, **config_kwargs) -> str:
     return _task_of_config(load_config(model_id, **config_kwargs), model_id)
 
 
-def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
-    """
+def load_config(model_id: str, **config_kwargs: Any) -> PreTrainedConfig:
+    """Load a model's configuration.
+
     Args:
+        model_id: id of the Hub, or folder.
         config_kwargs: `revision`, `token`, `trust_remote_code`.
 
     Raises:
-        PRTValueError: an architecture that transformers does not know, or code that it may not run.
+        PRTValueError: transformers does not know the architecture, or needs code that it may not run.
     """
     trusted = {"trust_remote_code": bool(config_kwargs.get("trust_remote_code"))}
     try:
@@ -125,10 +140,11 @@ def load_config(model_id: str, **config_kwargs) -> PreTrainedConfig:
         ) from error
 
 
-def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
-    """A model without its weights, on the meta device: all that its configuration tells, for a few kilobytes.
+def load_skeleton(model_id: str, **config_kwargs: Any) -> PreTrainedModel:
+    """Make a model from its configuration, on the meta device, which takes a few kilobytes.
 
     Args:
+        model_id: id of the Hub, or folder.
         config_kwargs: `revision`, `token`, `trust_remote_code`.
 
     Raises:
@@ -140,7 +156,8 @@ def load_skeleton(model_id: str, **config_kwargs) -> PreTrainedModel:
     auto_class = AUTO_CLASSES[_task_of_config(config, model_id)]
     with torch.device("meta"):
         model = auto_class.from_config(config, trust_remote_code=bool(config_kwargs.get("trust_remote_code")))
-    model.name_or_path, model.config._commit_hash = model_id, commit
+    model.name_or_path = model_id
+    remember_commit(model, commit)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Networks from files: with all of their weights, and with nothing that the files alone ask for."""
+"""Load networks from files safely: with all of their weights, and without code or kernels that the files name."""
 
 import json
 from collections.abc import Iterator
@@ -9,30 +9,38 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import PRTError, PRTValueError, RewardFileError
 
-_MOST_BYTES = 2**26  # of a JSON file; 100,000 labels with long names take some 10 MB
-# Of what classes of configurations and networks make one by one, in memory, before any weights could tell.
+_MOST_BYTES = 2**26  # in a JSON file; 100,000 labels with long names take some 10 MB
+# Limits on parts that configurations and networks create in memory before any weights are read.
 _MOST = {"label": 2**20, "layer": 2**13, "expert": 2**13, "block": 2**20, "depth": 2**13}
-# Other names are repositories, whose kernels transformers would fetch and run.
+# transformers takes other names for repositories, and downloads and runs their kernels.
 _ATTENTION = {"eager", "sdpa", "flex_attention", *(f"flash_attention_{version}" for version in (2, 3, 4))}
 _ATTENTION |= {f"paged|{name}" for name in _ATTENTION}
 _CHOICES = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
 
 
 def load_whole(
-    auto_class, place: str | Path, *, kind: type[PRTError] = PRTValueError, exactly: bool = False, **load_kwargs
+    auto_class: type,
+    place: str | Path,
+    *,
+    kind: type[PRTError] = PRTValueError,
+    exactly: bool = False,
+    **load_kwargs: Any,
 ) -> PreTrainedModel:
-    """Load a network, and refuse one of whose weights some would be random.
+    """Load a network, and refuse one with missing weights, which would be random.
 
     Args:
-        kind: of the error.
-        exactly (`bool`): refuse weights that the network has no place for as well. Pretrained checkpoints often hold
-            some, of heads for other tasks or towers for other inputs, and transformers leaves them out.
+        auto_class: the Auto class that loads it.
+        place: folder or Hub id.
+        kind: class of the error.
+        exactly: also refuse weights that the network has no place for. Pretrained checkpoints often have some, of heads
+            for other tasks or encoders of other inputs, and transformers leaves them out.
+        load_kwargs: for `from_pretrained`.
 
     Raises:
         PRTError: names the weights.
     """
-    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # which the check below does not ignore
-    model, info = auto_class.from_pretrained(place, **load_kwargs | told)
+    reported = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # the check below refuses them
+    model, info = auto_class.from_pretrained(place, **load_kwargs | reported)
     wrong = {
         "missing": info["missing_keys"],
         "of another shape": {name for name, *_ in info["mismatched_keys"]},
@@ -51,10 +59,10 @@ def load_whole(
 
 
 def check_attention(config: PreTrainedConfig | dict, place: str | Path, kind: type[PRTError] = PRTValueError) -> None:
-    """Check that a downloaded configuration asks for an attention of transformers' own, at any depth.
+    """Check that a downloaded configuration names only attention implementations of transformers, at any depth.
 
     Raises:
-        PRTError: for kernels that would be fetched.
+        PRTError: it names kernels that would be downloaded.
     """
     entries = config if isinstance(config, dict) else _entries(config)
     for name, value in walk(entries):
@@ -69,10 +77,10 @@ def check_attention(config: PreTrainedConfig | dict, place: str | Path, kind: ty
 
 
 def check_counts(entries: dict[str, Any], place: str | Path, kind: type[PRTError] = PRTValueError) -> None:
-    """Check that a downloaded configuration asks for no more layers and labels than any network has.
+    """Check that a downloaded configuration has no more layers and labels than any network has.
 
     Raises:
-        PRTError: making them would take all memory.
+        PRTError: it has more, which would take all memory.
     """
     for name, value in walk(entries):
         most = min((most for part, most in _MOST.items() if part in str(name)), default=None)
@@ -88,7 +96,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     """Read a downloaded JSON file.
 
     Raises:
-        ValueError, RecursionError: it is too large, no JSON object, or holds a number that is none.
+        ValueError, RecursionError: it is too large, not a JSON object, or contains NaN or an entry twice.
     """
     if path.stat().st_size > _MOST_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes")
@@ -101,7 +109,7 @@ def read_entries(path: Path) -> dict[str, Any]:
 
 
 def walk(entries: dict | list, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Each value of nested dictionaries and lists, with the name of its entry."""
+    """Yield each value of nested dictionaries and lists, with the name of its entry."""
     for key, value in entries.items() if isinstance(entries, dict) else ((name, each) for each in entries):
         if isinstance(value, dict | list):
             yield from walk(value, key)
@@ -109,7 +117,7 @@ def walk(entries: dict | list, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def unreadable(path: Path, error: BaseException) -> RewardFileError:
-    """The error of a file of a reward that some library cannot make sense of."""
+    """Return the error for a file of a reward that a library cannot read."""
     text = f"{type(error).__name__}: {str(error).strip()[:200]}"
     return RewardFileError(
         f"{path} cannot be used.",
@@ -120,14 +128,14 @@ def unreadable(path: Path, error: BaseException) -> RewardFileError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """What one reader takes from the first of two entries, another would take from the second."""
+    """Refuse duplicate entries, of which readers take different ones."""
     if len(entries := dict(pairs)) < len(pairs):
         raise ValueError("an entry that is there twice")
     return entries
 
 
 def _entries(config: PreTrainedConfig) -> dict[str, Any]:
-    """Its choices of kernels, which `to_dict` leaves out, with those of the configurations in it."""
+    """Return the choices of kernels, which `to_dict` leaves out, also those of nested configurations."""
     inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
     return {name: getattr(config, name, None) for name in _CHOICES} | {
         str(index): _entries(value) for index, value in enumerate(inner)

@@ -20,10 +20,12 @@ from .anatomy import FixedLinear, pretrained_parameters, unwrap_adapter
 
 _BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "problem_type", "transformers_version", "use_cache")
 _SAMPLES_PER_TENSOR = 64
+# Private to transformers, which stored the commit of every loaded model there up to 5.17; never written to files.
+_COMMIT = "_commit_hash"
 
 
 def weights_digest_of_files(folder: str | Path) -> str:
-    """SHA-256 of a local model: `config.json` and all safetensors files, by name and content.
+    """Return the SHA-256 of a local model: `config.json` and all safetensors files, by name and content.
 
     Raises:
         BackboneCacheError: there are none.
@@ -32,7 +34,7 @@ def weights_digest_of_files(folder: str | Path) -> str:
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise BackboneCacheError(
-            f"{folder} has no weights that a model could be told by.",
+            f"{folder} has no weights that identify the model.",
             expected="config.json and *.safetensors",
             found=", ".join(sorted(path.name for path in folder.glob("*"))[:10]) or "nothing",
             remedy="convert the weights to safetensors",
@@ -42,15 +44,16 @@ def weights_digest_of_files(folder: str | Path) -> str:
 
 
 def weights_digest_of_model(model: PreTrainedModel) -> str:
-    """SHA-256 of a model in memory: all parameters and buffers by name, shape, dtype and value, and the config and the
-    scales of adapters, which say how they are used.
+    """Return the SHA-256 of a model in memory.
+
+    It covers all parameters and buffers by name, shape, dtype and value, the configuration, and adapters' scales.
 
     Raises:
         BackboneCacheError: some of them are offloaded.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise BackboneCacheError(
-            "The weights of this model cannot be told from others: some are offloaded.",
+            "This model cannot be identified by its weights: some are offloaded.",
             expected="all weights in memory, or the model's id or path",
             found=type(model).__name__,
             remedy="pass its id or path, or train without stored states",
@@ -67,18 +70,19 @@ def weights_digest_of_model(model: PreTrainedModel) -> str:
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """Return the memory of a tensor, copied only if it is not contiguous or not on the CPU."""
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
 def origin_of(path_or_repo: str | Path, folder: Path) -> ModelReference:
-    """To what was loaded by name and lies in `folder`; of a repository, the one in the cache that its commit names."""
+    """Return the reference to a model or adapter: a local path, or a repository and the commit that names `folder`."""
     if Path(path_or_repo).is_dir():
         return ModelReference(os.path.abspath(path_or_repo))
     return ModelReference(str(path_or_repo), folder.name)
 
 
 def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
-    """The weights decide where they can be read: the same model may have moved, another may have taken its place.
+    """Check that a model is the expected one, by its weights if they can be read, else by id and revision.
 
     Raises:
         BaseModelMismatchError: it is another model, or another revision.
@@ -87,7 +91,11 @@ def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
 
 
 def check_same_reference(expected: ModelReference, found: ModelReference) -> None:
-    """As [`check_same_model`], of a model that is not in memory."""
+    """Check two references as [`check_same_model`] does.
+
+    Raises:
+        BaseModelMismatchError: they stand for different models.
+    """
     if found.weights and expected.weights:
         same = found.weights == expected.weights
     else:
@@ -102,41 +110,46 @@ def check_same_reference(expected: ModelReference, found: ModelReference) -> Non
         )
 
 
+def remember_commit(model: PreTrainedModel, commit: str | None) -> None:
+    """Store the commit that a model was loaded from, for [`reference_to`]."""
+    setattr(model.config, _COMMIT, commit)
+
+
 def reference_to(network: nn.Module) -> ModelReference:
-    """Id, commit, class and weights of a network without its adapters.
+    """Return id, commit, class and weights of a network without its adapters.
 
     Raises:
-        UnsupportedError: DeepSpeed has divided it already.
+        UnsupportedError: DeepSpeed has sharded it already.
     """
     model = unwrap_adapter(network)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UnsupportedError(
-            "The model was loaded in parts, so that its weights tell nothing.",
-            expected="a model that is whole until the trainer divides it",
+            "The model was loaded in shards, so that its weights cannot identify it.",
+            expected="a model that is whole until the trainer shards it",
             found=f"{model.name_or_path or type(model).__name__} of DeepSpeed ZeRO-3",
             remedy="load it before `PRTConfig` is made, or use FSDP 2 (`fsdp_cpu_ram_efficient_loading`)",
         )
     place = model.name_or_path or None
     return ModelReference(
         id=os.path.abspath(place) if place and os.path.isdir(place) else place,
-        revision=getattr(model.config, "_commit_hash", None),
+        revision=getattr(model.config, _COMMIT, None),
         architecture=type(model).__name__,
         weights=weights_fingerprint(network),
     )
 
 
 def weights_fingerprint(network: nn.Module) -> str | None:
-    """SHA-256 over shapes and samples of the pretrained weights, batch statistics and fixed heads, adapters left out.
+    """Return the SHA-256 over shapes and samples of the pretrained weights, batch statistics and fixed heads.
 
-    Up to 64 samples of each tensor, rounded to bfloat16, so that a model has the same fingerprint in float32 and in
-    bfloat16; without names, which change between versions of transformers. None where the values cannot be read
-    (quantised or offloaded weights) or were rounded otherwise (float16).
+    It covers up to 64 samples of each tensor, rounded to bfloat16, so that a model has the same fingerprint in float32
+    and in bfloat16; no names, which change between versions of transformers; no adapters. It is None if the values
+    cannot be read (quantised or offloaded weights) or were rounded in another way (float16).
     """
-    return fingerprint_of([*pretrained_parameters(network).values(), *_telling_buffers(network)])
+    return fingerprint_of([*pretrained_parameters(network).values(), *_identifying_buffers(network)])
 
 
 def fingerprint_of(tensors: Iterable[torch.Tensor]) -> str | None:
-    """The fingerprint of a model that is made of these tensors, see [`weights_fingerprint`]."""
+    """Return the fingerprint of a model with these tensors, see [`weights_fingerprint`]."""
     digests = []
     for tensor in tensors:
         if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta:
@@ -148,8 +161,8 @@ def fingerprint_of(tensors: Iterable[torch.Tensor]) -> str | None:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def _telling_buffers(network: nn.Module) -> list[torch.Tensor]:
-    """Running means and variances of batch normalisation, and what a fixed head is made of."""
+def _identifying_buffers(network: nn.Module) -> list[torch.Tensor]:
+    """Return the running means and variances of batch normalisation, and the weights of fixed heads."""
     tensors = []
     for name, module in network.named_modules():
         if ".modules_to_save." in name:
@@ -160,7 +173,7 @@ def _telling_buffers(network: nn.Module) -> list[torch.Tensor]:
 
 
 def digest(network: nn.Module) -> str:
-    """SHA-256 over the values that a reward's file holds: the adapter's, or all."""
+    """Return the SHA-256 over the values in a reward's file: the adapter's, or all."""
     is_adapter = isinstance(network, PeftModel)
     values = get_peft_model_state_dict(network, save_embedding_layers=False) if is_adapter else network.state_dict()
     digest = hashlib.sha256()

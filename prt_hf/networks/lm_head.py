@@ -1,4 +1,4 @@
-"""A language model's logits as its last hidden state times its head, so that they need not be made."""
+"""Language models' logits as hidden states and head, so that full logits are never materialised."""
 
 import inspect
 import math
@@ -17,19 +17,19 @@ from transformers import PreTrainedModel
 from .adapters import ADAPTER, is_plain
 from .anatomy import unwrap_adapter
 
-TOLERANCE = 0.02  # of the largest logit: what bfloat16 rounds away
+TOLERANCE = 0.02  # relative to the largest logit, for rounding in bfloat16
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 _DIVISOR = "logits_scaling"
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-# Logits that are held at a time: enough rows for a fast matrix product, few enough to stay small.
+# Number of logits in memory at a time: enough rows for a fast matrix product, few enough to stay small.
 _CHUNK_ON_CPU, _CHUNK_ELSEWHERE = 2**23, 2**27
 
 
 class Projection(NamedTuple):
-    """The logits of one network at n positions, not made yet.
+    """The logits of a network at n positions, before the product with its head.
 
     Equals `sum(h @ w.T for h, w in zip(hidden, weights)) + bias`, or `softcap * tanh(. / softcap)` of it. A head with
-    LoRA is two pieces: its base's, and the rank's.
+    LoRA has two pieces: the base's and LoRA's.
 
     Attributes:
         hidden (tuple of `torch.FloatTensor` of shape `(n, hidden_size_i)`): times the scale of the logits, if any.
@@ -45,11 +45,12 @@ class Projection(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The shape of the logits, `(n, vocab_size)`."""
         return len(self.hidden[0]), len(self.weights[0])
 
     @torch.no_grad()
     def logits(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`torch.FloatTensor` of shape `(n, vocab_size)`, float32, without a gradient; in `out` if given."""
+        """Return the logits, `(n, vocab_size)`, in float32, without a gradient; in `out` if given."""
         if out is None:
             out = torch.empty(self.shape, dtype=torch.float32, device=self.hidden[0].device)
         for index, (hidden, weight) in enumerate(zip(self.hidden, self.weights, strict=True)):
@@ -64,17 +65,18 @@ class Projection(NamedTuple):
         return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
     def chunks(self) -> list[slice]:
-        """Positions whose logits are held together."""
+        """Return the parts of the positions whose logits are in memory together."""
         count, columns = self.shape
         held = _CHUNK_ON_CPU if self.hidden[0].device.type == "cpu" else _CHUNK_ELSEWHERE
         rows = max(1, held // columns)
         return [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
 
     def at(self, part: slice) -> "Projection":
+        """Return the projection at some of the positions."""
         return self._replace(hidden=tuple(hidden[part] for hidden in self.hidden))
 
     def cast(self) -> "Projection":
-        """Every piece in the dtype that its product is made in: autocast's, else that of the weight."""
+        """Cast every piece to the dtype of its product: autocast's, else that of the weight."""
         device = self.hidden[0].device.type
         weights = self.weights
         if torch.is_autocast_enabled(device):
@@ -84,12 +86,12 @@ class Projection(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What makes logits of last hidden states.
+    """The output layer of a language model, as it is applied to last hidden states.
 
     Attributes:
-        weights (tuple of `torch.FloatTensor` of shape `(vocab_size, hidden_size_i)`): LoRA's apart from its base's.
+        weights (tuple of `torch.FloatTensor` of shape `(vocab_size, hidden_size_i)`): the base's, and LoRA's.
         bias (`torch.FloatTensor` of shape `(vocab_size,)`, *optional*).
-        scale (`float`), softcap (`float`, *optional*): what the model does to the logits, in this order.
+        scale (`float`), softcap (`float`, *optional*): applied to the logits, in this order.
     """
 
     weights: tuple[torch.Tensor, ...]
@@ -99,10 +101,11 @@ class Head(NamedTuple):
 
     @classmethod
     def of(cls, network: nn.Module, columns: slice = slice(None)) -> "Head":
-        """Of a language model, as it is switched now (adapter on or off).
+        """Return the head of a language model, with its adapter on or off as it is now.
 
         Args:
-            columns (`slice`): without the rows that pad the vocabulary.
+            network: the language model.
+            columns: rows of the head, without those that pad the vocabulary.
         """
         model = unwrap_adapter(network)
         found = behind_the_head(model)
@@ -114,7 +117,8 @@ class Head(NamedTuple):
         return cls(tuple(weights), bias, scale, softcap)
 
     def project(self, pieces: Sequence[torch.Tensor]) -> Projection:
-        """
+        """Return the logits of hidden states.
+
         Args:
             pieces (sequence of `torch.FloatTensor` of shape `(n, hidden_size_i)`): one for each of the weights.
         """
@@ -127,44 +131,52 @@ class Head(NamedTuple):
 
 
 def projection(network: nn.Module, hidden: torch.Tensor, columns: slice = slice(None)) -> Projection:
-    """The logits of a language model, as it is switched now, from its last hidden states `(n, hidden_size)`."""
+    """Return the logits of a language model, with its adapter on or off as it is now, from last hidden states.
+
+    Args:
+        network: the language model.
+        hidden: of shape `(n, hidden_size)`.
+        columns: rows of the head, without those that pad the vocabulary.
+    """
     return Head.of(network, columns).project(hidden_pieces(unwrap_adapter(network), hidden))
 
 
 def why_not_projected(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
-    """Why [`projection`] is not what the network computes, or None where it is, by the first row of a batch."""
+    """Return why [`projection`] does not give the network's logits for the first row of a batch; None if it does."""
     model = unwrap_adapter(network)
     if model.base_model is model or "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return f"{type(model).__name__} has no `logits_to_keep`, or no decoder apart from its head"
+        return f"{type(model).__name__} has no `logits_to_keep`, or no separate decoder"
     if problem := why_not_linear(network, inputs):
         return f"{type(model).__name__} has {problem}"
     return None
 
 
 def why_not_linear(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:
-    """Why the pieces of the head, times the last hidden state, are not the network's logits, by the first row of a
-    batch; None where they are."""
+    """Return why the logits of the first row of a batch are not hidden states times head; None if they are."""
     head = unwrap_adapter(network).get_output_embeddings()
     if isinstance(head, BaseTunerLayer | AuxiliaryTrainingWrapper) and not (is_plain(head) or head.disable_adapters):
         return f"an adapter of the head that is not plain LoRA: {head}"
     hidden, expected, probe = _probed(network, inputs)
     if hidden is None:
-        return "a decoder that is not called as a whole"
+        return "a decoder that its forward pass does not call"
     parts = Head.of(network)
-    if any(isinstance(weight, DTensor) for weight in parts.weights):  # FSDP2 leaves the last layers whole, if it can
-        return "a head that lies in parts on the devices after a pass"
+    if any(isinstance(weight, DTensor) for weight in parts.weights):  # FSDP2 keeps the last layers whole if it can
+        return "a head that is sharded after a pass"
     parts = parts._replace(bias=probe if parts.bias is None else parts.bias + probe)
     found = parts.project(hidden).cast().logits().view_as(expected)
     difference = float((found - expected).abs().max() / expected.abs().max())
     return f"logits that differ by {difference:.0%}" if difference > TOLERANCE else None
 
 
-def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapped: nn.Module | None = None):
-    """`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, from one pass that makes no logits.
+def last_hidden_state(
+    network: nn.Module, inputs: dict[str, torch.Tensor], wrapped: nn.Module | None = None
+) -> torch.Tensor:
+    """Return the last hidden states, `(batch_size, sequence_length, hidden_size)`, from a pass that makes no logits.
 
     Args:
-        wrapped (*optional*): what is called instead, where something is wrapped around the network (data parallelism,
-            autocast): it sees an ordinary pass.
+        network: a language model.
+        inputs: its inputs.
+        wrapped: module around the network (data parallelism, autocast) that is called instead.
     """
     nowhere = torch.empty(0, dtype=torch.long, device=unwrap_adapter(network).device)
     with _caught(network) as found:
@@ -173,14 +185,14 @@ def last_hidden_state(network: nn.Module, inputs: dict[str, torch.Tensor], wrapp
 
 
 def behind_the_head(model: PreTrainedModel) -> dict[str, float]:
-    """What the model does to its logits behind the head, by the names in its configuration."""
+    """Return scales and softcaps of the model's logits, by their names in the configuration."""
     config = model.config.get_text_config()
     values = {name: getattr(config, name, None) for name in (*_SCALES, _DIVISOR, *_SOFTCAPS)}
     return {name: value for name, value in values.items() if value not in (None, 1)}
 
 
 def hidden_pieces(model: PreTrainedModel, hidden: torch.Tensor) -> list[torch.Tensor]:
-    """What the weights of [`head_pieces`] are multiplied by."""
+    """Return the factors of the weights of [`head_pieces`]."""
     head = model.get_output_embeddings()
     if not _has_lora(head):
         return [hidden]
@@ -190,7 +202,7 @@ def hidden_pieces(model: PreTrainedModel, hidden: torch.Tensor) -> list[torch.Te
 
 
 def head_pieces(model: PreTrainedModel) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """The head's weights, LoRA's apart from its base's, and its bias."""
+    """Return the head's weights, the base's and LoRA's, and its bias."""
     head = model.get_output_embeddings()
     if _has_lora(head):
         base, lora_b = head.get_base_layer(), head.lora_B[ADAPTER]
@@ -210,7 +222,7 @@ def _has_lora(head: nn.Module) -> bool:
 
 @contextmanager
 def _caught(network: nn.Module) -> Iterator[list[torch.Tensor]]:
-    """The last hidden states of the passes within."""
+    """Yield a list to which every pass within adds its last hidden states."""
     found = []
     decoder = unwrap_adapter(network).base_model
     handle = decoder.register_forward_hook(lambda module, args, output: found.append(output[0]))
@@ -221,10 +233,14 @@ def _caught(network: nn.Module) -> Iterator[list[torch.Tensor]]:
 
 
 @torch.no_grad()
-def _probed(network: nn.Module, inputs: dict[str, torch.Tensor]):
-    """Of the first row of a batch: what the head's weights are multiplied by, the logits, and what was added to the
-    output of the head, whose own may be zero, so that what is done behind it shows."""
-    given = {
+def _probed(
+    network: nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[list[torch.Tensor] | None, torch.Tensor, torch.Tensor]:
+    """Return the factors of the head's weights, the logits, and the probe, for the first row of a batch.
+
+    The probe is added to the output of the head, which may be zero, so that operations behind it show.
+    """
+    first_row = {
         name: value[:1] if isinstance(value, torch.Tensor) and value.ndim > 1 else value
         for name, value in inputs.items()
     }
@@ -236,7 +252,7 @@ def _probed(network: nn.Module, inputs: dict[str, torch.Tensor]):
     network.eval()
     try:
         with _caught(network) as found:
-            logits = network(**given).logits.float()
+            logits = network(**first_row).logits.float()
         return (hidden_pieces(model, found[0].flatten(0, 1)) if found else None), logits, probe.to(logits.device)
     finally:
         handle.remove()

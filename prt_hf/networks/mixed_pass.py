@@ -1,4 +1,4 @@
-"""Forward passes: of one network, or of several adapters of one base and the base itself as blocks of rows.
+"""Forward passes of a network, or of several adapters of one base and the base itself as blocks of rows.
 
 Decoding reads every weight once per pass, so two rows cost little more than one, while two passes cost twice as much.
 """
@@ -10,19 +10,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedError
 from .adapters import ADAPTER, adapted_layers, check_not_merged, is_plain
 from .anatomy import CACHE, first_position, unwrap_adapter
 
 _LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()
-_NAMED = ("logits_to_keep", "position_ids")  # models that do not name these hand them on to layers that know neither
+_NAMED = ("logits_to_keep", "position_ids")  # models that do not name these pass them on to layers without them
 
 
 def lock_of(model: PreTrainedModel) -> threading.RLock:
@@ -48,11 +50,14 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class Pass:
-    """One forward pass of one network.
+    """A forward pass of one network.
+
+    Args:
+        network: the network, with or without an adapter.
 
     Attributes:
-        model (`PreTrainedModel`): whose weights are read, and whose configuration tells the cache.
-        blocks (`tuple`): what the rows are computed for, block after block; here the network alone.
+        model (`PreTrainedModel`): has the weights, and the configuration of the cache.
+        blocks (`tuple`): the networks that each block of rows is computed for; here one.
     """
 
     def __init__(self, network: PreTrainedModel | PeftModel):
@@ -66,37 +71,43 @@ class Pass:
 
     @property
     def device(self) -> torch.device:
+        """The device of the inputs."""
         return self.model.device
 
     @property
     def is_cached(self) -> bool:
         """Whether the model takes the usual cache, and has attention to fill it."""
-        if CACHE not in self.accepted or not self.model._supports_default_dynamic_cache():
+        if CACHE not in self.accepted or not self._has_usual_cache:
             return False
         return not all(DynamicCache(config=self.model.config).is_linear)
 
     @property
     def cache_name(self) -> str | None:
-        """The name of the usual cache among the model's inputs; None where it keeps one of its own kind."""
-        # RWKV, xLSTM, MiniMax promise nothing about reordering theirs.
-        if not getattr(self.model, "_supports_default_dynamic_cache", lambda: True)():
+        """The name of the usual cache among the model's inputs; None if it has a cache of its own kind."""
+        if not self._has_usual_cache:
             return None
         # State-space models had another name for it before transformers 5.24.
         return next((name for name in (CACHE, "cache_params") if name in self.accepted), None)
 
     @property
+    def _has_usual_cache(self) -> bool:
+        # Private to transformers, and its only word on this. RWKV, xLSTM and MiniMax cannot reorder their own caches.
+        return getattr(self.model, "_supports_default_dynamic_cache", lambda: True)()
+
+    @property
     def has_own_layers(self) -> bool:
-        """Whether layers of the usual cache are of a kind that is the model's own."""
+        """Whether layers of the usual cache are of the model's own kind."""
         if self.cache_name is None:
             return False
         layers = DynamicCache(config=self.model.config).layers
         return any(type(layer).__module__ != DynamicCache.__module__ for layer in layers)
 
-    def __call__(self, **inputs):
-        """The network's output; inputs that it does not take are left out. `position_ids` count from 0."""
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        """Return the network's output; inputs that it does not take are left out, `position_ids` count from 0."""
         return self.network(**self.prepare(inputs))
 
-    def prepare(self, inputs: dict) -> dict:
+    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs that the network takes, on its device."""
         prepared = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
             for name, value in inputs.items()
@@ -107,7 +118,7 @@ class Pass:
         return prepared
 
     def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """`(len(blocks) * batch_size, ...)` -> one tensor of `(batch_size, ...)` for each block."""
+        """Split `(len(blocks) * batch_size, ...)` into a tensor of shape `(batch_size, ...)` for each block."""
         return rows.chunk(len(self.blocks))
 
 
@@ -116,22 +127,22 @@ class MixedPass(Pass):
 
     Args:
         base (`PreTrainedModel`): without adapters; its layers are changed for the time of a pass.
-        blocks (sequence of `PeftModel` or None): adapters on that very base, see [`can_mix`]; None for the base itself.
+        blocks (sequence of `PeftModel` or None): adapters on this base, see [`can_mix`]; None for the base itself.
 
-    Equals the separate passes up to rounding: same weights, other batch size. Not for training.
+    Equals the separate passes up to rounding: same weights, another batch size. Not for training.
     """
 
     def __init__(self, base: PreTrainedModel, blocks: Sequence[PeftModel | None]):
         super().__init__(base)
         self.blocks = tuple(blocks)
-        self._thread: list[int | None] = [None]  # that runs the pass
+        self._thread: list[int | None] = [None]  # the one that runs the pass
         changes: dict[str, list[tuple[int, Callable]]] = {}
         for index, network in enumerate(self.blocks):
             for name, layer in adapted_layers(network) if network is not None else ():
                 changes.setdefault(name, []).append((index, _change_of(layer)))
-        self._changes = [(base.get_submodule(name), of_blocks) for name, of_blocks in changes.items()]
+        self._changes = [(base.get_submodule(name), block_changes) for name, block_changes in changes.items()]
         adapters = (network for network in self.blocks if network is not None)
-        # Adapters are switched as a whole: one layer of each tells.
+        # An adapter is switched as a whole, so one layer of each is enough to look at.
         self._witnesses = [layer for network in adapters for _, layer in islice(adapted_layers(network), 1)]
 
     @property
@@ -139,14 +150,14 @@ class MixedPass(Pass):
         """Whether the adapters are still switched on.
 
         Raises:
-            UnsupportedError: one was merged into weights that others share.
+            UnsupportedError: one was merged into the shared weights.
         """
         for layer in self._witnesses:
             check_not_merged(layer)
         return all(is_plain(layer) for layer in self._witnesses)
 
-    def prepare(self, inputs: dict) -> dict:
-        """Tensors with a batch axis are repeated, others go as they are."""
+    def prepare(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the inputs that the base takes; tensors with a batch axis are repeated for each block."""
         prepared = super().prepare(inputs)
         rows = len(prepared[self.model.main_input_name])
         for name, value in prepared.items():
@@ -154,16 +165,17 @@ class MixedPass(Pass):
                 prepared[name] = value.repeat(len(self.blocks), *[1] * (value.ndim - 1))
         return prepared
 
-    def __call__(self, **inputs):
+    def __call__(self, **inputs: Any) -> ModelOutput:
+        """Return the output for the rows of all blocks, one block after another."""
         with lock_of(self.model), self._changed_layers():
             return super().__call__(**inputs)
 
     @contextmanager
     def _changed_layers(self) -> Iterator[None]:
-        # Hooks would do the same, but setting them for every pass and calling them takes as long as a small layer.
+        # Hooks would do the same, but setting and calling them takes as long as a small layer.
         forwards = [
-            (module, partial(_changed_forward, module.forward, self._thread, len(self.blocks), of_blocks))
-            for module, of_blocks in self._changes
+            (module, partial(_changed_forward, module.forward, self._thread, len(self.blocks), changes))
+            for module, changes in self._changes
         ]
         with replaced_forwards(forwards):
             self._thread[0] = threading.get_ident()
@@ -175,7 +187,7 @@ class MixedPass(Pass):
 
 @contextmanager
 def replaced_forwards(forwards: Collection[tuple[nn.Module, Callable]]) -> Iterator[None]:
-    """Other forwards of modules for a while."""
+    """Replace the forwards of modules for a while."""
     earlier = [(module, module.__dict__.get("forward")) for module, _ in forwards]
     for module, forward in forwards:
         module.__dict__["forward"] = forward
@@ -190,9 +202,9 @@ def replaced_forwards(forwards: Collection[tuple[nn.Module, Callable]]) -> Itera
 
 
 def can_mix(network: nn.Module) -> bool:
-    """Whether an adapter changes layers only in ways that can be added to some rows: plain LoRA, layers saved whole.
+    """Whether an adapter's changes can be applied to some rows only: plain LoRA, and fully trained copies of layers.
 
-    Experts do not see whole batches, so their rows cannot be told apart.
+    Experts do not see whole batches, so the blocks of their rows are unknown.
     """
     return (
         isinstance(network, PeftModel)
@@ -202,14 +214,14 @@ def can_mix(network: nn.Module) -> bool:
 
 
 def _change_of(layer: nn.Module) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """(input, the base's output): makes the adapted layer's output of the latter, in place."""
+    """Return a function of input and base's output that turns the latter into the adapted layer's output, in place."""
     if isinstance(layer, ModulesToSaveWrapper):
         return partial(_replace, layer.modules_to_save[ADAPTER])
     return partial(_add_lora, layer.lora_A[ADAPTER], layer.lora_B[ADAPTER], layer.scaling)
 
 
 def _add_lora(lora_a, lora_b, scaling: dict[str, float], inputs: torch.Tensor, output: torch.Tensor) -> None:
-    # Their forwards, past what calling a module costs.
+    # The forwards themselves: calling a module costs more.
     output.add_(lora_b.forward(lora_a.forward(inputs.to(lora_a.weight.dtype))), alpha=scaling[ADAPTER])
 
 
@@ -219,18 +231,18 @@ def _replace(module: nn.Module, inputs: torch.Tensor, output: torch.Tensor) -> N
 
 def _changed_forward(forward, thread: list, count: int, changes, inputs: torch.Tensor, *args, **kwargs):
     output = forward(inputs, *args, **kwargs)
-    if thread[0] != threading.get_ident():  # somebody else uses the base by itself
+    if thread[0] != threading.get_ident():  # another thread uses the base alone
         return output
     if count == 1:
         changes[0][1](inputs, output)
         return output
     if len(inputs) % count:
         raise UnsupportedError(
-            "A layer does not see whole batches, so that its rows cannot be told apart.",
+            "A layer does not see whole batches, so the blocks of its rows are unknown.",
             expected=f"a multiple of {count} rows",
             found=f"{tuple(inputs.shape)}",
         )
-    of_blocks, outputs = inputs.chunk(count), output.chunk(count)
+    block_inputs, block_outputs = inputs.chunk(count), output.chunk(count)
     for index, change in changes:
-        change(of_blocks[index], outputs[index])
+        change(block_inputs[index], block_outputs[index])
     return output

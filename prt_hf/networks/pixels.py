@@ -1,15 +1,15 @@
-"""Models of one batch that want other pixels than one another: sizes, crops, normalisation.
+"""Batches whose models need different image preprocessing: sizes, crops, normalisation.
 
-One rule for trainer and PRT model: an input is every model's, unless its name starts with the model it belongs to. What
-is called has the plain name. For `PRTTrainer`, which calls the reward, that is
+Trainer and PRT model follow one rule: all models read an input, unless its name starts with that of one model. In
+`PRTTrainer`, which tunes the reward, the plain name is the reward's:
 
-    pixel_values                  of the reward, and of every backbone that wants the same
-    backbone_0_pixel_values       of the first backbone, if it wants others
+    pixel_values                  for the reward, and for every backbone that needs the same
+    backbone_0_pixel_values       for the first backbone, if it needs others
 
-and for a PRT model, whose plain inputs are the backbone's as pipelines make them,
+In a PRT model, which pipelines call as its backbone, it is the backbone's:
 
-    pixel_values                  of the backbone, and of every reward that wants the same
-    reward_0_pixel_values         of the first reward, if it wants others
+    pixel_values                  for the backbone, and for every reward that needs the same
+    reward_0_pixel_values         for the first reward, if it needs others
 """
 
 import json
@@ -17,6 +17,7 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
@@ -25,12 +26,12 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME
 from ..errors import PRTValueError, UnsupportedError
 
 PIXELS = "pixel_values"
-_TIMM = "data_config"  # all that timm's processors say of their pixels
-_TELLING = ("size", "crop_size", "crop_pct", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+_TIMM = "data_config"  # the whole configuration of timm's processors
+_SETTINGS = ("size", "crop_size", "crop_pct", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
 
 
 class PRTImageProcessor(BaseImageProcessor):
-    """Makes the pixels of several models from the same images. Saved and loaded as every image processor is.
+    """Makes the pixels of several models from the same images; saved and loaded like any image processor.
 
     ```
     PRTImageProcessor(processor, {"reward_0": other})(images, return_tensors="pt")
@@ -39,14 +40,15 @@ class PRTImageProcessor(BaseImageProcessor):
 
     Args:
         main: image processor of the model whose pixels have the plain name.
-        others: those of other models, by the beginning of their pixels' names.
+        others: those of other models, by the prefix of their pixels' names.
+        kwargs: entries of a saved configuration, which are not used.
     """
 
     def __init__(
         self,
         main: BaseImageProcessor | dict,
         others: Mapping[str, BaseImageProcessor | dict] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__()
         self.main = _as_processor(main)
@@ -56,12 +58,26 @@ class PRTImageProcessor(BaseImageProcessor):
     def of(
         cls, main: BaseImageProcessor | None, role: str, others: Sequence[BaseImageProcessor | None]
     ) -> "PRTImageProcessor":
-        """With those of `others` that make other pixels than `main`, as `{role}_0`, `{role}_1`, ..."""
+        """Return a processor of `main` and of those `others` that make other pixels.
+
+        Args:
+            main: makes the pixels with the plain name.
+            role: prefix of the others' names, which are `{role}_0`, `{role}_1`, ...
+            others: image processors; None for models that read the plain pixels.
+        """
         own = {f"{role}_{index}": other for index, other in enumerate(others) if not is_same_pixels(main, other)}
         return cls(main, own)
 
-    def preprocess(self, images, return_tensors: str | None = None, **kwargs) -> BatchFeature:
-        """Pillow images get as many colours as each processor normalises."""
+    def preprocess(
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str | None = None, **kwargs: Any
+    ) -> BatchFeature:
+        """Return the pixels of all models.
+
+        Args:
+            images: Pillow images are converted to as many colours as each processor normalises.
+            return_tensors: `"pt"` for tensors.
+            kwargs: for each processor.
+        """
         pixels = {}
         for owner, processor in {None: self.main, **self.others}.items():
             prefix = "" if owner is None else f"{owner}_"
@@ -69,7 +85,8 @@ class PRTImageProcessor(BaseImageProcessor):
             pixels |= {prefix + name: values for name, values in made.items()}
         return BatchFeature(pixels)
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Return the entries of its file."""
         return {
             "image_processor_type": type(self).__name__,
             "main": _entries(self.main),
@@ -78,21 +95,25 @@ class PRTImageProcessor(BaseImageProcessor):
 
 
 def is_same_pixels(ours: BaseImageProcessor | None, theirs: BaseImageProcessor | None) -> bool:
-    """Whether two image processors make the same of an image; an unknown one is taken to be the other."""
-    return ours is None or theirs is None or _told(ours) == _told(theirs)
+    """Whether two image processors make the same pixels of an image; None is taken for an equal one."""
+    return ours is None or theirs is None or _settings(ours) == _settings(theirs)
 
 
-def is_saved_apart(processor) -> bool:
-    """Whether an image processor does not save itself: transformers leaves timm's in the model's configuration, which
-    an adapter has not."""
+def is_saved_apart(processor: object) -> bool:
+    """Whether an image processor is saved in the model's configuration only, which adapters do not have: timm's."""
     return isinstance(getattr(processor, _TIMM, None), dict)
 
 
 def split_inputs(inputs: dict, role: str, count: int) -> tuple[dict, list[dict]]:
-    """Inputs of all, and those that belong to each of `count` models alone, without their prefix.
+    """Return the inputs of all models, and those of each of `count` models alone, without their prefix.
+
+    Args:
+        inputs: of a batch.
+        role: the prefix, `"backbone"` or `"reward"`.
+        count: number of models.
 
     Raises:
-        PRTValueError: some belong to a model that is not there.
+        PRTValueError: some belong to a model that does not exist.
     """
     shared, own = {}, [{} for _ in range(count)]
     for name, value in inputs.items():
@@ -103,7 +124,7 @@ def split_inputs(inputs: dict, role: str, count: int) -> tuple[dict, list[dict]]
             own[int(match[1])][match[2]] = value
         else:
             raise PRTValueError(
-                f"The input {name!r} belongs to a {role} that is not there.",
+                f"The input {name!r} belongs to a {role} that does not exist.",
                 expected=f"{role}_0 ... {role}_{count - 1}",
                 found=f"{role}_{match[1]}",
             )
@@ -113,21 +134,29 @@ def split_inputs(inputs: dict, role: str, count: int) -> tuple[dict, list[dict]]
 def missing_pixels(
     role: str, index: int, ours: BaseImageProcessor, theirs: BaseImageProcessor, remedy: str
 ) -> UnsupportedError:
-    """The error where one model would get the other's pixels; `theirs` are those of the `role`."""
-    ours, theirs = _told(ours), _told(theirs)
+    """Return the error for a model that would read another's pixels.
+
+    Args:
+        role: of the model that lacks pixels, `"backbone"` or `"reward"`.
+        index: its place among those of its role.
+        ours: image processor of the pixels in the batch.
+        theirs: image processor of the model that lacks pixels.
+        remedy: for the message.
+    """
+    ours, theirs = _settings(ours), _settings(theirs)
     differing = [name for name in ours if ours[name] != theirs[name]]
     return UnsupportedError(
-        "Reward and backbone want other pixels, and get the same.",
+        "Reward and backbone need different pixels, but get the same.",
         expected=f"`{role}_{index}_{PIXELS}` with " + ", ".join(f"{name}={theirs[name]}" for name in differing),
         found=f"only `{PIXELS}` with " + ", ".join(f"{name}={ours[name]}" for name in differing),
         remedy=remedy,
     )
 
 
-def _told(processor: BaseImageProcessor) -> dict[str, str]:
-    """As in files, where tuples are lists."""
+def _settings(processor: BaseImageProcessor) -> dict[str, str]:
+    """Return the entries that decide about pixels, as they are in files, where tuples are lists."""
     entries = processor.to_dict()
-    return {name: json.dumps(entries.get(name), sort_keys=True, default=str) for name in (*_TELLING, _TIMM)}
+    return {name: json.dumps(entries.get(name), sort_keys=True, default=str) for name in (*_SETTINGS, _TIMM)}
 
 
 def _entries(processor: BaseImageProcessor) -> dict:
@@ -138,7 +167,7 @@ def _entries(processor: BaseImageProcessor) -> dict:
 def _as_processor(processor: BaseImageProcessor | dict) -> BaseImageProcessor:
     if not isinstance(processor, dict):
         return processor
-    with tempfile.TemporaryDirectory() as folder:  # the Auto class, which knows the types, reads files only
+    with tempfile.TemporaryDirectory() as folder:  # the Auto class knows the types, but reads only files
         name = CONFIG_NAME if "pretrained_cfg" in processor else IMAGE_PROCESSOR_NAME
         (Path(folder) / name).write_text(json.dumps(processor), encoding="utf-8")
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)

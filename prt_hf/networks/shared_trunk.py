@@ -1,4 +1,4 @@
-"""One pass of the layers that a reward and its own base have in common: those below the first adapted one."""
+"""Compute the layers that a reward and its own base share, those below the first adapted one, only once."""
 
 import re
 from collections.abc import Iterator
@@ -17,8 +17,11 @@ from .mixed_pass import replaced_forwards
 class SharedTrunk:
     """The lowest layers of a reward adapter's network, which compute the same with the adapter on and off.
 
-    Within `recorded()`, a pass leaves what came out of them; within `reused()`, the next pass of the same inputs starts
-    from there, and gradients end there.
+    A pass within `recorded()` stores their output; a pass of the same inputs within `reused()` starts from it, and
+    gradients end there.
+
+    Args:
+        layers: the shared layers, lowest first.
     """
 
     def __init__(self, layers: list[nn.Module]):
@@ -27,8 +30,11 @@ class SharedTrunk:
 
     @classmethod
     def of(cls, network: PeftModel) -> "SharedTrunk | None":
-        """None where nothing is shared: the lowest layers are adapted or trained, the layers do not follow one another
-        in one list, or noise makes every pass another."""
+        """Return the shared layers of a reward adapter and its base.
+
+        It is None if there are none: the lowest layers are adapted or trained, the layers are not in one list, or
+        dropout makes passes differ.
+        """
         model = unwrap_adapter(network)
         stack = layer_stack(model)
         if stack is None or _has_noise(model):
@@ -36,7 +42,7 @@ class SharedTrunk:
         (prefix, layers), (head, _) = stack, head_of(model)
         changed = [name for name, _ in wrapped_layers(model)]
         changed += [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        # A head that is saved whole lies within what PEFT put in its place.
+        # A fully trained copy of the head is inside PEFT's wrapper.
         above = [name for name in changed if not f"{name}.".startswith(f"{head}.") and not head.startswith(f"{name}.")]
         if not all(name.startswith(f"{prefix}.") for name in above):
             return None
@@ -45,6 +51,8 @@ class SharedTrunk:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
+        """Store the output of the shared layers in the next pass."""
+
         def record(module, args, output):
             self._output = output
 
@@ -56,42 +64,43 @@ class SharedTrunk:
 
     @contextmanager
     def reused(self) -> Iterator[None]:
-        """Every layer of the trunk gives what the last one gave before; only the last one's is read."""
+        """Let the shared layers return the stored output; only the last layer's is read."""
         output, self._output = self._output, None
         hidden = output if isinstance(output, torch.Tensor) else output[0]
 
-        def hand_on(*args, **kwargs):
-            # Embeddings are made to want a gradient for reentrant checkpointing, under which a layer whose input wants
-            # none gets none for its weights either.
+        def return_stored(*args, **kwargs):
+            # Reentrant checkpointing computes no gradient for the weights of a layer whose input needs none, so PEFT
+            # makes embeddings require one.
             if any(isinstance(value, torch.Tensor) and value.requires_grad for value in (*args, *kwargs.values())):
                 hidden.requires_grad_()
             return output
 
-        with replaced_forwards([(layer, hand_on) for layer in self._layers]):
+        with replaced_forwards([(layer, return_stored) for layer in self._layers]):
             yield
 
     @torch.no_grad()
     def is_enough(
         self, network: PeftModel, pretrained: AbstractContextManager, inputs: dict[str, torch.Tensor]
     ) -> bool:
-        """Whether a pass that starts from the trunk's output is the whole one: some models hand more than that on to
-        their upper layers.
+        """Whether a pass from the trunk's output equals the whole pass: some upper layers read more of lower ones.
 
         Args:
+            network: the reward's.
             pretrained: switches the adapter off.
+            inputs: a batch.
         """
-        with pretrained:  # the reward itself may be zero, and would tell nothing
+        with pretrained:  # the reward's own logits may all be zero
             with self.recorded():
                 expected = network(**inputs).logits.float()
             try:
                 with self.reused():
                     found = network(**inputs).logits.float()
-            except (KeyError, TypeError):  # keys and values of lower layers, say
+            except (KeyError, TypeError):  # for example keys and values of lower layers
                 return False
         return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _has_noise(model: nn.Module) -> bool:
-    """Dropout, or jitter of routers: training makes every pass another."""
+    """Whether dropout, or jitter of routers, makes training passes differ."""
     values = model.config.get_text_config().to_dict()
     return any(value for name, value in values.items() if isinstance(value, float) and re.search("drop|jitter", name))

@@ -1,10 +1,13 @@
 """Zero-shot image classifiers: a CLIP-like model's image encoder under a fixed head made of class names.
 
-The paper's vision set-up: for every data set the classification layer is built from prompts and then fixed; what is
-tuned is the image encoder (Sec. 4).
+This is the paper's set-up for images: the classification layer of every data set is built from prompts and then fixed,
+and the image encoder is tuned (Sec. 4).
 """
 
+import json
 from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from typing import Any
 
 import torch
 import transformers
@@ -14,75 +17,15 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..contract import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, unwrap_tokenizer
 from ..errors import PRTValueError
-from .anatomy import FixedLinear, register_model
+from .anatomy import FixedLinear, ProcessingClass, register_model
 from .auto import load_processing_class
 from .checkpoints import load_whole
 
-# Templates for the paper's data sets; `{}` is the class's name.
+# Prompts for the paper's data sets, by name; `{}` is the class's name.
 TEMPLATES: dict[str, tuple[str, ...]] = {
-    "default": (
-        "a photo of a {}.",
-        "a close photo of a {}.",
-        "a blurred photo of a {}.",
-        "a photo of a small {}.",
-        "a photo of a large {}.",
-        "a picture with a {} in it.",
-    ),
-    "aircraft": (
-        "a photo of a {}, which is an aircraft.",
-        "a {} aeroplane on the runway.",
-        "a {} aeroplane in the sky.",
-        "a side view of the aircraft {}.",
-    ),
-    "caltech101": (
-        "a photo of a {}.",
-        "a drawing of a {}.",
-        "a {} on a plain background.",
-        "a {} among other things.",
-        "one single {}.",
-    ),
-    "cars": (
-        "a photo of a {}, which is a car.",
-        "a {} parked in the street.",
-        "a {} in a dealer's showroom.",
-        "the car {}, seen from the front.",
-        "the car {}, seen from the side.",
-    ),
-    "cifar100": (
-        "a photo of a {}.",
-        "a tiny photo of a {}.",
-        "a coarse, blurred photo of a {}.",
-        "a photo of {}.",
-        "a {} that fills the picture.",
-    ),
-    "country211": (
-        "a photo taken in {}.",
-        "a street in {}.",
-        "a landscape in {}.",
-        "a day of travel through {}.",
-        "people who live in {}.",
-    ),
-    "cub": (
-        "a photo of a {}, which is a bird.",
-        "a {} on a branch.",
-        "a {} in flight.",
-        "the bird {}, seen from near.",
-    ),
-    "flowers": (
-        "a photo of a {}, which is a flower.",
-        "a {} in bloom.",
-        "the flower {}, seen from near.",
-        "a {} in a garden.",
-    ),
-    "resisc45": (
-        "a satellite image of {}.",
-        "an aerial photo of {}.",
-        "{}, seen from above.",
-        "a remote sensing image that shows {}.",
-    ),
+    name: tuple(prompts) for name, prompts in json.loads((files(__package__) / "templates.json").read_text()).items()
 }
-
-# Families of models with one encoder for texts and one for images, each by the class of the latter.
+# Families of models with encoders of texts and images, and the class of the image encoder.
 _IMAGE_ENCODERS = {
     "altclip": "AltCLIPVisionModel",
     "chinese_clip": "ChineseCLIPVisionModel",
@@ -95,14 +38,13 @@ _PROMPTS_PER_BATCH = 256
 
 
 class ZeroShotConfig(PreTrainedConfig):
-    """Configuration of a zero-shot classifier. What it does not say itself (image size, number of layers, ...) is its
-    image encoder's.
+    """Configuration of a zero-shot classifier; other entries (image size, number of layers, ...) are the encoder's.
 
     Args:
-        family (`str`): `model_type` of the model that the encoder comes from.
+        family (`str`): `model_type` of the model with the encoder.
         vision_config (`PreTrainedConfig` or `dict`): of the encoder.
-        projection_dim (`int`, *optional*): of the features, where a projection makes them of the encoder's output.
-        has_bias (`bool`): whether the head has one, as SigLIP's.
+        projection_dim (`int`, *optional*): size of the features, if a projection makes them of the encoder's output.
+        has_bias (`bool`): whether the head has a bias, like SigLIP's.
     """
 
     model_type = "prt_zero_shot"
@@ -127,8 +69,11 @@ class ZeroShotConfig(PreTrainedConfig):
 
 
 class ZeroShotForImageClassification(PreTrainedModel):
-    """logits = exp(logit_scale) cos(image features, class features) (+ logit_bias), as the model that it was made of
-    scores images and texts. Made by [`zero_shot_classifier`]; `classifier` is never tuned."""
+    """An image classifier whose head is made of class names; [`zero_shot_classifier`] makes it.
+
+    Its logits are exp(logit_scale) cos(image features, class features) (+ logit_bias), the original model's scores of
+    images and texts. `classifier` is never tuned.
+    """
 
     config_class = ZeroShotConfig
     main_input_name = "pixel_values"
@@ -146,16 +91,27 @@ class ZeroShotForImageClassification(PreTrainedModel):
             size = config.projection_dim
         self.classifier = FixedLinear(size, config.num_labels, bias=config.has_bias)
         self.post_init()
-        # FSDP looks for every block that is named here, and the encoder's class names the text encoder's too.
+        # FSDP expects every block that is named here, but the encoder's class also names those of the text encoder.
         there = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = there.intersection(self._no_split_modules)
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the image encoder's."""
         return self.vision_model.get_input_embeddings()
 
     def forward(
-        self, pixel_values: torch.FloatTensor, labels: torch.LongTensor | None = None, **kwargs
+        self, pixel_values: torch.FloatTensor, labels: torch.LongTensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: of shape `(batch_size, channels, height, width)`.
+            labels: of shape `(batch_size,)`, for `loss`.
+            kwargs: for the image encoder.
+
+        Returns:
+            `ImageClassifierOutput`: with logits of shape `(batch_size, num_labels)`.
+        """
         output = self.vision_model(pixel_values, **kwargs)
         features = output.pooler_output
         if self.visual_projection is not None:
@@ -174,30 +130,30 @@ def zero_shot_classifier(
     model_or_id: str | PreTrainedModel,
     class_names: Sequence[str],
     templates: Sequence[str] = TEMPLATES["default"],
-    tokenizer=None,
-    **load_kwargs,
+    tokenizer: ProcessingClass | None = None,
+    **load_kwargs: Any,
 ) -> ZeroShotForImageClassification:
-    """An image classifier from a model that scores images against texts, without training.
+    """Make an image classifier of a model that scores images against texts, without training.
 
     The features of a class are the mean of its prompts' normalised features, normalised again. With one template the
-    logits are the model's own `logits_per_image`. Reward and backbone alike may be such classifiers: the head of a
-    reward stays as it is, the encoder moves.
+    logits are the model's own `logits_per_image`. Rewards and backbones can be such classifiers: the head of a reward
+    is fixed, and its encoder is tuned.
 
     Args:
         model_or_id: CLIP, SigLIP, AltCLIP, Chinese-CLIP, CLIPSeg or MetaCLIP 2: a Hub id, a path, or a model in memory,
-            which is left as it is.
-        class_names: the labels, in the order of the logits. Prompts have spaces for underscores.
-        templates: prompts, with `{}` for the class; [`TEMPLATES`] has some for the paper's data sets.
-        tokenizer: of a model in memory (or its processor); by default what lies beside the weights.
+            which is left unchanged.
+        class_names: the labels, in the order of the logits. Underscores become spaces in prompts.
+        templates: prompts, with `{}` for the class; [`TEMPLATES`] has those for the paper's data sets.
+        tokenizer: of a model in memory (or its processor); by default the one in the model's folder.
         load_kwargs: for `from_pretrained` of an id (`revision`, `dtype`, ...).
 
     Returns:
         [`ZeroShotForImageClassification`]: in evaluation mode, with the class names as labels. It is saved and loaded
-        as every image classifier is, without the text encoder; save the model's image processor beside it.
+        like any image classifier, without the text encoder; save the model's image processor in the same folder.
 
     Raises:
-        PRTValueError: a model without a text encoder, or of another family; fewer than two class names, empty ones, or
-            two that make the same prompts; templates without `{}`; a prompt longer than the text encoder reads.
+        PRTValueError: the model has no text encoder or is of another family; there are fewer than two class names, an
+            empty one, or two with the same prompts; a template has no `{}`; a prompt is too long.
     """
     names, templates = _checked_names(class_names), _checked_templates(templates)
     model = model_or_id
@@ -206,8 +162,8 @@ def zero_shot_classifier(
         model = load_whole(AutoModel, model_or_id, **load_kwargs | trusted)
     elif load_kwargs:
         raise PRTValueError(
-            "A model in memory is not loaded again.",
-            expected="load arguments with an id or path only",
+            "A model in memory takes no arguments for loading.",
+            expected="load arguments only with an id or path",
             found=", ".join(load_kwargs),
         )
     family = model.config.model_type
@@ -223,8 +179,8 @@ def zero_shot_classifier(
     tokenizer = unwrap_tokenizer(tokenizer)
     if tokenizer is None:
         raise PRTValueError(
-            "Class names are read by the model's tokenizer.",
-            expected="`tokenizer=`, or a model that has one beside its weights",
+            "Class names need the model's tokenizer.",
+            expected="`tokenizer=`, or a model with a tokenizer in its folder",
             found="none",
             remedy="tokenizer=AutoTokenizer.from_pretrained(...)",
         )
@@ -259,9 +215,9 @@ def _classifier(model: PreTrainedModel, names: list[str], weight: torch.Tensor) 
 
 @torch.no_grad()
 def _text_features(model: PreTrainedModel, tokenizer, prompts: list[str]) -> torch.Tensor:
-    """`torch.FloatTensor` of shape `(len(prompts), features)`, each of length 1; float32."""
+    """Return normalised features of prompts, `(len(prompts), features)`, in float32."""
     context = model.config.text_config.max_position_embeddings
-    # SigLIP reads the last position, and was trained with texts that are padded up to there.
+    # SigLIP reads the last position, and was trained on texts that are padded to full length.
     padding = {"padding": True}
     if hasattr(model, "logit_bias"):
         padding = {"padding": "max_length", "max_length": context}
@@ -273,7 +229,7 @@ def _text_features(model: PreTrainedModel, tokenizer, prompts: list[str]) -> tor
         length = inputs["input_ids"].shape[1]
         if length > context:
             raise PRTValueError(
-                "A prompt is longer than the text encoder reads.",
+                "A prompt is longer than the text encoder can read.",
                 expected=f"at most {context} tokens",
                 found=f"{length} tokens in {max(batch, key=len)!r}",
                 remedy="shorten the class's name or the template",
@@ -310,10 +266,10 @@ def _checked_names(class_names: Sequence[str]) -> list[str]:
         same.setdefault(_spoken(name).casefold(), []).append(name)
     if colliding := [group for group in same.values() if len(group) > 1]:
         raise PRTValueError(
-            "Some classes have the same prompts, so that nothing tells them apart.",
+            "Some classes have the same prompts, so they cannot be distinguished.",
             expected="names that differ in more than case, spaces and underscores",
             found="; ".join(" = ".join(map(repr, group)) for group in colliding),
-            remedy="say in the names what the difference is ('crane (bird)', 'crane (machine)')",
+            remedy="name the difference ('crane (bird)', 'crane (machine)')",
         )
     return names
 

@@ -81,10 +81,12 @@ class Backbone:
         limit (`int`, *optional*): number of tokens that it can read.
         reference ([`~contract.ModelReference`]): names it in the reward's configuration.
         index (`int`): the place of its own inputs in a batch.
+        shares_reward_network (`bool`): whether it is the reward's own network, which the reward loads and places.
         processing_class: the tokenizer or image processor saved with its weights, else the reward's.
     """
 
     index = 0
+    shares_reward_network = False
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
         _check_one_network(reward)
@@ -224,6 +226,8 @@ class OwnBase(Backbone):
 
     There is no second model in memory, and the layers below the first adapted one are computed once for both.
     """
+
+    shares_reward_network = True
 
     def __init__(self, reward: RewardModel):
         _check_one_network(reward)

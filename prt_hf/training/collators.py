@@ -1,9 +1,10 @@
-"""Data sets and batches: what token rows must have, what is padded, what is learned; images as pixels."""
+"""Data collators for token rows and images, and the checks of the data sets that they read."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor
 from transformers.trainer_utils import has_length
 
@@ -18,11 +19,11 @@ LABELS = ("label", "labels")
 
 @dataclass
 class TokenCollator:
-    """Pads token rows on the right and says which tokens are supervised.
+    """Pads token rows on the right, and makes `labels` of the supervised tokens.
 
     A row has `input_ids`, and may have `labels` (by default the tokens themselves) and masks: labels are -100 wherever
-    `attention_mask`, TRL's `completion_mask` or `assistant_masks` is 0. So are those of padding, by position rather
-    than by token, because many tokenizers pad with a token that texts also end with.
+    `attention_mask`, TRL's `completion_mask` or `assistant_masks` is 0. Padding is recognised by its position, because
+    many tokenizers pad with the token that ends texts.
 
     ```
     [{"input_ids": [5, 6, 7], "completion_mask": [0, 1, 1]}, {"input_ids": [8, 9]}]
@@ -33,6 +34,7 @@ class TokenCollator:
     pad_token_id: int
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return `input_ids`, `attention_mask` and `labels`, each `(batch_size, sequence_length)`."""
         length = max(len(row["input_ids"]) for row in rows)
         batch = {
             name: torch.full((len(rows), length), value)
@@ -55,7 +57,7 @@ class TokenCollator:
 
 
 class PixelCollator:
-    """Makes the pixels of rows with an `image`, for every model its own, and `labels` of `label` where there is one.
+    """Makes pixels of the column `image`, for each model its own, and `labels` of the column `label` if there is one.
 
     ```
     PixelCollator(reward_processor, [backbone_processor])([{"image": <PIL image>, "label": 3}, ...])
@@ -63,32 +65,37 @@ class PixelCollator:
     ```
 
     Args:
-        processor: the reward's image processor, or that of whatever else is tuned; a PRT model's makes the pixels of
+        processor: image processor of the reward, or of another model that is tuned. A PRT model's makes the pixels of
             all its parts.
-        backbones: image processors of `PRTTrainer`'s `backbone=`, in that order; None for the reward's own base. Where
-            one makes the same pixels as the reward's, they are made once.
+        backbones: image processors of `PRTTrainer`'s `backbone=`, in the same order; None for the reward's own base.
+            Pixels that a backbone shares with the reward are made once.
     """
 
     def __init__(self, processor: BaseImageProcessor, backbones: Sequence[BaseImageProcessor | None] = ()):
         self.processor = PRTImageProcessor.of(processor, "backbone", backbones)
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return `pixel_values`, those of backbones that need others, and `labels` of shape `(batch_size,)`."""
         batch = dict(self.processor([row[IMAGE] for row in rows], return_tensors="pt"))
         label = next((name for name in LABELS if name in rows[0]), None)
         return batch if label is None else batch | {"labels": torch.as_tensor([row[label] for row in rows])}
 
 
-def check_not_empty(name: str, dataset) -> None:
-    """Raises:
-    PRTValueError: a data set of a known length without examples.
+def check_not_empty(name: str, dataset: Dataset | IterableDataset | Sequence | None) -> None:
+    """Check that a data set of a known length has examples.
+
+    Raises:
+        PRTValueError: it has none.
     """
     if dataset is not None and has_length(dataset) and len(dataset) == 0:
         raise PRTValueError(f"`{name}` is empty.", expected="at least one example", found="0 examples")
 
 
-def check_tokenized(*datasets) -> None:
-    """Raises:
-    PRTValueError: columns that [`TokenCollator`] cannot make batches of.
+def check_tokenized(*datasets: Dataset | IterableDataset | Sequence | None) -> None:
+    """Check that [`TokenCollator`] can make batches of data sets.
+
+    Raises:
+        PRTValueError: a data set has no token ids, or is packed.
     """
     for dataset in datasets:
         columns = getattr(dataset, "column_names", None)
@@ -97,14 +104,14 @@ def check_tokenized(*datasets) -> None:
         if "input_ids" not in columns:
             raise PRTValueError(
                 "The data set is not tokenized.",
-                expected="a column `input_ids`, and `labels` where not all tokens are to be learned",
+                expected="a column `input_ids`, and `labels` unless all tokens are to be learned",
                 found=", ".join(columns),
                 remedy="dataset.map(lambda row: tokenizer(row['text']))",
             )
         if packed := {"position_ids", "seq_lengths"} & set(columns):
             raise PRTValueError(
                 "The data set is packed.",
-                expected="one document a row",
+                expected="one document in each row",
                 found=", ".join(sorted(packed)),
                 remedy="pass a `data_collator` that keeps the documents of a row apart",
             )

@@ -1,4 +1,4 @@
-"""The user's own data, of the Hub or in files: its splits, its columns, and what classifiers make of them."""
+"""The user's own data, on the Hub or in files: splits, columns, and the rows that are made of them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -8,12 +8,16 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
 from PIL import Image as PILImage
-from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl.data_utils import is_conversational, is_conversational_from_value
 
+from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION
 from ..errors import PRTValueError
+from ..networks.anatomy import ProcessingClass, context_length, task_of, unwrap_adapter
+from ..networks.auto import load_config, load_processing_class
 from ..networks.pixels import PIXELS, is_same_pixels
+from .config import PRTConfig
 
 logger = logging.get_logger(__name__)
 
@@ -22,7 +26,7 @@ SHOWN = 10
 
 
 def load_data(dataset: str, config: str | None = None) -> DatasetDict:
-    """All splits of a data set of the Hub, a folder, or a file.
+    """Load all splits of a data set: an id of the Hub, a folder, or a file.
 
     Raises:
         PRTValueError: it cannot be loaded.
@@ -47,8 +51,78 @@ def load_data(dataset: str, config: str | None = None) -> DatasetDict:
         ) from error
 
 
-def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
+def prepare_rows(
+    dataset: str,
+    dataset_config: str | None,
+    splits: Sequence[str],
+    config: PRTConfig,
+    network: PreTrainedModel,
+    processing_class: ProcessingClass,
+    backbones: Sequence[tuple[str | None, str | None]],
+    *,
+    text_column: str = "text",
+    image_column: str = "image",
+    label_column: str = "label",
+) -> list[Dataset]:
+    """Load splits of a data set, and make the rows that a trainer takes.
+
+    Rows of language models are checked only. Of classifiers, texts become token ids, images become pixels, and labels
+    become the model's ids.
+
+    Args:
+        dataset: id of the Hub, folder, or file.
+        dataset_config: the configuration of a data set that has several.
+        splits: names of the splits.
+        config: of the trainer; `max_length` is set to what the model can read, and `remove_unused_columns` to `False`
+            for images.
+        network: the model that is tuned.
+        processing_class: its tokenizer or image processor.
+        backbones: id and revision of each source backbone; the id of the model itself is None.
+        text_column: texts, of classifiers.
+        image_column: images.
+        label_column: labels.
+
+    Raises:
+        PRTValueError: a split or column is missing, or its content cannot be used.
     """
+    parts = load_data(dataset, dataset_config)
+    parts = [require_split(parts, split, dataset) for split in splits]
+    task, limit, id2label = task_of(network), context_length(network), unwrap_adapter(network).config.id2label
+    if task == IMAGE_CLASSIFICATION:
+        config.remove_unused_columns = False  # it would remove the images before they are read
+        pixels = pixel_makers(
+            processing_class,
+            unwrap_adapter(network).config,
+            [
+                (None, None)
+                if name is None
+                else (load_processing_class(name, task, revision=revision), load_config(name, revision=revision))
+                for name, revision in backbones
+            ],
+        )
+
+    def prepare(rows: Dataset) -> Dataset:
+        if task == TEXT_GENERATION:
+            has_template = bool(processing_class.chat_template or config.chat_template_path)
+            check_language_rows(rows, config.dataset_text_field, has_template, dataset)
+            return rows
+        labels = {"label_column": label_column, "id2label": id2label}
+        if task == IMAGE_CLASSIFICATION:
+            is_lazy = not config.precompute_backbone
+            return classified_images(rows, dataset, image_column=image_column, pixels=pixels, is_lazy=is_lazy, **labels)
+        return classified_texts(
+            rows, dataset, text_column=text_column, tokenizer=processing_class, length=limit, **labels
+        )
+
+    prepared = [prepare(rows) for rows in parts]
+    if task == TEXT_GENERATION and config.max_length is not None and limit is not None:
+        config.max_length = min(config.max_length, limit)  # TRL's default is longer than some models can read
+    return prepared
+
+
+def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
+    """Return a split.
+
     Raises:
         PRTValueError: the split is missing or empty.
     """
@@ -62,8 +136,10 @@ def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
 
 
 def require_column(rows: Dataset, name: str, dataset: str) -> None:
-    """Raises:
-    PRTValueError: the column is missing.
+    """Check that a data set has a column.
+
+    Raises:
+        PRTValueError: the column is missing.
     """
     if name not in rows.column_names:
         raise PRTValueError(
@@ -75,28 +151,30 @@ def require_column(rows: Dataset, name: str, dataset: str) -> None:
 
 
 def require_texts(rows: Dataset, column: str, dataset: str) -> None:
-    """
+    """Check that a column has a text in every row.
+
     Raises:
-        PRTValueError: the column is missing, or holds something that is no text.
+        PRTValueError: the column is missing, or has something else than texts.
     """
     require_column(rows, column, dataset)
     for index, value in enumerate(rows[column]):
         if not isinstance(value, str):
             raise PRTValueError(
-                f"The column {column!r} of the dataset {dataset} holds something that is no text.",
+                f"The column {column!r} of the dataset {dataset} has something else than texts.",
                 expected="a string in every row",
                 found=f"{value!r} in row {index}",
             )
 
 
 def label_ids(rows: Dataset, column: str, id2label: dict) -> list[int]:
-    """A column of labels as a classifier's ids, matched by name.
+    """Return a column of labels as the classifier's ids, matched by name.
 
-    Numbers that are no names are the classifier's ids. Where the data's class names or the classifier's labels are
-    placeholders, and there are as many of both, their order decides. Either is an assumption, and logged.
+    Numbers that are not names of labels are taken for the classifier's ids. If the data's class names or the
+    classifier's labels are placeholders, and there are as many of both, they are matched by their order. Both
+    assumptions are logged.
 
     Raises:
-        PRTValueError: the column holds no labels, or one that is none of the classifier's.
+        PRTValueError: the column holds no labels, or one that the classifier does not have.
     """
     feature = rows.features[column]
     if not isinstance(feature, ClassLabel | Value):
@@ -130,7 +208,7 @@ def label_ids(rows: Dataset, column: str, id2label: dict) -> list[int]:
 
 
 def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool, dataset: str) -> None:
-    """Whether TRL can make token rows of a language model's data: text, prompt and completion, or messages.
+    """Check that TRL can make token rows of a language model's data: text, prompt and completion, or messages.
 
     Raises:
         PRTValueError: a column is missing, or messages have no chat template.
@@ -173,16 +251,16 @@ def classified_texts(
     tokenizer: PreTrainedTokenizerBase,
     length: int | None,
 ) -> Dataset:
-    """Rows of a text classifier: token ids, cut off at `length`, and `labels`.
+    """Return the rows of a text classifier: token ids, cut off at `length`, and `labels`.
 
     Raises:
-        PRTValueError: a column is missing, a label is none of the classifier's, or nothing to pad rows with.
+        PRTValueError: a column is missing, the classifier does not have a label, or the tokenizer no padding token.
     """
     require_texts(rows, text_column, dataset)
     require_column(rows, label_column, dataset)
     if tokenizer.pad_token is None:
         raise PRTValueError(
-            "Rows of texts are padded, and the tokenizer has no token for that.",
+            "The tokenizer has no padding token, which batches of texts need.",
             expected="a `pad_token` in tokenizer_config.json, and its id in the model's config.json",
             found="none",
         )
@@ -204,14 +282,19 @@ def classified_images(
     pixels: Mapping[str, Callable[[PILImage.Image], torch.Tensor]],
     is_lazy: bool,
 ) -> Dataset:
-    """Rows of an image classifier: pixels, made of the image whenever a row is asked for or once, and `labels`.
+    """Return the rows of an image classifier: pixels and `labels`.
 
     Args:
-        pixels: what makes each column of pixels ([`pixel_values`] of an image processor): `pixel_values` of the
-            classifier, and others of models that want others.
+        rows: the data.
+        dataset: its name in messages.
+        image_column: images, or paths to them.
+        label_column: names or numbers of labels.
+        id2label: the classifier's labels.
+        pixels: name -> function that makes a column of pixels, see [`pixel_makers`].
+        is_lazy: make pixels whenever a row is read, instead of once.
 
     Raises:
-        PRTValueError: a column is missing, holds no images, or a label is none of the classifier's.
+        PRTValueError: a column is missing, holds no images, or a label that the classifier does not have.
     """
     require_column(rows, image_column, dataset)
     require_column(rows, label_column, dataset)
@@ -234,8 +317,8 @@ def classified_images(
     return rows.with_format("torch")
 
 
-def pixel_values(image, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
-    """`(channels, height, width)` of a Pillow image, in as many colours as the classifier sees.
+def pixel_values(image: PILImage.Image, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
+    """Return the pixels of a Pillow image, `(channels, height, width)`, in as many colours as the classifier sees.
 
     Raises:
         PRTValueError: floating-point or 32-bit pixels.
@@ -255,11 +338,14 @@ def pixel_makers(
     config: PreTrainedConfig,
     backbones: Sequence[tuple[BaseImageProcessor | None, PreTrainedConfig | None]],
 ) -> dict[str, Callable[[PILImage.Image], torch.Tensor]]:
-    """What makes `pixel_values` of an image, and `backbone_0_pixel_values`, ... of the backbones that want others.
+    """Return functions that make the columns of pixels of an image.
+
+    These are `pixel_values`, and `backbone_0_pixel_values`, ... of the backbones that need others.
 
     Args:
-        image_processor, config: of the model whose pixels have the plain name.
-        backbones: image processor and configuration of each; None for those that take the plain ones.
+        image_processor: makes `pixel_values`.
+        config: of the model that reads `pixel_values`.
+        backbones: image processor and configuration of each; None for those that read `pixel_values`.
     """
     made = {PIXELS: partial(pixel_values, image_processor=image_processor, config=config)}
     for index, (theirs, their_config) in enumerate(backbones):
@@ -269,6 +355,7 @@ def pixel_makers(
 
 
 def first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 

@@ -1,7 +1,9 @@
-"""The training loss without whole logits: a [`Projection`] stands for each model's, of which a chunk is held at a time.
+"""The training loss without full logits: models are given as a [`Projection`], and a chunk of logits is held at a time.
 
-Each equals the plain form in [`~prt_hf.functional`].
+Each function equals its plain form in [`~prt_hf.functional`].
 """
+
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -27,18 +29,21 @@ def fused_prt_loss(
     num_items_in_batch: int | torch.Tensor | None = None,
     teacher: Projection | None = None,
 ) -> torch.Tensor:
-    """The training loss (Eq. 7, 12) without whole logits, forward or backward.
+    """Return the training loss (Eq. 7, 12) without full logits, forward or backward.
 
-    Equals `prt_loss(backbone.logits(), reward.logits(), labels, ..., teacher_logits=teacher.logits())`. The gradient,
-    to the reward's hidden states, its bias and those of its weights that want one, is computed in the forward pass,
-    from the same chunks.
+    Equals `prt_loss(backbone.logits(), reward.logits(), labels, ..., teacher_logits=teacher.logits())`. The gradient
+    with respect to the reward's hidden states, bias and trainable weights is computed in the forward pass, from the
+    same chunks.
 
     Args:
-        backbone, reward ([`Projection`]): at the supervised positions. Where both have one frozen head (the reward's
-            base is the backbone) its product is made once, as (h_b + h_r / kl_coef) W^T.
+        backbone ([`Projection`]): at the supervised positions. If it shares a frozen head with the reward, they are
+            multiplied once, as (h_b + h_r / kl_coef) W^T.
+        reward ([`Projection`]): at the supervised positions.
         labels (`torch.LongTensor` of shape `(n,)`): none of them ignored.
-        kl_coef, entropy_coef, num_items_in_batch: as in [`prt_loss`].
-        teacher ([`Projection`], *optional*): of a fine-tuned model, at the same positions.
+        kl_coef: as in [`prt_loss`].
+        entropy_coef: as in [`prt_loss`].
+        num_items_in_batch: as in [`prt_loss`].
+        teacher ([`Projection`], *optional*): fine-tuned model, at the same positions.
 
     Raises:
         NonFiniteRewardError: a reward is NaN or infinite.
@@ -78,7 +83,10 @@ def fused_prt_statistics(
     kl_coef: float = 1.0,
     teacher: Projection | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Equals `prt_statistics(backbone.logits(), reward.logits(), labels, ...)`; none of `labels` is ignored."""
+    """Return the statistics of [`~prt_hf.functional.prt_statistics`] without full logits.
+
+    Equals `prt_statistics(backbone.logits(), reward.logits(), labels, ...)`; none of `labels` is ignored.
+    """
     backbone, reward = backbone.cast(), reward.cast()
     teacher = None if teacher is None else teacher.cast()
     parts = [
@@ -100,12 +108,15 @@ def training_loss(
     labels: torch.LongTensor,
     *,
     teacher: Projection | torch.Tensor | None = None,
-    **settings,
+    **settings: Any,
 ) -> torch.Tensor:
     """Return the training loss of operands that are logits at the supervised positions, or projections of them.
 
     Args:
-        backbone, reward, teacher: where the reward is a [`Projection`], all are.
+        backbone: frozen model pi_pt.
+        reward: if it is a [`Projection`], all must be.
+        labels (`torch.LongTensor` of shape `(n,)`): none of them ignored.
+        teacher: fine-tuned model whose distribution takes the place of the labels.
         settings: `kl_coef`, `entropy_coef` and `num_items_in_batch`, as in [`~prt_hf.functional.prt_loss`].
 
     Raises:
@@ -124,7 +135,7 @@ def training_statistics(
     kl_coef: float = 1.0,
     teacher: Projection | torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Return [`~prt_hf.functional.prt_statistics`] of operands as those of [`training_loss`]."""
+    """Return [`~prt_hf.functional.prt_statistics`] of the operands of [`training_loss`]."""
     if isinstance(reward, Projection):
         return fused_prt_statistics(backbone, reward, labels, kl_coef=kl_coef, teacher=teacher)
     logits = _as_logits(backbone), reward, labels
@@ -136,36 +147,36 @@ def _as_logits(term: Projection | torch.Tensor | None) -> torch.Tensor | None:
 
 
 class _FusedLoss(torch.autograd.Function):
-    """The loss summed over positions."""
+    """Sums the loss over positions, and computes its gradient in the forward pass."""
 
     @staticmethod
-    def forward(ctx, backbone, teacher, labels, kl_coef, entropy_coef, softcap, bias, *pieces):
+    def forward(ctx: Any, backbone, teacher, labels, kl_coef, entropy_coef, softcap, bias, *pieces):
         hidden, weights = pieces[: len(pieces) // 2], pieces[len(pieces) // 2 :]
         reward = Projection(hidden, weights, bias, softcap)
         gradients = _Gradients(reward, ctx.needs_input_grad[-1 - len(pieces) :])
-        # The reward's own logits are needed only where something is done to them.
+        # The reward's own logits are needed only for the entropy term and for softcaps.
         is_joint = not entropy_coef and softcap is None and backbone.softcap is None
         terms = (_joint(backbone, reward, kl_coef),) if is_joint else (backbone, reward)
         parts = reward.chunks()
-        # The same memory for every chunk: fresh pages would cost as much as the arithmetic.
+        # All chunks use the same memory: fresh pages would cost as much as the arithmetic.
         rows = parts[0].stop if parts else 0
         buffers = [torch.empty(rows, reward.shape[1], dtype=torch.float32, device=labels.device) for _ in terms]
-        of_teacher = None if teacher is None else torch.empty_like(buffers[0])
+        teacher_buffer = None if teacher is None else torch.empty_like(buffers[0])
         loss, total = torch.zeros(2, dtype=torch.float32, device=labels.device)
         for part in parts:
             chosen = labels[part, None]
-            z, *of_reward = (
+            z, *reward_logits = (
                 term.at(part).logits(out=buffer[: len(chosen)]) for term, buffer in zip(terms, buffers, strict=True)
             )
-            r = z if is_joint else of_reward[0]
+            r = z if is_joint else reward_logits[0]
             total += r.sum()
             if not is_joint:
                 z.add_(r, alpha=1 / kl_coef)
-            # From here on, z holds the derivative of the loss with respect to r.
+            # The calls below turn z into the derivative of the loss with respect to r.
             if teacher is None:
                 loss += _surprise_(z, chosen)
             else:
-                loss += _divergence_(z, teacher.at(part).logits(out=of_teacher[: len(chosen)]))
+                loss += _divergence_(z, teacher.at(part).logits(out=teacher_buffer[: len(chosen)]))
             if kl_coef != 1:
                 z.div_(kl_coef)
             if entropy_coef:
@@ -185,22 +196,22 @@ class _FusedLoss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, of_loss):
-        return *[None] * 6, *(None if tensor is None else tensor * of_loss for tensor in ctx.saved_tensors)
+    def backward(ctx, loss_gradient):
+        return *[None] * 6, *(None if tensor is None else tensor * loss_gradient for tensor in ctx.saved_tensors)
 
 
 def _surprise_(z: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of logits summed over positions; they become its derivative."""
+    """Return the cross-entropy of logits summed over positions; `z` becomes its derivative."""
     largest, where = z.max(1, keepdim=True)
-    of_label = z.gather(1, chosen)
+    label_logit = z.gather(1, chosen)
     torch.softmax(z, 1, out=z)
-    surprise = (largest - z.gather(1, where).log() - of_label).sum()
+    surprise = (largest - z.gather(1, where).log() - label_logit).sum()
     z.scatter_add_(1, chosen, z.new_full(chosen.shape, -1.0))
     return surprise
 
 
 def _divergence_(z: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-    """KL(softmax(teacher) || softmax(z)) summed over positions; z becomes its derivative; the teacher is used up."""
+    """Return KL(softmax(teacher) || softmax(z)), summed; `z` becomes its derivative, `teacher` is overwritten."""
     normaliser = z.logsumexp(1, keepdim=True)
     teacher.sub_(teacher.logsumexp(1, keepdim=True))
     gap = (teacher - z).add_(normaliser)
@@ -210,35 +221,35 @@ def _divergence_(z: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 class _Gradients:
-    """Of the loss with respect to a reward's bias, hidden states and weights, added up over chunks."""
+    """Accumulates gradients with respect to a reward's bias, hidden states and weights over chunks."""
 
     def __init__(self, reward: Projection, wanted: tuple[bool, ...]):
         self._reward = reward
         inputs = (reward.bias, *reward.hidden, *reward.weights)
-        # What adds up over chunks does so in float32, as in one large product.
+        # Sums over chunks are in float32, as in one large product.
         dtypes = [torch.float32, *(hidden.dtype for hidden in reward.hidden), *[torch.float32] * len(reward.weights)]
         self.tensors = [
-            torch.zeros_like(of, dtype=dtype) if want else None
-            for of, dtype, want in zip(inputs, dtypes, wanted, strict=True)
+            torch.zeros_like(value, dtype=dtype) if want else None
+            for value, dtype, want in zip(inputs, dtypes, wanted, strict=True)
         ]
 
-    def add(self, part: slice, of_logits: torch.Tensor) -> None:
-        of_bias, *rest = self.tensors
+    def add(self, part: slice, logits_gradient: torch.Tensor) -> None:
+        bias_gradient, *rest = self.tensors
         count = len(self._reward.hidden)
-        if of_bias is not None:
-            of_bias += of_logits.sum(0)
-        for hidden, weight, of_hidden, of_weight in zip(
+        if bias_gradient is not None:
+            bias_gradient += logits_gradient.sum(0)
+        for hidden, weight, hidden_gradient, weight_gradient in zip(
             self._reward.hidden, self._reward.weights, rest[:count], rest[count:], strict=True
         ):
-            of_product = of_logits.to(weight.dtype)
-            if of_hidden is not None:
-                of_hidden[part] = of_product @ weight
-            if of_weight is not None:
-                of_weight += of_product.T @ hidden[part]
+            product_gradient = logits_gradient.to(weight.dtype)
+            if hidden_gradient is not None:
+                hidden_gradient[part] = product_gradient @ weight
+            if weight_gradient is not None:
+                weight_gradient += product_gradient.T @ hidden[part]
 
 
 def _joint(backbone: Projection, reward: Projection, kl_coef: float) -> Projection:
-    """Backbone logits + reward / kl_coef, neither of which has a softcap."""
+    """Return the projection of backbone + reward / kl_coef, neither of which has a softcap."""
     hidden = [*backbone.hidden, *(piece / kl_coef for piece in reward.hidden)]
     weights = [*backbone.weights, *reward.weights]
     if _same_tensor(backbone.weights[0], reward.weights[0]):

@@ -1,37 +1,45 @@
-"""Means over supervised positions of what a trainer logs."""
+"""Means of the statistics that a trainer logs, over supervised positions."""
 
 from collections import defaultdict
 
 import torch
 from accelerate import Accelerator
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from ..functional import check_supervised
 from ..reward.backbones import Batch
 
 
 class RunningMeans:
-    """Sums of [`~prt_hf.functional.prt_statistics`] over batches and devices, in training and in evaluation."""
+    """Running means of [`~prt_hf.functional.prt_statistics`] over batches and devices, for training and evaluation.
+
+    Args:
+        accelerator: the trainer's.
+    """
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
         self._sums = {"train": defaultdict(float), "eval": defaultdict(float)}
 
     def clear(self, phase: str) -> None:
+        """Forget the sums of `"train"` or `"eval"`."""
         self._sums[phase].clear()
 
     def add(self, phase: str, statistics: dict[str, torch.Tensor], batch: Batch) -> None:
-        """Add a batch.
+        """Add the statistics of a batch.
 
         Args:
             phase: `"train"` or `"eval"`.
             statistics: tensors of shape `(n,)`, at the batch's supervised positions.
+            batch: tells to which rows these belong.
         """
         values = torch.stack(list(statistics.values()), -1)
         placed = values.new_zeros(*batch.labels.shape, len(statistics))
         placed[batch.supervised] = values
         rows = placed.flatten(1, -2).sum(1) if batch.labels.ndim > 1 else placed
         if phase == "eval":
-            rows = self._accelerator.gather_for_metrics(rows)  # without the rows that only fill up the last batch
+            rows = self._accelerator.gather_for_metrics(rows)  # without the rows that pad the last batch
         for name, value in zip(statistics, rows.double().sum(0), strict=True):
             self._sums[phase][name] += value
 
@@ -52,3 +60,11 @@ class RunningMeans:
         count = totals.pop("count")
         check_supervised(count, "what was measured")
         return {name: total / count for name, total in totals.items()}
+
+
+def is_step_logged(args: TrainingArguments, state: TrainerState) -> bool:
+    """Whether the Trainer logs after the step that it computes now."""
+    if args.logging_strategy != IntervalStrategy.STEPS:
+        return args.logging_strategy == IntervalStrategy.EPOCH
+    step = state.global_step + 1
+    return step % state.logging_steps == 0 or (step == 1 and args.logging_first_step)

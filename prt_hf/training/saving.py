@@ -1,4 +1,4 @@
-"""What a trainer of a reward saves and pushes: always a whole reward, with its card."""
+"""The part of the trainer that saves and pushes: always a whole reward, with its card."""
 
 import copy
 import os
@@ -6,12 +6,14 @@ import shutil
 import tempfile
 from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import torch
+from datasets import Dataset
 from huggingface_hub import CommitInfo, run_as_future
 from transformers import Trainer, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, TrainOutput
 from transformers.utils import PushInProgress, logging
 
 from ..errors import PRTValueError
@@ -28,7 +30,7 @@ _PREFIX = f"{PREFIX_CHECKPOINT_DIR}-"
 
 
 class RewardSaver(Trainer):
-    """The part of [`PRTTrainer`] that saves and pushes `reward`; the Trainer's own knows networks only."""
+    """The part of [`PRTTrainer`] that saves and pushes `reward`; the Trainer itself saves networks only."""
 
     reward: RewardModel
 
@@ -36,25 +38,32 @@ class RewardSaver(Trainer):
         self.evaluations_elsewhere: list[dict] = []  # entries of the log, of other data than `eval_dataset`
         super().__init__(*args, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """Train as the Trainer does; `resume_from_checkpoint=True` resumes from the last complete checkpoint in
-        `output_dir`.
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train as the Trainer does, but resume from complete checkpoints only, and never beyond the last step.
+
+        Args:
+            resume_from_checkpoint: a folder, or `True` for the last complete checkpoint in `output_dir`.
+            kwargs: the Trainer's other arguments.
 
         Raises:
             PRTValueError: there is no such checkpoint.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(Path(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise PRTValueError(
-                    "There is no checkpoint to resume from.",
-                    expected=f"a complete {_PREFIX}* folder in {self.args.output_dir}",
-                    found="none",
-                    remedy="train without `resume_from_checkpoint`, or name a checkpoint of another folder",
-                )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            resume_from_checkpoint = checkpoint_to_resume(True, self.args.output_dir)
+        limits = self.args.max_steps, self.args.num_train_epochs
+        if resume_from_checkpoint and 0 < limits[0] <= trained_steps(resume_from_checkpoint):
+            logger.warning(f"{resume_from_checkpoint} has all {limits[0]} steps: nothing is left to train.")
+            # The Trainer would add a step of the epoch, but it runs no epoch after the last.
+            self.args.max_steps, self.args.num_train_epochs = -1, 0
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.args.max_steps, self.args.num_train_epochs = limits
 
-    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: str | Dataset | dict[str, Dataset] | None = None, *args: Any, **kwargs: Any
+    ) -> dict[str, float]:
+        """Evaluate as the Trainer does, and remember evaluations on other data than `eval_dataset`."""
         before = len(self.state.log_history)
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         if not (eval_dataset is None or isinstance(eval_dataset, str) or eval_dataset is self.eval_dataset):
@@ -74,15 +83,19 @@ class RewardSaver(Trainer):
         dataset_args: str | list[str] | None = None,
         dataset_name: str | list[str] | None = None,
     ) -> None:
-        """Write the reward's card to `output_dir`; what users have written into it is kept.
-
-        Takes the arguments of the Trainer's and TRL's. `finetuned_from` and `tasks` are not used, because the reward
-        knows its base and its task; nor are `dataset` and `dataset_args`, the names of data sets for people.
+        """Write the reward's card to `output_dir`, and keep what users have written into it.
 
         Args:
-            language, license, tags: metadata.
-            model_name: in the lines that load the reward; by default the repository's name, or the folder's.
-            dataset_tags, dataset_name: ids of data sets on the Hub, by default as these tell; files are left out.
+            language: metadata.
+            license: metadata.
+            tags: metadata.
+            model_name: name in the lines that load the reward; by default the repository's, or the folder's.
+            finetuned_from: not used, because the reward knows its base.
+            tasks: not used, because the reward knows its task.
+            dataset_tags: ids of data sets on the Hub, by default those that the data sets themselves name.
+            dataset: not used: a data set's name for people.
+            dataset_args: not used.
+            dataset_name: TRL's name for `dataset_tags`; files are left out.
         """
         if not self.is_world_process_zero():
             return
@@ -103,19 +116,22 @@ class RewardSaver(Trainer):
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
-        **card_kwargs,
+        **card_kwargs: Any,
     ) -> CommitInfo | Future[CommitInfo] | None:
         """Save the reward and push it to `args.hub_model_id`, in one commit, as [`RewardModel.push_to_hub`] does.
 
         Args:
-            blocking: wait; otherwise the return value is a `Future`.
-            token, revision, private: by default those of `args`.
+            commit_message: title of the commit.
+            blocking: wait for the push, instead of returning a `Future`.
+            token: by default that of `args`.
+            revision: branch; by default that of `args`.
+            private: make a new repository private; by default as `args` says.
             card_kwargs: for [`create_model_card`].
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
         if private is not None:
-            self.args.hub_private_repo = private  # where `init_hf_repo` looks in all versions
+            self.args.hub_private_repo = private  # all versions of `init_hf_repo` read it
         if self.hub_model_id is None:
             self.init_hf_repo(token=token)
         self.save_model(_internal_call=True)
@@ -195,8 +211,38 @@ class RewardSaver(Trainer):
         self.reward.card = merged_or_new(self.reward.card, card)
 
 
+def checkpoint_to_resume(given: str | bool | None, output_dir: str | Path) -> str | None:
+    """Return the checkpoint that `resume_from_checkpoint` stands for; None if training starts anew.
+
+    Args:
+        given: a folder; true, or `"true"`, for the last complete checkpoint in `output_dir`; false, `"false"` or None.
+        output_dir: folder of the run.
+
+    Raises:
+        PRTValueError: there is no such checkpoint, or it is incomplete.
+    """
+    wish = str(given or False).lower()
+    if wish == "false":
+        return None
+    found = last_checkpoint(Path(output_dir)) if wish == "true" else str(given)
+    if found is None or not Path(found, TRAINER_STATE_NAME).is_file():
+        raise PRTValueError(
+            "There is no checkpoint to resume from.",
+            expected=f"a complete {_PREFIX}* folder{f' in {output_dir}' if wish == 'true' else ''}",
+            found=found or "none",
+            remedy="train without `resume_from_checkpoint`, or name a checkpoint of another folder",
+        )
+    return found
+
+
+def trained_steps(checkpoint: str | None) -> int:
+    """Return the steps that a checkpoint has; 0 without one."""
+    state = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
+    return 0 if state is None or not state.is_file() else TrainerState.load_from_json(str(state)).global_step
+
+
 def last_checkpoint(folder: Path) -> str | None:
-    """Return the last checkpoint that was written to its end; warn of later ones that were not."""
+    """Return the last complete checkpoint; warn of later ones that are incomplete."""
     numbered = [
         (int(path.name.removeprefix(_PREFIX)), path)
         for path in folder.glob(f"{_PREFIX}*")
@@ -212,7 +258,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def _push_staged(folder: Path, repo_id: str, **arguments) -> CommitInfo:
-    """In the background, where nobody asks how it went: the log tells of failures."""
+    """Push in the background, where only the log can report a failure."""
     try:
         return push_reward(folder, repo_id, **arguments)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`PRTSFTTrainer`: TRL's handling of text data, PRT's objective."""
+"""`PRTSFTTrainer`: text data as in TRL's `SFTTrainer`, with PRT's objective."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,11 @@ from .trainer import PRTTrainer
 
 @dataclass
 class PRTSFTConfig(SFTConfig, PRTConfig):
-    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`]."""
+    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`].
+
+    Raises:
+        PRTValueError: a value is outside its range, or not usable for rewards.
+    """
 
     def __post_init__(self):
         super().__post_init__()
@@ -27,7 +31,7 @@ class PRTSFTConfig(SFTConfig, PRTConfig):
             )
         if self.chat_template_path is not None and not self.chat_template_path.endswith((".jinja", ".j2")):
             raise PRTValueError(
-                "Another model's chat template may add tokens, and a reward fits its base's vocabulary only.",
+                "Another model's chat template may add tokens, but a reward keeps its base's vocabulary.",
                 expected="`chat_template_path` a .jinja or .j2 file",
                 found=self.chat_template_path,
                 remedy="set `tokenizer.chat_template`, or save the template to a file",
@@ -35,7 +39,7 @@ class PRTSFTConfig(SFTConfig, PRTConfig):
 
 
 class _SFTData(SFTTrainer):
-    """TRL's trainer without its own fused head, which would read the weights of the head past an adapter."""
+    """TRL's trainer without its own fused head, which would ignore an adapter of the head."""
 
     def __init__(self, model: nn.Module, *args, **kwargs):
         base = unwrap_adapter(model)
@@ -46,9 +50,13 @@ class _SFTData(SFTTrainer):
 class PRTSFTTrainer(PRTTrainer, _SFTData):
     """[`PRTTrainer`] for the data sets that [`~trl.SFTTrainer`] takes.
 
-    Text, prompt and completion, or messages, tokenized by TRL: chat templates, completion-only and assistant-only loss,
-    truncation, packing, padding-free batches. `args` is a [`PRTSFTConfig`]; `formatting_func` is TRL's; the other
-    arguments are [`PRTTrainer`]'s.
+    These are text, prompt and completion, or messages. TRL tokenizes them, with chat templates, completion-only and
+    assistant-only loss, truncation, packing, and padding-free batches.
+
+    Args:
+        args ([`PRTSFTConfig`]): takes the place of a `PRTConfig`.
+        formatting_func: TRL's.
+        kwargs: [`PRTTrainer`]'s other arguments.
     """
 
     def _default_collator(self, train_dataset, eval_dataset) -> None:
@@ -57,7 +65,7 @@ class PRTSFTTrainer(PRTTrainer, _SFTData):
 
 @contextmanager
 def _head_shown_bare(model: nn.Module) -> Iterator[None]:
-    """TRL refuses an adapter of the head, as its own loss could not train it."""
+    """Hide an adapter of the head from TRL, which refuses it because its own loss could not train it."""
     head = model.get_output_embeddings()
     if not isinstance(head, BaseTunerLayer):
         yield

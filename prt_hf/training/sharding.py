@@ -1,4 +1,4 @@
-"""Networks that no device holds whole: FSDP2, and ZeRO-3 of DeepSpeed."""
+"""Networks that are sharded among devices: FSDP2, and ZeRO-3 of DeepSpeed."""
 
 import os
 
@@ -20,14 +20,16 @@ _ACCELERATE = Version("1.15")
 
 
 def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Raises:
-    UnsupportedError: FSDP was asked for, and something else would run; or rewards would not be saved or resumed right.
+    """Check that FSDP runs as it is configured, and that rewards can be saved and resumed under it.
+
+    Raises:
+        UnsupportedError: FSDP 1, FSDP that would not run, sharded checkpoints, or an old version of accelerate.
     """
     is_wanted = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if is_wanted and not accelerator.is_fsdp2:
         raise UnsupportedError(
-            "The networks would not be sharded as the configuration says.",
+            "The networks would not be sharded as configured.",
             expected="FSDP version 2, on accelerators, in several processes",
             found="FSDP version 1" if plugin else f"{accelerator.distributed_type} on {accelerator.device}",
             remedy="`fsdp_version: 2` in the configuration of `accelerate launch`, or no FSDP",
@@ -35,7 +37,7 @@ def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
     if plugin is not None and plugin.state_dict_type != StateDictType.FULL_STATE_DICT:
         # The Trainer's `save_model` would do nothing.
         raise UnsupportedError(
-            "A reward is saved whole.",
+            "A reward cannot be saved in shards.",
             expected="fsdp_state_dict_type: FULL_STATE_DICT",
             found=plugin.state_dict_type.name,
         )
@@ -49,36 +51,39 @@ def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether the networks that it prepares lie in parts on the devices."""
+    """Whether the networks that the accelerator prepares are sharded."""
     return accelerator.is_fsdp2 or is_zero3(accelerator)
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed shards parameters."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return plugin is not None and plugin.zero_stage == 3
 
 
 def name_blocks(network: PreTrainedModel | PeftModel, accelerator: Accelerator) -> None:
-    """For FSDP 2, leave two kinds of blocks out of those that a network says to keep together: those that it has not,
-    and those around the input embeddings, which accelerate divides later, and FSDP from within only.
+    """Set the blocks of a network that FSDP 2 keeps together.
+
+    These are the network's own `_no_split_modules`, without names that it does not have, and without blocks around the
+    input embeddings: accelerate shards the embeddings later, and FSDP shards from the inside out only.
 
     Raises:
-        UnsupportedError: accelerate cannot divide the network, or not as it is loaded.
+        UnsupportedError: accelerate cannot shard the network, or not as it is loaded.
     """
     model = unwrap_adapter(network)
     try:
         embeddings = model.get_input_embeddings()
     except NotImplementedError as error:
         raise UnsupportedError(
-            "accelerate looks for the input embeddings of a network that FSDP divides.",
-            expected="a network that names them",
+            "accelerate needs the input embeddings of a network that FSDP shards.",
+            expected="a network with `get_input_embeddings`",
             found=type(model).__name__,
             remedy="no FSDP",
         ) from error
     buffers = network.state_dict().keys() & {name for name, _ in network.named_buffers()}
     if buffers and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
         raise UnsupportedError(
-            f"accelerate hands over parameters only, and {type(model).__name__} has saved buffers as well.",
+            f"accelerate distributes parameters only, and {type(model).__name__} also has saved buffers.",
             expected="fsdp_cpu_ram_efficient_loading: false",
             found=f"true, and {', '.join(sorted(buffers)[:3])}",
         )
@@ -88,16 +93,16 @@ def name_blocks(network: PreTrainedModel | PeftModel, accelerator: Accelerator) 
 
 
 def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """A frozen network in parts, a block of layers at a time whole, as the network that is trained.
+    """Shard a frozen network in the same way as the network that is trained.
 
     Raises:
-        UnsupportedError: some of it would stay whole on every device.
+        UnsupportedError: some parameters would stay whole on every device.
     """
     if is_zero3(accelerator):
         return prepare_deepspeed(network, accelerator).module
     plugin = accelerator.state.fsdp_plugin
     kept = plugin.auto_wrap_policy, plugin.transformer_cls_names_to_wrap
-    # accelerate notes here what blocks are called: those of this network, and not of the one that is trained.
+    # accelerate stores the names of blocks here: this network's must not replace those of the trained network.
     plugin.transformer_cls_names_to_wrap = None
     name_blocks(network, accelerator)
     try:
@@ -107,7 +112,7 @@ def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
     if whole := [name for name, value in network.named_parameters() if not isinstance(value, DTensor)]:
         raise UnsupportedError(
             f"FSDP does not shard the whole of {network.name_or_path or type(network).__name__}.",
-            expected="every parameter in parts",
+            expected="every parameter sharded",
             found=f"{len(whole)} whole on every device: {', '.join(whole[:3])}",
             remedy="neither quantised weights nor `fsdp_ignored_modules`",
         )
@@ -115,5 +120,5 @@ def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
 
 
 def address(value: torch.Tensor) -> int | None:
-    """Where a parameter lies: of one in parts, this device's part. None where that is empty."""
+    """Return the address of a parameter, or of this device's shard of it; None if the shard is empty."""
     return (value.to_local() if isinstance(value, DTensor) else value).data_ptr() or None

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from ..contract import PRT_CONFIG_NAME
 from ..errors import PRTValueError
 from ..hub.client import has_file
-from ..networks.anatomy import task_of
+from ..networks.anatomy import ProcessingClass, task_of
 from ..networks.auto import load_pretrained, load_processing_class
 from ..reward.backbones import Backbone, OwnBase, source_backbones
 from ..reward.model import RewardModel
@@ -19,11 +19,22 @@ from .config import PRTConfig
 def reward_and_backbones(
     model: str | PreTrainedModel | PeftModel | RewardModel,
     backbone: str | PreTrainedModel | None | list,
-    processing_class,
+    processing_class: ProcessingClass | None,
     peft_config: PeftConfig | None,
     args: PRTConfig,
 ) -> tuple[RewardModel, list[Backbone]]:
-    """The reward, and what it is tuned on: see the arguments of [`PRTTrainer`]."""
+    """Return the reward and its source backbones.
+
+    Args:
+        model: what the reward starts from, as for [`PRTTrainer`].
+        backbone: the source backbones, as for [`PRTTrainer`].
+        processing_class: the model's tokenizer or image processor; by default that in its folder.
+        peft_config: the reward's adapter.
+        args: the trainer's.
+
+    Raises:
+        PRTValueError: the arguments do not go together.
+    """
     given = backbone if isinstance(backbone, list | tuple) else [backbone]
     if isinstance(model, str) and has_file(model, PRT_CONFIG_NAME):
         model = RewardModel.from_pretrained(model)
@@ -35,7 +46,7 @@ def reward_and_backbones(
 
     name = model if isinstance(model, str) else None
     if name is not None:
-        # Optimiser steps vanish in half precision weights; frozen ones may stay as they are stored.
+        # Steps of an optimiser vanish in weights of half precision; frozen weights may stay as they are stored.
         model = load_pretrained(name, dtype="auto" if peft_config else torch.float32)
         processing_class = processing_class or load_processing_class(name, task_of(model))
     is_own = [each is None or each is model or (name is not None and each == name) for each in given]
@@ -53,8 +64,8 @@ def reward_and_backbones(
     ]
 
 
-def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
-    """A reward that exists, after checking that it can be tuned as the arguments say."""
+def _continued(reward: RewardModel, peft_config: PeftConfig | None, args: PRTConfig) -> RewardModel:
+    """Return an existing reward after checking that it can be tuned as the arguments say."""
     if peft_config is not None:
         raise PRTValueError(
             "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)
@@ -68,7 +79,7 @@ def _continued(reward: RewardModel, peft_config, args) -> RewardModel:
         )
     if args.reward_init != "pretrained" and args.reward_init != reward.config.reward_init:
         raise PRTValueError(
-            "A RewardModel has started already.",
+            "A RewardModel keeps its own start.",
             expected=f"reward_init={reward.config.reward_init!r}",
             found=repr(args.reward_init),
             remedy="RewardModel.from_base(..., reward_init=...)",

@@ -1,4 +1,4 @@
-"""Backbones that are read instead of run: what they gave for data sets, computed once and kept on disk."""
+"""Backbones whose stored states are read instead of running them, and the data sets that say which state is where."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,21 +18,22 @@ from ..reward.model import RewardModel
 from .sharding import is_sharding
 from .state_cache import BackboneCache, cache_folder, precompute
 
-ROW = "backbone_row"  # the column that tells where a row's states are
+ROW = "backbone_row"  # the column with the place of a row's states
 _ROW_BITS = 40
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_SAMPLED_ROWS = 16  # that a data set is recognised by, beside its fingerprint
+_SAMPLED_ROWS = 16  # of a data set whose batch is part of its key
 
 
 class StoredBackbone(Backbone):
-    """What a backbone gave at the supervised positions of data sets: read instead of computed.
+    """A backbone whose states at the supervised positions of data sets are read from disk.
 
     Args:
-        shares_head (`bool`): the reward's own head serves for the backbone too where it is the same. Not where it will
-            be divided among devices.
+        reward: the reward that is tuned on the backbone.
+        shares_head: use the reward's head for the backbone too where both are the same. Impossible where the head is
+            sharded later.
 
     Attributes:
-        caches (`list[BackboneCache]`): one for each data set; [`numbered`] tells the batches of which one.
+        caches (`list[BackboneCache]`): one for each data set, whose index [`numbered`] writes into the rows.
     """
 
     def __init__(self, reward: RewardModel, shares_head: bool):
@@ -41,7 +42,8 @@ class StoredBackbone(Backbone):
         self.caches: list[BackboneCache] = []
 
     def add(self, cache: BackboneCache) -> None:
-        """
+        """Add the states of a data set.
+
         Raises:
             VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
         """
@@ -52,21 +54,32 @@ class StoredBackbone(Backbone):
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
             is_alike = not own.requires_grad and (own.shape, own.dtype) == (weight.shape, weight.dtype)
             if self._shares_head and is_alike and torch.equal(own.cpu(), weight):
-                weight = own  # once in memory, and its product once a step
+                weight = own  # held once, and multiplied once a step
             self._head = Head((weight,), bias, cache.facts["scale"], cache.facts["softcap"])
         self.caches.append(cache)
 
     @property
     def reference(self) -> ModelReference:
+        """The backbone's entry in the reward's configuration."""
         return ModelReference(**self.caches[0].facts["reference"])
 
     def logits(self, batch: Batch) -> torch.Tensor:
+        """Return a classifier's logits, `(batch_size, num_labels)`, in the reward's order; 0 where there is no label.
+
+        Raises:
+            BackboneCacheError: the batch has no row numbers, or other labels than when the states were stored.
+        """
         states = self._read(batch)
         logits = states.new_zeros(*batch.labels.shape, states.shape[-1])
         logits[batch.supervised] = states
         return logits[..., self.columns]
 
     def projection(self, batch: Batch) -> Projection:
+        """Return a language model's logits at the supervised positions, as states and head.
+
+        Raises:
+            BackboneCacheError: the batch has no row numbers, or other labels than when the states were stored.
+        """
         states = self._read(batch)
         weights = tuple(weight.to(states.device) for weight in self._head.weights)
         bias = None if self._head.bias is None else self._head.bias.to(states.device)
@@ -74,12 +87,12 @@ class StoredBackbone(Backbone):
         return self._head.project([states])
 
     def why_not_projected(self, batch: Batch) -> None:
-        """It was looked at before its states were stored."""
+        """Return None: [`stored_states`] has checked it."""
 
     def _read(self, batch: Batch) -> torch.Tensor:
         if batch.rows is None:
             raise BackboneCacheError(
-                "The batch does not say which rows of the data set it is made of.",
+                "The batch does not name the rows of the data set that it is made of.",
                 expected="a batch of the trainer's own data loaders",
                 found=", ".join(batch.inputs),
             )
@@ -88,17 +101,18 @@ class StoredBackbone(Backbone):
 
 
 def numbered(dataset: Dataset, place: int) -> Dataset:
-    """A data set whose rows tell where their states are: `place` in the list of caches, and the row."""
+    """Add a column [`ROW`] to a data set: `place`, the index of its cache, and the number of the row."""
     return dataset.add_column(ROW, [(place << _ROW_BITS) + row for row in range(len(dataset))])
 
 
 @dataclass
 class NumberedCollator:
-    """Hands the column of [`numbered`] on beside what a collator makes of the others."""
+    """A data collator that keeps the column of [`numbered`] and gives the others to another collator."""
 
     collator: Callable
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        """Return the other collator's batch, with the column where the rows have it."""
         rows = [dict(row) for row in rows]
         numbers = [row.pop(ROW, None) for row in rows]
         batch = self.collator(rows)
@@ -107,54 +121,59 @@ class NumberedCollator:
 
 def stored_states(
     source: Backbone,
-    batch_of: Callable[[list[int], bool], Batch],
+    make_batch: Callable[[list[int], bool], Batch],
     num_rows: int,
     *,
     data: str,
     root: str,
     accelerator: Accelerator,
     place: Callable[[Backbone], None],
-    rows_per_block: int,
+    batch_size: int,
     disable_tqdm: bool,
 ) -> BackboneCache:
-    """What a backbone gives for a data set, computed and kept where that has not been done.
+    """Return a backbone's states for a data set; compute and store those that are missing.
 
     Args:
-        batch_of: a batch of these rows of the data set, on the device or not.
-        data (`str`): its [`~training.stored.dataset_key`].
-        root: below it the states lie, in a folder of their own.
-        place: loads the backbone where it is computed.
+        source: the backbone, which need not be loaded.
+        make_batch: makes a batch of the given rows of the data set, on the device if the second argument is true.
+        num_rows: rows of the data set.
+        data: its [`dataset_key`].
+        root: folder for the states of all backbones and data sets, each in a folder of its own.
+        accelerator: names precision and processes.
+        place: loads a backbone on its device.
+        batch_size: rows in a forward pass.
+        disable_tqdm: shows no progress.
 
     Raises:
-        UnsupportedError: a language model's logits are not its last hidden state times its head; or they have to be
-            computed by networks in parts.
-        BackboneCacheError: what lies there is damaged, or cannot be written.
+        UnsupportedError: a language model's logits are not its last hidden state times its head; or states are missing
+            and the networks are sharded.
+        BackboneCacheError: the states cannot be written, or the folder holds others.
     """
     precision = accelerator.mixed_precision
     key = {"task": source.task, "backbone": source.identity, "precision": precision, "data": data}
-    # FSDP may leave all processes but the first without weights, which tell models in memory apart.
+    # The identity of a model in memory is a digest of its weights, which FSDP may give to the first process only.
     (key,) = broadcast_object_list([key])
     folder = cache_folder(root, key)
     cache = BackboneCache.open(folder, key)
     if cache is not None:
         return cache
     if is_sharding(accelerator):
-        # Every process would compute blocks of its own, and wait for the others in each layer.
+        # Processes compute different blocks, but would wait for each other in every layer.
         raise UnsupportedError(
-            "A backbone in parts cannot compute the states that processes share out among themselves.",
+            "A sharded backbone cannot compute states, because every process computes other rows.",
             expected=f"complete states in {folder}",
-            found="none, or unfinished ones",
-            remedy="make the trainer once on whole backbones, which computes them",
+            found="none, or incomplete ones",
+            remedy="make the trainer once without sharding, which computes them",
         )
     place(source)
 
     def states(rows: list[int]) -> torch.Tensor:
         with accelerator.autocast():
-            values = source.states(batch_of(rows, True))
-        # The product with the head is made in autocast's precision.
+            values = source.states(make_batch(rows, True))
+        # Autocast multiplies them with the head in this precision.
         return values.to(_AUTOCAST.get(precision, values.dtype))
 
-    if source.task == TEXT_GENERATION and (problem := source.why_not_projected(batch_of([0], True))):
+    if source.task == TEXT_GENERATION and (problem := source.why_not_projected(make_batch([0], True))):
         raise UnsupportedError(
             "The states of this backbone cannot be stored.", expected="precompute_backbone=False", found=problem
         )
@@ -163,13 +182,13 @@ def stored_states(
         folder,
         key,
         num_rows=num_rows,
-        supervised=lambda rows: [batch_of([row], False).supervised_labels for row in rows],
+        supervised=lambda rows: [make_batch([row], False).supervised_labels for row in rows],
         states=states,
         width=like.shape[-1],
         dtype=like.dtype,
         tensors=tensors,
         facts=facts,
-        rows_per_block=rows_per_block,
+        batch_size=batch_size,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
         barrier=accelerator.wait_for_everyone,
@@ -179,15 +198,18 @@ def stored_states(
     return cache
 
 
-def dataset_key(dataset: Dataset, collator) -> str:
-    """What tells a data set and its collator apart from others, in any process: the fingerprints of both, and that of
-    the batch that they give for a few rows, because a random `map` has the fingerprint of its function only.
+def dataset_key(dataset: Dataset, collator: Callable) -> str:
+    """Return a key of a data set and its collator that is the same in any process.
+
+    It joins the fingerprints of both and a digest of the batch for a few rows, because two results of a random `map`
+    have the same fingerprint.
 
     Args:
         dataset: as the data loader reads it, without the columns that the collator does not take.
+        collator: the data collator.
 
     Raises:
-        BackboneCacheError: the data set has no numbered rows or no fingerprint, or gives other rows every time.
+        BackboneCacheError: the data set is streamed or has no fingerprint, or its batches are not the same every time.
     """
     if isinstance(dataset, IterableDataset):
         raise BackboneCacheError(
@@ -198,8 +220,8 @@ def dataset_key(dataset: Dataset, collator) -> str:
         )
     if not isinstance(dataset, Dataset):
         raise BackboneCacheError(
-            "The states of this data set cannot be stored: its content cannot be told apart from another's.",
-            expected="a datasets.Dataset, which has a fingerprint",
+            "The states of this data set cannot be stored: it has no fingerprint.",
+            expected="a datasets.Dataset",
             found=type(dataset).__name__,
             remedy="Dataset.from_list(rows), or train without stored states",
         )

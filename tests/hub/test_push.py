@@ -378,7 +378,7 @@ def changed(hub, name, edit):
 def test_an_adapter_that_names_another_base(hub, reward):
     reward.push_to_hub("me/reward")
     changed(hub, "adapter_config.json", lambda entries: entries.update(base_model_name_or_path="evil/base"))
-    with pytest.raises(RewardFileError, match="(?s)name two bases.*expected: me/base.*found: evil/base"):
+    with pytest.raises(RewardFileError, match="(?s)name different bases.*expected: me/base.*found: evil/base"):
         RewardModel.from_pretrained("me/reward")
     changed(hub, "prt_config.json", lambda entries: entries["reward_base"].update(id="evil/base"))
     with pytest.raises(RepositoryNotFoundError):

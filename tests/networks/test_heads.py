@@ -205,7 +205,7 @@ def test_logits_that_are_something_else_are_told():
 
 
 def test_a_model_that_makes_all_logits_is_told():
-    expected = "Shut has no `logits_to_keep`, or no decoder apart from its head"
+    expected = "Shut has no `logits_to_keep`, or no separate decoder"
     assert why_not_projected(Shut(tiny.llama(1).config), inputs_of()) == expected
 
 

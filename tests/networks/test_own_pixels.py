@@ -1,4 +1,4 @@
-"""Reward and backbone that want other pixels than one another: trainer, PRT model, pipeline."""
+"""Reward and backbone that need different pixels: trainer, PRT model, pipeline."""
 
 import pytest
 import tiny
@@ -148,7 +148,7 @@ def test_inputs_go_to_whom_they_belong():
         {"pixel_values": 1, "reward_pixels": 4},
         [{}, {"pixel_values": 2, "mask": 3}],
     )
-    with pytest.raises(PRTValueError, match="(?s)'reward_1_pixel_values' belongs to a reward that is not there"):
+    with pytest.raises(PRTValueError, match="(?s)'reward_1_pixel_values' belongs to a reward that does not exist"):
         split_inputs(inputs, "reward", 1)
 
 
@@ -199,14 +199,14 @@ def test_pipelines_and_recipes(target, tmp_path):
 def test_the_backbones_pixels_alone_are_refused():
     model = PRTForImageClassification.from_parts(large(), [reward()], tokenizer=LARGE)
     message = (
-        r'(?s)want other pixels, and get the same.*expected: `reward_0_pixel_values` with size=."height": 8.*'
+        r'(?s)need different pixels, but get the same.*expected: `reward_0_pixel_values` with size=."height": 8.*'
         r'image_mean=.0\.5\].*found: only `pixel_values` with size=."height": 12.*model\.processing_class\(images'
     )
     with pytest.raises(UnsupportedError, match=message):
         model(pixels(LARGE))
     with pytest.raises(UnsupportedError, match="get the same"):
         pipeline("image-classification", model=model, image_processor=LARGE)(pictures(1))
-    with pytest.raises(PRTValueError, match="(?s)belongs to a reward that is not there.*reward_0 ... reward_0"):
+    with pytest.raises(PRTValueError, match="(?s)belongs to a reward that does not exist.*reward_0 ... reward_0"):
         model(pixels(LARGE), reward_1_pixel_values=pixels(GREY))
 
 
@@ -293,7 +293,7 @@ def test_several_backbones(config, target):
 
 def test_the_rewards_pixels_alone_are_refused(config, target):
     message = (
-        r'(?s)want other pixels, and get the same.*expected: `backbone_0_pixel_values` with size=."height": 12.*'
+        r'(?s)need different pixels, but get the same.*expected: `backbone_0_pixel_values` with size=."height": 12.*'
         r'found: only `pixel_values` with size=."height": 8.*PixelCollator\(reward_processor, \[backbone_processor\]\)'
     )
     for changes in ({}, {"precompute_backbone": True}):
@@ -307,7 +307,7 @@ def test_the_rewards_pixels_alone_are_refused(config, target):
     with pytest.raises(PRTValueError, match="(?s)own base reads what the reward reads.*backbone_0_pixel_values"):
         adapter.train()
     collator = PixelCollator(GREY, [LARGE, LARGE])
-    with pytest.raises(PRTValueError, match="(?s)'backbone_1_pixel_values' belongs to a backbone that is not there"):
+    with pytest.raises(PRTValueError, match="(?s)'backbone_1_pixel_values' belongs to a backbone that does not exist"):
         PRTTrainer(tiny.vit(1), config(), collator, PHOTOS, None, GREY, backbone=target).train()
 
 
@@ -324,6 +324,6 @@ def test_a_report_gives_every_model_its_own_pixels(target):
         assert found.figures[method].nll.value == pytest.approx(F.cross_entropy(logits, LABELS).item(), rel=1e-5)
     eps = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), log_target=True, reduction="batchmean")
     assert found.portability.eps == pytest.approx(eps.item(), rel=1e-5)
-    with pytest.raises(UnsupportedError, match="want other pixels"):  # one model's alone
+    with pytest.raises(UnsupportedError, match="need different pixels"):  # one model's alone
         rows = Dataset.from_dict({"pixel_values": pixels(GREY).numpy(), "label": PHOTOS["label"]})
         portability_report(ported, [target], rows, source=tiny.vit(1))

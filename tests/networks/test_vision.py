@@ -103,8 +103,8 @@ def test_templates_are_averaged_as_directions(make, monkeypatch):
     model = make()
     features = [model.get_text_features(**tokens(model, template)).pooler_output.double() for template in PROMPTS]
     mean = sum(each / each.norm(dim=-1, keepdim=True) for each in features) / len(PROMPTS)
-    of_images = model.get_image_features(pixels()).pooler_output.double()
-    cosine = F.cosine_similarity(of_images[:, None], mean[None], dim=-1)
+    image_features = model.get_image_features(pixels()).pooler_output.double()
+    cosine = F.cosine_similarity(image_features[:, None], mean[None], dim=-1)
     expected = model.logit_scale.double().exp() * cosine + (model.logit_bias if make is tiny.siglip else 0)
     torch.testing.assert_close(classifier(make)(pixels()).logits.double(), expected, atol=1e-5, rtol=1e-5)
     monkeypatch.setattr(vision, "_PROMPTS_PER_BATCH", 5)  # of 12
@@ -326,7 +326,7 @@ def test_templates_that_say_no_class(templates):
 
 def test_prompts_that_would_be_cut_off():
     with pytest.raises(
-        PRTValueError, match="(?s)longer than the text encoder reads.*at most 16 tokens.*21 tokens in 'w7"
+        PRTValueError, match="(?s)longer than the text encoder can read.*at most 16 tokens.*21 tokens in 'w7"
     ):
         classifier(templates=["w7 " * 19 + "{}"])
 
@@ -339,7 +339,7 @@ def test_models_that_cannot_score_texts():
     for model, name in ((vision_only, "CLIPForImageClassification"), (siglip2, "Siglip2Model"), (tiny.vit(), "ViTFor")):
         with pytest.raises(PRTValueError, match=f"(?s)cannot score images against class names.*clip.*found: {name}"):
             zero_shot_classifier(model, CLASSES, tokenizer=TOKENIZER)
-    with pytest.raises(PRTValueError, match="(?s)read by the model's tokenizer.*AutoTokenizer.from_pretrained"):
+    with pytest.raises(PRTValueError, match="(?s)need the model's tokenizer.*AutoTokenizer.from_pretrained"):
         zero_shot_classifier(tiny.clip(), CLASSES)
-    with pytest.raises(PRTValueError, match="(?s)not loaded again.*dtype"):
+    with pytest.raises(PRTValueError, match="(?s)takes no arguments for loading.*dtype"):
         classifier(dtype=torch.bfloat16)

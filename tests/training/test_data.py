@@ -62,7 +62,7 @@ def test_texts_are_cut_off_at_the_context():
     prepared = classified_texts(rows, "rows", tokenizer=tiny.tokenizer(), **options)
     assert prepared["input_ids"][:] == [[3, 4, 5], [7]] and prepared["labels"][:] == [2, 0]
     assert "more" not in prepared.column_names
-    with pytest.raises(PRTValueError, match="the tokenizer has no token for that"):
+    with pytest.raises(PRTValueError, match="The tokenizer has no padding token"):
         classified_texts(rows, "rows", tokenizer=tiny.tokenizer(pad_token=None), **options)
 
 

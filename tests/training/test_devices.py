@@ -1,4 +1,4 @@
-"""Two processes on two devices do what one process does: data parallel, and with networks in parts."""
+"""Two processes on two devices do what one process does: data parallel, and with sharded networks."""
 
 import importlib.util
 import json
@@ -80,7 +80,7 @@ def outcome(request, folders, alone):
         pytest.skip("deepspeed is not installed")
     if mode == "fsdp" and Version(accelerate.__version__) < Version("1.15"):
         pytest.skip("refused, see test_fsdp_as_rewards_need_it")
-    if mode != "ddp":  # networks in parts read states only
+    if mode != "ddp":  # sharded networks only read states
         shutil.copytree(folders / "alone" / "states", folders / mode / "states")
     process = launch(mode, folders / mode)
     assert process.returncode == 0, process.stderr[-6000:]
@@ -115,7 +115,9 @@ def test_processes_share_the_computation_of_states(outcome, folders, monkeypatch
     rows = 2 * (16 + 11)  # of two backbones
     probes = 2 * 2  # one row of every data set, to see what states look like
     assert sum(outcome["computed"]) == rows + 2 * probes and min(outcome["computed"]) > probes + rows // 3
-    files = [sorted((folder / "states").rglob("states.bin")) for folder in (outcome["folder"], folders / "alone")]
+    files = [
+        sorted((folder / "states").rglob("states-*.safetensors")) for folder in (outcome["folder"], folders / "alone")
+    ]
     assert [file.parent.name for file in files[0]] == [file.parent.name for file in files[1]]
     for ours, theirs in zip(*files, strict=True):
         assert ours.stat().st_size == theirs.stat().st_size
@@ -126,8 +128,8 @@ def test_processes_share_the_computation_of_states(outcome, folders, monkeypatch
 @pytest.mark.parametrize("outcome", ["fsdp", "zero3"], indirect=True)
 def test_networks_in_parts(outcome):
     assert outcome["computed"] == [0, 0]
-    assert "A backbone in parts cannot compute the states" in outcome["refusal"]
-    assert "remedy: make the trainer once on whole backbones" in outcome["refusal"]
+    assert "A sharded backbone cannot compute states" in outcome["refusal"]
+    assert "remedy: make the trainer once without sharding" in outcome["refusal"]
     assert outcome["are_blocks_in_parts"] == [True, True]
     full = RewardModel.from_pretrained(outcome["folder"] / "full reward")
     assert type(full.network).__name__ == "LlamaForCausalLM"
@@ -144,7 +146,7 @@ def test_heads_that_are_divided_again_after_a_pass():
         model, mesh = tiny.llama(1), init_device_mesh("cpu", (1,))
         fully_shard(model.lm_head, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        assert "head that lies in parts" in why_not_projected(model, {"input_ids": tiny.prompts()})
+        assert "head that is sharded" in why_not_projected(model, {"input_ids": tiny.prompts()})
     finally:
         dist.destroy_process_group()
 
@@ -185,9 +187,9 @@ def test_backbones_that_stay_whole(monkeypatch):
 def test_networks_that_accelerate_cannot_divide():
     plugin = SimpleNamespace(cpu_ram_efficient_loading=True)
     accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin))
-    with pytest.raises(UnsupportedError, match="(?s)looks for the input embeddings.*found: ResNetForImage"):
+    with pytest.raises(UnsupportedError, match="(?s)needs the input embeddings.*found: ResNetForImage"):
         name_blocks(tiny.resnet(), accelerator)
-    with pytest.raises(UnsupportedError, match="(?s)ZeroShot.* saved buffers as well.*: false.*classifier.weight"):
+    with pytest.raises(UnsupportedError, match="(?s)ZeroShot.* also has saved buffers.*: false.*classifier.weight"):
         name_blocks(devices_script.zero_shot(), accelerator)
     model = tiny.vit()
     blocks = set(model._no_split_modules)
@@ -198,5 +200,5 @@ def test_networks_that_accelerate_cannot_divide():
 def test_models_that_were_loaded_in_parts():
     model = tiny.llama(1)
     model.lm_head.weight.ds_id = 0  # DeepSpeed's mark
-    with pytest.raises(UnsupportedError, match="(?s)loaded in parts.*load it before `PRTConfig` is made"):
+    with pytest.raises(UnsupportedError, match="(?s)loaded in shards.*load it before `PRTConfig` is made"):
         reference_to(model)

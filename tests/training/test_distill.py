@@ -268,9 +268,9 @@ def test_the_reward_tells_what_it_was_distilled_from(home, config, tmp_path):
         peft_config=LoraConfig(r=4),
     )
     shared = {value.data_ptr() for value in trainer.reward.network.parameters()}
-    of_teacher = [name for name, value in trainer._teachers[0].network.named_parameters() if "lora_" not in name]
+    teacher_weights = [name for name, value in trainer._teachers[0].network.named_parameters() if "lora_" not in name]
     held = dict(trainer._teachers[0].network.named_parameters())
-    assert of_teacher and all(held[name].data_ptr() in shared for name in of_teacher)  # one base in memory
+    assert teacher_weights and all(held[name].data_ptr() in shared for name in teacher_weights)  # one base in memory
     trainer.train()
     trainer.save_model()
     saved = json.loads((tmp_path / "out" / "prt_config.json").read_text())

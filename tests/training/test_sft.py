@@ -384,7 +384,7 @@ def test_arguments_that_would_be_something_else(tmp_path):
     with pytest.raises(PRTValueError, match=text):
         PRTSFTConfig(str(tmp_path), loss_type="dft", use_cpu=True, bf16=False)
     text = (
-        "Another model's chat template may add tokens, and a reward fits its base's vocabulary only.\n"
+        "Another model's chat template may add tokens, but a reward keeps its base's vocabulary.\n"
         "  expected: `chat_template_path` a .jinja or .j2 file\n"
         "  found: Qwen/Qwen3-0.6B\n"
         "  remedy: set `tokenizer.chat_template`, or save the template to a file"

@@ -221,11 +221,13 @@ def test_the_backbone_runs_without_dropout(config, tokenizer):
     trainer.model.train()
     expected = model(tiny.prompts()).logits
     for is_fused in (False, True):
-        first, second = (trainer._forward(trainer.model, batch, trainer.backbones, is_fused=is_fused) for _ in range(2))
+        first, second = (
+            trainer._forward(trainer.model, batch, trainer.backbones, [], is_fused=is_fused) for _ in range(2)
+        )
         assert trainer.model.training
         (backbone, reward), (again, other) = (
-            [term.logits() if is_fused else term for term in (*of_backbones, rewards)]
-            for of_backbones, rewards in (first, second)
+            [term.logits() if is_fused else term for term in (*backbones, rewards)]
+            for backbones, _, rewards in (first, second)
         )
         torch.testing.assert_close(backbone, expected[:, :-1].flatten(0, 1) if is_fused else expected)
         assert torch.equal(backbone, again) and not torch.equal(reward, other)
@@ -656,5 +658,5 @@ def test_another_tokenizer_than_the_rewards(config, tokenizer):
 
 
 def test_a_start_that_is_over(config, tokenizer):
-    with pytest.raises(PRTValueError, match="(?s)has started already.*reward_init='pretrained'"):
+    with pytest.raises(PRTValueError, match="(?s)keeps its own start.*reward_init='pretrained'"):
         PRTTrainer(RewardModel.from_base(tiny.llama(1), tokenizer), config(reward_init="zero"))

@@ -232,10 +232,10 @@ def test_products_with_the_head_are_made_in_autocasts_precision(tuner, monkeypat
     seen = set()
     add = fused._Gradients.add
 
-    def noting(self, part, of_logits):
+    def noting(self, part, logits_gradient):
         seen.update(weight.dtype for weight in self._reward.weights)
-        assert of_logits.dtype == torch.float32
-        add(self, part, of_logits)
+        assert logits_gradient.dtype == torch.float32
+        add(self, part, logits_gradient)
 
     monkeypatch.setattr(fused._Gradients, "add", noting)
     for peft_config in (LORA, None):
@@ -704,7 +704,7 @@ class Noisy(TokenCollator):
             {},
             "a streamed data set cannot be stored(.|\n)*found: IterableDataset",
         ),
-        (lambda: texts().to_list(), {}, "cannot be told apart(.|\n)*found: list(.|\n)*Dataset.from_list"),
+        (lambda: texts().to_list(), {}, "has no fingerprint(.|\n)*found: list(.|\n)*Dataset.from_list"),
         (
             lambda: texts().with_transform(lambda rows: rows),
             {},
@@ -761,8 +761,8 @@ def test_the_loss_of_a_step_is_that_of_the_drawn_backbone(tuner):
         [index for index in (0, 1) if alone[index][step] == pytest.approx(loss, rel=1e-5)]
         for step, loss in enumerate(losses(trainer))
     ]
-    assert sorted({index for of_step in drawn for index in of_step}) == [0, 1]
-    assert all(len(of_step) == 1 for of_step in drawn)
+    assert sorted({index for step_draws in drawn for index in step_draws}) == [0, 1]
+    assert all(len(step_draws) == 1 for step_draws in drawn)
 
 
 @pytest.mark.parametrize("precompute", [False, True])
