@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Versions:
-    """Returns, when called, a value that differs after the network's weights or adapters have changed.
+    """Tell when a network's weights or adapters have changed: a call returns another value after each change.
 
     It sees writes that autograd counts (`load_state_dict`, in-place operations, most optimisers), tensors replaced by
     others, moves and casts, and adapters switched on or off, chosen, merged or scaled. It does not see writes that
