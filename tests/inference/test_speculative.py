@@ -399,7 +399,7 @@ def test_what_cannot_be_speculative(source, backbone, processor, tokenizer):
             backbone.generate(prompt, **decode | settings)
     with pytest.raises(UnsupportedError, match="cache"):
         tiny.mamba(1).generate(one, **decode)
-    with pytest.raises(PRTValueError, match="Nothing can draft"):
+    with pytest.raises(PRTValueError, match="no PRTLogitsProcessor to draft with"):
         backbone.generate(one, custom_generate=speculative_decoding, max_new_tokens=4)
     for number in (0, 64, 1.5):
         with pytest.raises(PRTValueError, match="num_draft_tokens"):

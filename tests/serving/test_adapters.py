@@ -130,7 +130,7 @@ def test_what_is_no_reward_for_this_engine_is_refused(served, adapters, engine, 
     )
     lora.save_pretrained(tmp_path / "0")
     assert "0 holds no reward" in refusal(tmp_path / "0")
-    assert "A request's own reward is put on the base that all of them share" in refusal(served.full)
+    assert "The rewards that requests name share one base" in refusal(served.full)
     assert "a LoRA that is carried over" in refusal(saved(RewardModel.from_adapter(str(tmp_path / "0"))))
     other = served.save("other-base", tiny.llama(7, head_dim=32))
     assert "The pretrained model is not the one that was used before" in refusal(saved(served.lora_reward(other)))
@@ -169,7 +169,7 @@ def test_what_rewards_of_requests_need(served, tmp_path):
     with pytest.raises(UnsupportedError, match="and all of it that they were tuned on"):
         configure(served.recipe, enable_lora=True, lora_target_modules=["q_proj"])
     ngram = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    with pytest.raises(UnsupportedError, match="does not tell which of the drafts' rows have rewards of their own"):
+    with pytest.raises(UnsupportedError, match="does not show which of the drafts' rows have rewards of their own"):
         configure(served.recipe, enable_lora=True, speculative_config=ngram)
     parts = configure(served.recipe, enable_lora=True).model_config.hf_config.prt_parts
     assert parts["adapter_base"]["folder"] == served.base

@@ -229,16 +229,16 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(served, tmp_path)
     drafts = {"method": "draft_model", "model": served.recipe, "num_speculative_tokens": 2}
     with pytest.raises(UnsupportedError, match="the engine keeps one network's cache and states for drafts"):
         configure(served.recipe, speculative_config=drafts)
-    with pytest.raises(ValueError, match="A recipe says what its networks are"):
+    with pytest.raises(ValueError, match="A recipe names all of its networks"):
         configure(served.recipe, hf_overrides={"vocab_size": 97})
     with pytest.raises(RewardFileError, match="backbone holds no reward"):
         configure(served.backbone, **by_name(served.backbone))
     with pytest.raises(UnsupportedError, match="cannot read the backbone's"):
         configure(served.recipe, enable_prompt_embeds=True)
-    with pytest.raises(UnsupportedError, match="leave the rewards as they were made.\n  found: .* = runai_streamer"):
+    with pytest.raises(UnsupportedError, match="leave the rewards with random ones.\n  found: .* = runai_streamer"):
         configure(served.recipe, load_format="runai_streamer")
     for settings in ({"runner": "pooling"}, {"convert": "classify"}):
-        with pytest.raises(UnsupportedError, match="are not to be pooled together.\n  found: runner = pooling"):
+        with pytest.raises(UnsupportedError, match="cannot be pooled.\n  found: runner = pooling"):
             configure(served.recipe, **settings)
     other = served.save("other-words", tiny.llama(4, head_dim=32), tiny.tokenizer(changed={"w5": "w500"}))
     with pytest.raises(ValueError, match="The vocabulary of the backbone is not the reward's"):
