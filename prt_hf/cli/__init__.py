@@ -3,46 +3,73 @@
 import argparse
 import os
 import sys
-
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+import warnings
 
 from .._version import __version__
 from ..errors import PRTError
-from ..hub.client import is_of_hub
 from . import bench, check, demo, evaluate, generate, push, train
+from .arguments import StrictParser
 
 COMMANDS = (demo, train, generate, evaluate, check, push, bench)
-_OF_THE_USER = (PRTError, OSError, SafetensorError, HFValidationError)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a sub-command; 0 if it went well, 1 after an error, 130 if interrupted. Bad arguments leave with 2."""
-    parser = argparse.ArgumentParser(prog="prt-hf", description="Portable Reward Tuning.")
+    """Run a sub-command.
+
+    Args:
+        argv: arguments; by default those of the process.
+
+    Returns:
+        The exit status: 0 after success, 1 after an error, 130 after an interrupt.
+
+    Raises:
+        SystemExit: with status 2 for wrong arguments, with 0 after `--help` and `--version`.
+    """
+    parser = argparse.ArgumentParser(
+        prog="prt-hf",
+        description="Portable Reward Tuning: tune a reward once, add it to the logits of any newer model.",
+    )
     parser.add_argument("--version", action="version", version=f"prt-hf {__version__}")
-    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(
+        title="commands", dest="command", required=True, metavar="command", parser_class=StrictParser
+    )
     for command in COMMANDS:
         command.add_parser(commands).set_defaults(run=command.run)
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.run is not train.run:
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
-        status = args.run(args) or 0
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # which `python -W` and PYTHONWARNINGS set
+                warnings.simplefilter("ignore", FutureWarning)  # meant for the developers of libraries
+            status = args.run(args) or 0
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader (`| head`) has enough; nothing more is written, not even at exit
+    except BrokenPipeError:  # the reader (`| head`) has closed the pipe; even the flush at exit would fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
         print(f"prt-hf {args.command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not (isinstance(error, _OF_THE_USER) or _is_of_an_extra(error) or is_of_hub(error)):
+        if not _is_expected(error):
             raise
         print(f"prt-hf {args.command}: {error}", file=sys.stderr)
         return 1
 
 
-def _is_of_an_extra(error: Exception) -> bool:
-    """Whether a library is missing that an option asked for, rather than a part of this one."""
+def _is_expected(error: Exception) -> bool:
+    """Whether users can mend the error, so that its message is enough."""
+    if isinstance(error, PRTError | OSError) or _is_missing_extra(error):
+        return True
+    from huggingface_hub.errors import HFValidationError
+    from safetensors import SafetensorError
+
+    from ..hub.client import is_of_hub
+
+    return isinstance(error, HFValidationError | SafetensorError) or is_of_hub(error)
+
+
+def _is_missing_extra(error: Exception) -> bool:
+    """Whether an option needs a library that is not installed; a missing part of this package is a bug."""
     return isinstance(error, ImportError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]

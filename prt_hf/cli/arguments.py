@@ -1,59 +1,77 @@
-"""Options that several commands have: where models come from, and where they go."""
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PRTValueError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+StrictParser = partial(argparse.ArgumentParser, allow_abbrev=False)  # a mistyped option is an error
 DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = ("text", "image", "label")
 
 
-def add_option(parser, name: str, **kwargs) -> None:
-    """`--max_new_tokens`, and `--max-new-tokens` as well, as transformers' own parser has it."""
+def add_option(parser: argparse._ActionsContainer, name: str, **kwargs: Any) -> None:
+    """Add `--max_new_tokens`, and `--max-new-tokens` as well, as transformers' own parser has it."""
     parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kwargs)
 
 
-def boolean(text: str) -> bool:
-    values = {"true": True, "false": False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
-    return values[text.lower()]
+def add_counts(parser: argparse._ActionsContainer, **counts: tuple[int, str]) -> None:
+    """Add options that are positive integers.
+
+    Args:
+        parser: the command's.
+        counts: default and help text of each.
+    """
+    for name, (default, text) in counts.items():
+        add_option(parser, name, type=positive(int), default=default, metavar="N", help=with_default(text))
+
+
+def add_json(parser: argparse._ActionsContainer, text: str = "print the result as one JSON object") -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help=text)
 
 
 def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
+    """Add the options for loading models."""
     group = parser.add_argument_group("models")
-    add_option(group, "dtype", choices=DTYPES, help="of all weights; default: each as it is stored")
+    add_option(group, "dtype", choices=DTYPES, help="type of all weights; default: each model's as it is stored")
     add_option(group, "device", help="cpu, cuda, ..., or auto (device_map='auto'); default: cuda if there is one")
-    add_option(group, "batch_size", type=positive(int), default=batch_size, help="default: %(default)s")
-    add_option(group, "revision", help="of the backbone: branch, tag or commit")
-    add_option(group, "trust_remote_code", action="store_true", help="run code of the models' own repositories")
-    add_option(group, "token", help="for the Hub; default: the one that `hf auth login` saved")
+    add_counts(group, batch_size=(batch_size, "rows in a forward pass"))
+    add_option(group, "revision", help="branch, tag or commit of the backbone")
+    add_option(group, "trust_remote_code", action="store_true", help="run code from the models' repositories")
+    add_option(group, "token", help="access token for the Hub; default: the one that `hf auth login` saved")
 
 
 def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> None:
-    parser.add_argument(
-        "--data",
-        help="Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt) of the task; columns: text, prompt and "
-        "completion, messages or input_ids; for classifiers text or image, and label",
-    )
-    add_option(parser, "split", help="of the data; default: test, else validation, else the first")
-    for name in COLUMNS:
-        add_option(parser, f"{name}_column", help=f"of the data, instead of `{name}`")
-    add_option(parser, "samples", type=positive(int), default=samples, help="rows of the data; default: %(default)s")
+    """Add the options of the data that a reward is measured on."""
     add_option(
         parser,
-        "max_length",
-        type=positive(int),
-        default=1024,
-        help="tokens at which a text is cut off, or earlier, where a model can read less; default: %(default)s",
+        "data",
+        help="rows of the task: Hub id, folder, or file (.jsonl, .json, .csv, .parquet, .txt); columns: text, prompt "
+        "and completion, messages or input_ids; for classifiers text or image, and label",
+    )
+    add_option(parser, "split", help="split of the data; default: test, else validation, else the first")
+    for name in COLUMNS:
+        add_option(parser, f"{name}_column", metavar="NAME", help=f"column that holds `{name}`; default: {name}")
+    add_counts(
+        parser,
+        samples=(samples, "number of rows"),
+        max_length=(1024, "longest text in tokens, if the models can read as much; longer ones are cut off"),
     )
 
 
-def evaluation_rows(args: argparse.Namespace):
-    """As many rows of the data as are asked for, the same in every run.
+def evaluation_rows(args: argparse.Namespace) -> Dataset:
+    """Return as many rows of the data as `--samples` says, the same in every run.
 
     Raises:
-        PRTValueError: the data cannot be loaded, or has no such split or column.
+        PRTValueError: the data cannot be loaded, or have no such split or column.
     """
     from ..training.data import load_data, require_column, require_split
 
@@ -68,13 +86,13 @@ def evaluation_rows(args: argparse.Namespace):
     return rows.select(range(min(args.samples, len(rows))))
 
 
-def config_kwargs(args: argparse.Namespace) -> dict:
-    """For a backbone's configuration and tokenizer."""
+def config_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments for a backbone's configuration and tokenizer."""
     return {"revision": args.revision, "token": args.token, "trust_remote_code": args.trust_remote_code}
 
 
-def load_kwargs(args: argparse.Namespace) -> dict:
-    """For the weights of backbone, rewards and their bases."""
+def load_kwargs(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keyword arguments for the weights of backbone, rewards and their bases."""
     import torch
 
     kwargs = {"token": args.token, "trust_remote_code": args.trust_remote_code}
@@ -83,11 +101,11 @@ def load_kwargs(args: argparse.Namespace) -> dict:
     return kwargs | ({"device_map": "auto"} if args.device == "auto" else {})
 
 
-def device_of(args: argparse.Namespace) -> str | None:
-    """Where to move what was loaded; None where `device_map` has placed it.
+def chosen_device(args: argparse.Namespace) -> str | None:
+    """Return the device for models that were loaded; None if `device_map` has placed them.
 
     Raises:
-        PRTValueError: the device is none, or not there.
+        PRTValueError: there is no such device.
     """
     import torch
 
@@ -105,7 +123,21 @@ def device_of(args: argparse.Namespace) -> str | None:
     return device
 
 
+def with_default(text: str) -> str:
+    """Return a help text that ends with the option's default."""
+    return f"{text}; default: %(default)s"
+
+
+def boolean(text: str) -> bool:
+    """Parse `true` or `false`."""
+    values = {"true": True, "false": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
+    return values[text.lower()]
+
+
 def seed(text: str) -> int:
+    """Parse the seed of a random generator."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"must be from 0 to 2^32 - 1, not {text}")
@@ -113,14 +145,17 @@ def seed(text: str) -> int:
 
 
 def share(text: str) -> float:
+    """Parse a number above 0 and at most 1."""
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
 
 
-def positive(number: type):
-    def parse(text: str):
+def positive(number: type) -> Callable[[str], int | float]:
+    """Return a parser of positive numbers of a type."""
+
+    def parse(text: str) -> int | float:
         value = number(text)
         if not value > 0:
             raise argparse.ArgumentTypeError(f"must be above 0, not {text}")

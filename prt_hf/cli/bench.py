@@ -1,10 +1,11 @@
-"""`prt-hf bench`: what decoding, classifying and tuning cost, on this machine."""
+"""`prt-hf bench`: speed and memory of decoding, classifying, tuning and serving on this machine."""
 
 import argparse
 import json
+from collections.abc import Callable
 
 from ..errors import PRTValueError
-from .arguments import positive
+from .arguments import DTYPES, StrictParser, add_counts, add_json, add_option, seed, with_default
 
 DECODE_FIGURES = {
     "sequential_of_limit": "PRT / bare, of its limit 1 / (1 + c)",
@@ -13,8 +14,6 @@ DECODE_FIGURES = {
     "speculative_vs_bare": "PRT, speculative / bare",
     "same_base_vs_bare": "PRT, reward on the backbone's own weights / bare",
 }
-
-
 TRAIN_FIGURES = {
     "step_other_base": "step, another backbone of the same size / plain",
     "step_same_base": "step, own base / plain",
@@ -22,85 +21,104 @@ TRAIN_FIGURES = {
     "step_cached_second_epoch": "step, own base, states stored / plain",
     "memory_vs_plain": "peak memory of the step, another backbone / plain",
 }
-
 VISION_FIGURES = {
     "prt_of_limit": "PRT / bare, of its limit t_b / (t_b + t_r)",
     "prt_vs_eft": "PRT / EFT",
 }
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's parser, with one of its own for each kind of measurement."""
     parser = commands.add_parser(
         "bench",
-        help="speed and memory, side by side in one run",
-        description="Time and measure PRT and what it is compared with, in turn in one run.",
+        help="measure speed and memory, side by side in one run",
+        description="Measure the speed and memory of PRT and of its alternatives, in turn and in one run.",
     )
-    kinds = parser.add_subparsers(title="what to time", dest="kind", required=True, metavar="kind")
+    kinds = parser.add_subparsers(
+        title="what to measure", dest="kind", required=True, metavar="kind", parser_class=StrictParser
+    )
     decode = kinds.add_parser(
         "decode",
         help="greedy decoding, one text at a time",
-        description="Greedy decoding, one text at a time: bare backbone, PRT, PRT with speculation, EFT. Without "
-        "models of your own, small ones are trained on the spot, and the new one is grown to 25 million parameters "
-        "without changing its function; the whole takes about five minutes on two cores.",
+        description="Measure greedy decoding, one text at a time: bare backbone, PRT, PRT with speculation, EFT. "
+        "Without your own models, small ones are trained on the spot, and the new one is grown to 25 million "
+        "parameters without changing its function; all this takes about five minutes on two cores.",
     )
-    decode.add_argument("--new-tokens", type=positive(int), default=64, help="default: %(default)s")
-    own = decode.add_argument_group("models of your own", "all of them")
-    own.add_argument("--reward", help="a reward adapter: folder or Hub id")
-    own.add_argument("--backbone", help="the backbone to decode with")
-    own.add_argument("--prompt", nargs="+", help="texts to go on with")
+    add_counts(decode, new_tokens=(64, "tokens of each text"))
+    own = _add_own_models(decode, "give all three", "decode")
+    add_option(own, "prompt", nargs="+", help="texts to continue")
     train = kinds.add_parser(
         "train",
         help="a step of tuning, against plain LoRA fine-tuning",
-        description="Step time and peak memory of LoRA rewards, against plain LoRA fine-tuning by TRL's SFTTrainer. "
-        "The models are random Llamas, which take as long as trained ones.",
+        description="Measure time and peak memory of a step of LoRA rewards, against plain LoRA fine-tuning by TRL's "
+        "SFTTrainer. The models are random Llamas, which take as long as trained ones.",
     )
-    train.add_argument("--dtype", choices=("bfloat16", "float32", "float16"), default="bfloat16")
-    train.add_argument("--vocab-size", type=positive(int), default=50_000, help="default: %(default)s")
-    train.add_argument("--hidden-size", type=positive(int), default=512, help="default: %(default)s")
-    train.add_argument("--layers", type=positive(int), default=8, help="default: %(default)s")
-    train.add_argument("--batch-size", type=positive(int), default=2, help="default: %(default)s")
-    train.add_argument("--length", type=positive(int), default=256, help="tokens a row; default: %(default)s")
-    train.add_argument(
-        "--growth", action="store_true", help="time twice the length, vocabulary and batch as well, each by itself"
+    add_option(train, "dtype", choices=DTYPES, default="bfloat16", help=with_default("type of the weights"))
+    add_counts(
+        train,
+        vocab_size=(50_000, "tokens of the vocabulary"),
+        hidden_size=(512, "width of the models"),
+        layers=(8, "layers of the models"),
+        batch_size=(2, "rows in a step"),
+        length=(256, "tokens in a row"),
+    )
+    add_option(
+        train, "growth", action="store_true", help="also double length, vocabulary and batch size, one at a time"
     )
     vision = kinds.add_parser(
         "vision",
         help="image classification, a batch at a time",
-        description="Classify a batch of images: bare backbone, PRT, EFT. Without models of your own, random ones of "
-        "the shapes of ViT-B/16 and, for the reward, ViT-S/16, which take as long as trained ones; the whole takes a "
-        "minute or two.",
+        description="Measure the classification of a batch of images: bare backbone, PRT, EFT. Without your own "
+        "models, random ones are used, which take as long as trained ones: ViT-B/16 and, for the reward, ViT-S/16; "
+        "all this takes a minute or two.",
     )
-    vision.add_argument("--batch-size", type=positive(int), default=4, help="images; default: %(default)s")
-    own = vision.add_argument_group("models of your own", "both of them; random images, in each one's own pixels")
-    own.add_argument("--reward", help="a reward for images: folder or Hub id")
-    own.add_argument("--backbone", help="the backbone to classify with: folder or Hub id")
+    add_counts(vision, batch_size=(4, "images in a batch"))
+    _add_own_models(vision, "give both; images are random, with the pixels that each model needs", "classify")
     for kind in (decode, vision):
-        kind.add_argument(
-            "--dtype", nargs="+", choices=("bfloat16", "float32", "float16"), default=["bfloat16", "float32"]
+        add_option(
+            kind,
+            "dtype",
+            nargs="+",
+            choices=DTYPES,
+            default=["bfloat16", "float32"],
+            help="types of the weights, measured one after another; default: bfloat16 float32",
         )
-    for kind, function in ((decode, _decode), (train, _train), (vision, _vision)):
-        kind.add_argument("--rounds", type=positive(int), default=5, help="default: %(default)s")
-        kind.add_argument("--device", default="cpu", help="default: %(default)s")
-        kind.add_argument("--seed", type=int, default=0, help="of the models made here; default: %(default)s")
-        kind.add_argument("--json", action="store_true", help="print one object with every raw timing")
-        kind.set_defaults(measure=function)
+    for kind, measure in ((decode, _decode), (train, _train), (vision, _vision)):
+        add_option(kind, "device", default="cpu", help=with_default("cpu, cuda, ..."))
+        add_option(kind, "seed", type=seed, default=0, help=with_default("seed of models that are made here"))
+        _add_common(kind, measure, rounds=5)
     serve = kinds.add_parser(
         "serve",
         help="batches of requests in vLLM",
-        description="Answer a batch of requests in vLLM's engine: the recipe's backbone, the PRT model, and, if the "
-        "rewards are adapters of one base, the backbone with rewards that requests name.",
+        description="Measure the answers to a batch of requests in vLLM's engine: the recipe's backbone, the PRT "
+        "model, and, if the rewards are adapters of one base, the backbone with rewards that requests name.",
     )
     serve.add_argument("recipe", help="folder of a saved PRT model")
-    serve.add_argument("--requests", type=positive(int), default=64, help="at a time; default: %(default)s")
-    serve.add_argument("--new-tokens", type=positive(int), default=64, help="of each; default: %(default)s")
-    serve.add_argument("--dtype", default="auto", help="default: as the backbone is stored")
-    serve.add_argument("--rounds", type=positive(int), default=3, help="default: %(default)s")
-    serve.add_argument("--json", action="store_true", help="print one object")
-    serve.set_defaults(measure=_serve)
+    add_counts(serve, requests=(64, "requests at a time"), new_tokens=(64, "tokens of each answer"))
+    add_option(serve, "dtype", default="auto", help="type of the weights; default: as the backbone is stored")
+    _add_common(serve, _serve, rounds=3)
     return parser
 
 
+def _add_own_models(parser: argparse.ArgumentParser, which: str, verb: str) -> argparse._ArgumentGroup:
+    own = parser.add_argument_group("your own models", which)
+    add_option(own, "reward", help="reward: folder or Hub id")
+    add_option(own, "backbone", help=f"backbone to {verb} with: folder or Hub id")
+    return own
+
+
+def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], None], rounds: int) -> None:
+    add_counts(parser, rounds=(rounds, "rounds, of which the fastest counts"))
+    add_json(parser, "print one JSON object with all figures")
+    parser.set_defaults(measure=measure)
+
+
 def run(args: argparse.Namespace) -> None:
+    """Measure and print the figures of one kind.
+
+    Raises:
+        PRTValueError: only some of the user's own models are given.
+    """
     args.measure(args)
 
 
@@ -144,8 +162,7 @@ def _train(args: argparse.Namespace) -> None:
         raw = {name: {"rows": each.rows, "figures": each.figures} for name, each in found.items()}
         print(json.dumps(record | {"timings": raw, "memory": timings.memory, "figures": timings.figures}))
         return
-    lines = [", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items())]
-    lines += [", ".join(f"{name} {value}" for name, value in record["settings"].items())]
+    lines = [_machine(record), ", ".join(f"{name} {value}" for name, value in record["settings"].items())]
     lines += ["", f"{'':<46}{'s/step':>8}{'/ plain':>9}{'peak MB':>9}{'/ plain':>9}"]
     lines += [
         f"{row:<46}{timings.seconds(row):>8.3f}{timings.ratio(row):>9.2f}"
@@ -167,7 +184,7 @@ def _decode(args: argparse.Namespace) -> None:
     from ..benchmark.decode import time_decoding
     from ..evaluation.machine import hardware, versions
 
-    logging.set_verbosity_error()  # every row would say the same things again
+    logging.set_verbosity_error()  # the same warnings in every row
     backbone, source, reward, tokenizer, prompts = _models(args)
     found = []
     for name in args.dtype:
@@ -202,14 +219,27 @@ def _decode(args: argparse.Namespace) -> None:
         print(_describe(record, found))
 
 
-def _models(args):
-    if args.reward or args.backbone or args.prompt:
-        if not (args.reward and args.backbone and args.prompt):
-            raise PRTValueError(
-                "Models of your own are incomplete.",
-                expected="--reward, --backbone and --prompt",
-                found=str(vars(args)),
-            )
+def _machine(record: dict) -> str:
+    return ", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items())
+
+
+def _has_own_models(args: argparse.Namespace, *names: str) -> bool:
+    """Whether the user gives models.
+
+    Raises:
+        PRTValueError: only some of the options are given.
+    """
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    if 0 < len(given) < len(names):
+        *others, last = (f"--{name}" for name in names)
+        expected = f"{', '.join(others)} and {last}"
+        raise PRTValueError("Some options of your own models are missing.", expected=expected, found=", ".join(given))
+    return bool(given)
+
+
+def _models(args: argparse.Namespace) -> tuple:
+    """Return backbone, source backbone, reward, tokenizer, and token ids of prompts."""
+    if _has_own_models(args, "reward", "backbone", "prompt"):
         from transformers import AutoTokenizer
 
         from ..networks.auto import load_base, load_pretrained
@@ -227,9 +257,9 @@ def _models(args):
 
 
 def _describe(record: dict, found: list) -> str:
-    hardware, settings = record["hardware"], record["settings"]
+    settings = record["settings"]
     lines = [
-        ", ".join(f"{name} {value}" for name, value in (hardware | record["versions"]).items()),
+        _machine(record),
         f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, source and reward base "
         f"{settings['source_parameters'] / 1e6:.1f} M; {settings['new_tokens']} new tokens, "
         f"{settings['prompts']} prompts, fastest of {settings['rounds']} rounds",
@@ -298,31 +328,27 @@ def _serve(args: argparse.Namespace) -> None:
         figures = {key: speeds[row] / speeds[BARE] for row, key in keys.items() if row in speeds}
         print(json.dumps(record | {"tokens_per_second": speeds, "figures": figures}))
         return
-    print(", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items()))
+    print(_machine(record))
     print(f"{args.requests} requests of {args.new_tokens} tokens, fastest of {args.rounds} rounds\n")
     print(f"{'':<16}{'tokens/s':>10}{'/ bare':>9}")
     for row, speed in speeds.items():
         print(f"{row:<16}{speed:>10.1f}{speed / speeds[BARE]:>9.2f}")
 
 
-def _image_model(args):
+def _image_model(args: argparse.Namespace):
     from ..benchmark.vision import random_model
     from ..inference import PRTForImageClassification
 
-    if not (args.reward or args.backbone):
+    if not _has_own_models(args, "reward", "backbone"):
         return random_model(args.seed)
-    if not (args.reward and args.backbone):
-        raise PRTValueError(
-            "Models of your own are incomplete.", expected="--reward and --backbone", found=str(vars(args))
-        )
     return PRTForImageClassification.from_parts(args.backbone, [args.reward])
 
 
 def _describe_vision(record: dict, found: list) -> str:
-    hardware, settings = record["hardware"], record["settings"]
+    settings = record["settings"]
     pixels = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in settings["pixels"].items())
     lines = [
-        ", ".join(f"{name} {value}" for name, value in (hardware | record["versions"]).items()),
+        _machine(record),
         f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, reward "
         f"{settings['reward_parameters'] / 1e6:.1f} M; {settings['batch_size']} images, {pixels}, "
         f"fastest of {settings['rounds']} rounds",

@@ -4,13 +4,20 @@ import argparse
 import json
 
 from ..errors import PRTError
-from ..hub.client import is_of_hub
-from .arguments import add_evaluation_data, add_loading_options, config_kwargs, device_of, evaluation_rows, load_kwargs
+from .arguments import (
+    add_evaluation_data,
+    add_json,
+    add_loading_options,
+    chosen_device,
+    config_kwargs,
+    evaluation_rows,
+    load_kwargs,
+)
 
 DESCRIPTION = """\
-Hold a reward against a backbone. Without --data, by configurations and tokenizers alone: no weights are fetched. With
-it, both are loaded, and the rows tell how far source and target backbone are from each other (eps and C of Prop. 3.2)
-and what the reward gains on either. Leaves with 1 if the two do not fit."""
+Check whether a reward fits a backbone. Without --data, only configurations and tokenizers are compared, and no weights
+are downloaded. With --data, the models are loaded and measured on its rows: how far source and target backbone are
+apart (eps and C of Prop. 3.2), and what the reward gains on each. The exit status is 1 if the two do not fit."""
 EXAMPLES = """examples:
   prt-hf check me/gsm8k-reward Qwen/Qwen2.5-7B
   prt-hf check me/gsm8k-reward Qwen/Qwen2.5-7B --data questions.jsonl --samples 200 --dtype bfloat16
@@ -23,10 +30,11 @@ _WAYS = {
 _VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's parser."""
     parser = commands.add_parser(
         "check",
-        help="whether a reward fits a backbone, and what it is worth there",
+        help="check whether a reward fits a backbone, and what it gains there",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -34,15 +42,17 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("reward", help="Hub id or folder of a reward")
     parser.add_argument("backbone", help="Hub id or folder of a backbone")
     add_evaluation_data(parser, samples=100)
-    parser.add_argument("--json", action="store_true", help="print one object")
+    add_json(parser)
     add_loading_options(parser, batch_size=8)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print whether a reward fits; return the exit status."""
     import torch
 
     from ..evaluation import check_fit
+    from ..hub.client import is_of_hub
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
@@ -51,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     except Exception as error:
         if not args.json or not (isinstance(error, PRTError | OSError) or is_of_hub(error)):
             raise
-        print(json.dumps({"error": str(error)}))  # which says nothing of a fit
+        print(json.dumps({"error": str(error)}))  # no `fits`: nobody knows
         return 1
     if args.json:
         measured = {}
@@ -66,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _measure(args, fit):
-    """The portability, and how many rows had nothing left to predict once they were cut off."""
+    """Return the portability, and the number of rows that had nothing to predict after they were cut off."""
     from ..evaluation import batches, measure_portability
     from ..reward.backbones import Backbone, source_backbones
     from ..reward.model import RewardModel
 
-    device, kwargs = device_of(args), load_kwargs(args)
+    device, kwargs = chosen_device(args), load_kwargs(args)
     rows = evaluation_rows(args)
     reward = RewardModel.from_pretrained(args.reward, **kwargs)
     if device is not None:

@@ -3,33 +3,38 @@
 import argparse
 
 from ..errors import PRTValueError
-from .arguments import positive
+from .arguments import add_counts, add_option, positive, seed, with_default
 
 TASKS = ("text", "images")
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's parser."""
     parser = commands.add_parser(
         "demo",
         help="tune a reward on an old model and port it to a new one, here and now",
-        description="Pretrain an old and a new model, tune a reward on the old one, add it to the new one, compare; "
-        "offline, within about five minutes on two cores. Or do the same with models and data of your own.",
+        description="Pretrain an old and a new model, tune a reward on the old one, add it to the new one, and "
+        "compare; offline, within about five minutes on two cores. Or do the same with your own models and data.",
     )
-    parser.add_argument("--task", choices=("all", *TASKS), default="all", help="default: %(default)s")
-    parser.add_argument("--output-dir", default="prt_demo", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    own = parser.add_argument_group("models and data of your own", "all three, with --task")
-    own.add_argument("--source", help="old model: Hub id or path")
-    own.add_argument("--target", help="new model with the same vocabulary or labels")
-    own.add_argument("--dataset", help="Hub id, folder or file; columns: text, or image and label")
-    own.add_argument("--steps", type=positive(int), default=200, help="of tuning; default: %(default)s")
-    own.add_argument("--learning-rate", type=positive(float), default=2e-4, help="default: %(default)s")
-    own.add_argument("--batch-size", type=positive(int), default=8, help="default: %(default)s")
+    add_option(parser, "task", choices=("all", *TASKS), default="all", help=with_default("kind of models"))
+    add_option(parser, "output_dir", default="prt_demo", help=with_default("folder for models, table and chart"))
+    add_option(parser, "seed", type=seed, default=0, help=with_default("seed of data and models"))
+    own = parser.add_argument_group("your own models and data", "give all three, and --task")
+    add_option(own, "source", help="old model: Hub id or folder")
+    add_option(own, "target", help="new model with the same vocabulary or labels: Hub id or folder")
+    add_option(own, "dataset", help="Hub id, folder or file; columns: text, or image and label")
+    add_counts(own, steps=(200, "steps of tuning"), batch_size=(8, "rows in a step"))
+    add_option(own, "learning_rate", type=positive(float), default=2e-4, help="default: %(default)s")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    from ..demo import OwnModels, run_demo  # training libraries: not needed to show help
+    """Run the demo and print its tables.
+
+    Raises:
+        PRTValueError: models and data of the user's are incomplete, or `--task` is missing.
+    """
+    from ..demo import OwnModels, run_demo
     from ..demo.report import describe
     from ..demo.training import Steps
 
@@ -38,6 +43,8 @@ def run(args: argparse.Namespace) -> None:
         tuning = Steps(args.steps, args.learning_rate, args.batch_size)
         own = OwnModels(args.source, args.target, args.dataset, tuning)
         if args.task == "all":
-            raise PRTValueError("What the models do is not told.", expected="--task text or --task images", found="all")
+            raise PRTValueError(
+                "`--task` is required with your own models.", expected="--task text or --task images", found="all"
+            )
     for task in TASKS if args.task == "all" else (args.task,):
         print(describe(run_demo(task, args.output_dir, args.seed, own)), flush=True)

@@ -5,29 +5,38 @@ import json
 from pathlib import Path
 
 from ..errors import PRTValueError
-from .arguments import add_evaluation_data, add_loading_options, add_option, device_of, evaluation_rows, load_kwargs
+from .arguments import (
+    add_evaluation_data,
+    add_json,
+    add_loading_options,
+    add_option,
+    chosen_device,
+    evaluation_rows,
+    load_kwargs,
+)
 
 DESCRIPTION = """\
-Measure a reward on its source and on other backbones, beside the other ways to get there: each backbone by itself
-(pretrained), with the reward (prt), the reward by itself (reward_only, the control), the fine-tuned source carried over
-(eft, needs --eft), and each backbone fine-tuned itself (finetuned, the oracle, needs --finetuned). Prints accuracy and
-negative log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory,
-and in words whether the reward is worth porting. With --tasks, lm-evaluation-harness asks each backbone its questions,
-by itself and with the reward."""
+Measure a reward on its source and on other backbones, beside the alternatives: each backbone alone (pretrained), the
+backbone with the reward (prt), the reward alone (reward_only, the control), the fine-tuned source carried over (eft,
+needs --eft), and the fine-tuned backbone (finetuned, the upper bound, needs --finetuned). Prints accuracy and negative
+log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory, and
+whether the reward is worth porting. With --tasks, lm-evaluation-harness runs its tasks on each backbone, alone and with
+the reward."""
 EXAMPLES = """examples:
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
   prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-7B --tasks gsm8k ifeval --samples 200 --output_dir report
   prt-hf evaluate bullets --targets new-model --data test.jsonl --eft old-tuned --finetuned new-tuned --write_card
 
---output_dir gets report.json, report.md and report.png (the paper's bar chart). It is kept up after each backbone:
-after an interruption the same command goes on where it was, and with more --targets it measures only those."""
+--output_dir receives report.json, report.md and report.png (the paper's bar chart). It is updated after each backbone:
+after an interruption the same command continues, and with more --targets it measures only the new ones."""
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's parser."""
     parser = commands.add_parser(
         "evaluate",
-        help="what a reward is worth on several backbones, beside EFT and fine-tuning",
+        help="measure a reward on several backbones, beside EFT and fine-tuning",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,30 +44,39 @@ def add_parser(commands) -> argparse.ArgumentParser:
     parser.add_argument("reward", help="Hub id or folder of a reward")
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
     add_evaluation_data(parser, samples=500)
-    add_option(parser, "methods", nargs="+", help="pretrained eft prt reward_only finetuned; default: all")
-    add_option(parser, "eft", help="the fine-tuned source: Hub id or folder of a model, or of its LoRA adapter")
-    add_option(parser, "finetuned", nargs="+", help="the targets, fine-tuned: as many as --targets, in that order")
     add_option(
-        parser, "tasks", nargs="+", help="names of lm-evaluation-harness (pip install lm_eval); --samples of each"
+        parser, "methods", nargs="+", help="some of pretrained eft prt reward_only finetuned; default: all of them"
     )
-    add_option(parser, "include_path", help="folder with tasks of your own (YAML), for --tasks")
-    add_option(parser, "output_dir", help="folder for the report; default: none is written")
-    add_option(parser, "write_card", action="store_true", help="put the figures into the card in the reward's folder")
-    parser.add_argument("--json", action="store_true", help="print one object")
+    add_option(parser, "eft", help="the fine-tuned source: Hub id or folder of a model, or of its LoRA adapter")
+    add_option(
+        parser, "finetuned", nargs="+", help="the fine-tuned targets, as many as --targets and in the same order"
+    )
+    add_option(
+        parser, "tasks", nargs="+", help="tasks of lm-evaluation-harness (pip install lm_eval), limited by --samples"
+    )
+    add_option(parser, "include_path", help="folder with your own tasks (YAML) for --tasks")
+    add_option(parser, "output_dir", help="folder for the report; default: no files")
+    add_option(parser, "write_card", action="store_true", help="write the figures into the card in the reward's folder")
+    add_json(parser)
     add_loading_options(parser, batch_size=8)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
+    """Measure a reward and print the reports.
+
+    Raises:
+        PRTValueError: options do not go together.
+    """
     if args.finetuned and len(args.finetuned) != len(args.targets):
         raise PRTValueError(
             "The fine-tuned models do not pair with the targets.",
-            expected=f"{len(args.targets)}, as many as --targets, in that order",
+            expected=f"{len(args.targets)}, as many as --targets, in the same order",
             found=str(len(args.finetuned)),
         )
     if args.write_card and not Path(args.reward).is_dir():
         raise PRTValueError(
-            "The card can be written into a folder only.",
+            "The card can only be written into a folder.",
             expected="the reward's folder",
             found=args.reward,
             remedy="evaluate the folder that `prt-hf train` wrote, and push it with `prt-hf push`",
@@ -68,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     from ..reward.model import RewardModel
 
     reward = RewardModel.from_pretrained(args.reward, **load_kwargs(args))
-    device = device_of(args)
+    device = chosen_device(args)
     if device is not None:
         reward.to(device)
     reports = []

@@ -9,21 +9,23 @@ from time import perf_counter
 
 from ..errors import ContextLengthError, PRTValueError
 from .arguments import (
+    add_json,
     add_loading_options,
     add_option,
     boolean,
+    chosen_device,
     config_kwargs,
-    device_of,
     load_kwargs,
     positive,
     seed,
     share,
+    with_default,
 )
 
 DESCRIPTION = """\
-Add rewards to the logits of a backbone, and go on with prompts. The backbone needs the rewards' vocabulary; a recipe
-(a saved PRTForCausalLM) has its rewards in it. Only generated text goes to standard output, as it is made; several
-texts are separated by a line '---'."""
+Add rewards to the logits of a backbone, and continue prompts. The backbone needs the rewards' vocabulary; a recipe (a
+saved PRTForCausalLM) names its own rewards. Only generated text is printed to standard output, token by token; a line
+'---' separates several texts."""
 EXAMPLES = """examples:
   prt-hf generate Qwen/Qwen2.5-7B --reward me/gsm8k-reward --prompt "Natalia sold clips to 48 of her friends"
   prt-hf generate Qwen/Qwen2.5-7B --reward me/gsm8k-reward me/style-reward --strength 1 0.5 --file prompts.txt
@@ -32,47 +34,53 @@ EXAMPLES = """examples:
 SEPARATOR = "---"
 _SAMPLING = ("temperature", "top_p", "top_k")
 _NUMBERS = {
-    "max_new_tokens": (positive(int), "default: 128"),
-    "temperature": (positive(float), "of samples"),
-    "top_p": (share, "sample from the likeliest tokens that have this probability together"),
-    "top_k": (positive(int), "sample from so many tokens"),
-    "num_beams": (positive(int), "beam search"),
-    "repetition_penalty": (positive(float), "above 1 against repetition"),
+    "max_new_tokens": (positive(int), "longest text in tokens; default: 128"),
+    "temperature": (positive(float), "divides the logits before sampling"),
+    "top_p": (share, "sample from the most probable tokens whose probabilities add up to this"),
+    "top_k": (positive(int), "sample from this many most probable tokens"),
+    "num_beams": (positive(int), "beams of a beam search"),
+    "repetition_penalty": (positive(float), "above 1 to discourage repetition"),
 }
 
 
-def add_parser(commands) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's parser."""
     parser = commands.add_parser(
         "generate",
-        help="text of a backbone with rewards",
+        help="generate text with a backbone and rewards",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("backbone", help="Hub id or folder of the backbone, or of a recipe")
     many = {"nargs": "+", "action": "extend", "default": []}
-    parser.add_argument(
-        "--reward",
+    add_option(
+        parser,
+        "reward",
         **many,
         metavar="REWARD",
-        help="Hub ids or folders, also of ordinary LoRA adapters, which are carried over; none with a recipe",
+        help="Hub ids or folders of rewards, or of ordinary LoRA adapters, which are carried over; not with a recipe",
     )
-    parser.add_argument(
-        "--strength",
+    add_option(
+        parser,
+        "strength",
         **many,
         type=float,
         metavar="S",
-        help="1 / lambda, one for each reward, below 0 to take away what it was tuned for; default: as tuned",
+        help="1 / lambda, one for each reward; a negative strength subtracts the tuned behaviour; default: as tuned",
     )
-    prompts = parser.add_argument_group("prompts", "one of these; else standard input, which is one prompt as a whole")
-    prompts.add_argument("--prompt", **many, metavar="TEXT", help="one or several")
-    prompts.add_argument(
-        "--file", type=Path, help="one prompt a line; .jsonl: an object a line, with `prompt` or `messages`"
+    prompts = parser.add_argument_group("prompts", "give one of these; otherwise all of standard input is one prompt")
+    add_option(prompts, "prompt", **many, metavar="TEXT", help="one or several texts")
+    add_option(
+        prompts,
+        "file",
+        type=Path,
+        help="a file with a prompt in each line; in .jsonl an object with `prompt` or `messages`",
     )
-    prompts.add_argument(
-        "--chat", action="store_true", help="each prompt is a user's message; `messages` are chats in any case"
+    add_option(
+        prompts, "chat", action="store_true", help="treat each prompt as a user's message; `messages` always are chats"
     )
-    generation = parser.add_argument_group("generation", "default: as the backbone's generation_config.json says")
+    generation = parser.add_argument_group("generation", "defaults: those of the backbone's generation_config.json")
     for name, (kind, text) in _NUMBERS.items():
         add_option(generation, name, type=kind, metavar="N", help=text)
     add_option(
@@ -81,21 +89,20 @@ def add_parser(commands) -> argparse.ArgumentParser:
         type=boolean,
         nargs="?",
         const=True,
-        help="sample, or (false) take the likeliest token; temperature, top_p and top_k sample by themselves",
+        help="sample, or (false) take the most probable token; temperature, top_p and top_k imply sampling",
     )
-    add_option(generation, "seed", type=seed, default=0, help="of samples; default: %(default)s")
+    add_option(generation, "seed", type=seed, default=0, help=with_default("seed of sampling"))
     add_option(
         generation,
         "speculative",
         action="store_true",
-        help="draft with the source backbone: the same text, faster where the reward is much smaller than the backbone",
+        help="draft with the source backbone: the same text, faster if the reward is much smaller than the backbone",
     )
     output = parser.add_argument_group("output")
-    add_option(output, "no_stream", action="store_true", help="print texts when they are complete")
-    output.add_argument(
-        "--json",
-        action="store_true",
-        help="one object a line for each prompt: prompt, text, new_tokens, seconds (of its batch), and with "
+    add_option(output, "no_stream", action="store_true", help="print each text when it is complete")
+    add_json(
+        output,
+        "print a JSON object in a line for each prompt: prompt, text, new_tokens, seconds (of its batch), and with "
         "--speculative drafted and accepted",
     )
     add_loading_options(parser, batch_size=1)
@@ -103,19 +110,23 @@ def add_parser(commands) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Generate a text for each prompt and print it.
+
+    Raises:
+        PRTValueError: there is no prompt, or options do not go together.
+        ContextLengthError: a prompt leaves no room for a text.
+    """
     if given := [name for name in _SAMPLING if getattr(args, name) is not None]:
         if args.do_sample is False:
             raise PRTValueError(
-                "Without sampling there is nothing to set of it.",
-                expected="--do_sample false, or options of sampling",
+                "Options of sampling have no effect without sampling.",
+                expected="--do_sample false, or options of sampling, but not both",
                 found=", ".join(f"--{name}" for name in given),
             )
         args.do_sample = True
     prompts = _prompts(args)
     if args.speculative and args.batch_size > 1:
-        raise PRTValueError(
-            "Speculation is for one prompt at a time.", expected="--batch_size 1", found=args.batch_size
-        )
+        raise PRTValueError("Speculation takes one prompt at a time.", expected="--batch_size 1", found=args.batch_size)
 
     from transformers import set_seed
 
@@ -133,25 +144,26 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _generated(model, prompts: list, rows: list[list[int]], limit: int | None, args) -> Iterator[dict]:
-    """What --json prints for each prompt; `text` is None where it was streamed."""
+    """Yield the record that --json prints for each prompt; `text` is None if it was streamed."""
     from transformers import TextStreamer
 
     tokenizer = model.processing_class
-    asked = {name: value for name in (*_NUMBERS, "do_sample") if (value := getattr(args, name)) is not None}
-    # One text a prompt and no more, whatever the backbone's own configuration says.
-    asked = {"max_new_tokens": 128, "num_return_sequences": 1, "return_dict_in_generate": args.speculative} | asked
+    options = {name: value for name in (*_NUMBERS, "do_sample") if (value := getattr(args, name)) is not None}
+    # One text for each prompt, whatever the backbone's own configuration says.
+    defaults = {"max_new_tokens": 128, "num_return_sequences": 1, "return_dict_in_generate": args.speculative}
+    options = defaults | options
     is_streamed = not (args.json or args.no_stream) and args.batch_size == 1
-    is_streamed = is_streamed and asked.get("num_beams", model.generation_config.num_beams or 1) == 1
+    is_streamed = is_streamed and options.get("num_beams", model.generation_config.num_beams or 1) == 1
     if args.speculative:
-        asked["speculative"] = True
+        options["speculative"] = True
     pad, ends = _pad_and_ends(model)
     for start in range(0, len(rows), args.batch_size):
         inputs = _padded(rows[start : start + args.batch_size], pad)
         length = inputs["input_ids"].shape[1]
-        room = asked["max_new_tokens"] if limit is None else limit - length
-        if room < asked["max_new_tokens"]:
+        room = options["max_new_tokens"] if limit is None else limit - length
+        if room < options["max_new_tokens"]:
             print(f"prt-hf generate: after {length} tokens the models can read {room} more", file=sys.stderr)
-        fitting = asked | {"max_new_tokens": min(asked["max_new_tokens"], room)}
+        fitting = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
         began = perf_counter()
         output = model.generate(**inputs.to(model.device), **fitting, streamer=streamer, pad_token_id=pad)
@@ -165,7 +177,7 @@ def _generated(model, prompts: list, rows: list[list[int]], limit: int | None, a
 
 
 def _prompts(args) -> list[str | list[dict]]:
-    """Texts, and chats as lists of messages."""
+    """Return the prompts: texts, and chats as lists of messages."""
     if args.prompt and args.file:
         raise PRTValueError("Prompts are given twice.", expected="--prompt or --file", found="both")
     if args.file:
@@ -176,7 +188,7 @@ def _prompts(args) -> list[str | list[dict]]:
             prompts = []
     if not prompts:
         raise PRTValueError(
-            "There is no prompt.", expected="--prompt, --file with a line or more, or text on standard input"
+            "There is no prompt.", expected="--prompt, --file with at least one line, or text on standard input"
         )
     if args.chat:
         prompts = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
@@ -226,22 +238,22 @@ def _load(args):
     from ..inference.recipe import PRTModelConfig
     from ..networks.auto import load_config, load_pretrained, load_processing_class
 
-    device, kwargs, of_backbone = device_of(args), load_kwargs(args), config_kwargs(args)
-    is_recipe = isinstance(load_config(args.backbone, **of_backbone), PRTModelConfig)
+    device, kwargs, backbone_kwargs = chosen_device(args), load_kwargs(args), config_kwargs(args)
+    is_recipe = isinstance(load_config(args.backbone, **backbone_kwargs), PRTModelConfig)
     if is_recipe == bool(args.reward):
         raise PRTValueError(
-            f"{args.backbone} is a recipe, which has its rewards in it." if is_recipe else "There is no reward.",
+            f"{args.backbone} is a recipe, which names its own rewards." if is_recipe else "There is no reward.",
             expected="no --reward" if is_recipe else "--reward, or the recipe of a PRT model",
             found=", ".join(args.reward) or f"{args.backbone}, which is no recipe",
         )
     if is_recipe:
-        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | of_backbone)
+        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | backbone_kwargs)
         _check_strengths(args.strength, len(model.strengths))
         model.strengths = args.strength or model.strengths
     else:
         _check_strengths(args.strength, len(args.reward))
-        tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **of_backbone)
-        backbone = load_pretrained(args.backbone, **kwargs | of_backbone)
+        tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **backbone_kwargs)
+        backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs)
         model = PRTForCausalLM.from_parts(backbone, args.reward, args.strength or None, tokenizer, **kwargs)
     return model if device is None else model.to(device)
 
@@ -262,7 +274,7 @@ def _encode(model, prompt: str | list[dict]) -> list[int]:
         if tokenizer.chat_template is None:
             raise PRTValueError(
                 "The backbone's tokenizer has no chat template.",
-                expected="a model that was made for chats",
+                expected="a model for chats",
                 found=str(model.name_or_path),
                 remedy="leave --chat out, and give texts as prompts",
             )
@@ -274,7 +286,7 @@ def _encode(model, prompt: str | list[dict]) -> list[int]:
 
 
 def _check_lengths(model, rows: list[list[int]]) -> int | None:
-    """All prompts before the first text is made; the longest text that backbone and rewards can read."""
+    """Return the longest text that backbone and rewards can read, after checking all prompts."""
     from ..networks.anatomy import context_length
 
     limits = [context_length(part) for part in (model.backbone, *model.reward_networks)]
@@ -290,7 +302,7 @@ def _check_lengths(model, rows: list[list[int]]) -> int | None:
 
 
 def _pad_and_ends(model) -> tuple[int, list[int]]:
-    """A token to fill rows up with, masked wherever it stands, and those that end a text."""
+    """Return a padding token, which is always masked, and the tokens that end a text."""
     config, tokenizer = model.generation_config, model.processing_class
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
     candidates = (config.pad_token_id, tokenizer.pad_token_id, *ends, 0)
@@ -298,7 +310,7 @@ def _pad_and_ends(model) -> tuple[int, list[int]]:
 
 
 def _padded(rows: list[list[int]], pad: int):
-    """Padded on the left, where generation wants it."""
+    """Return token rows padded on the left, as generation needs them."""
     import torch
     from transformers import BatchEncoding
 

@@ -1,43 +1,50 @@
-"""`prt-hf push`: a saved reward or recipe to the Hub."""
+"""`prt-hf push`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
+from .arguments import add_json, add_option
 
-def add_parser(commands) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "push",
-        help="share a saved reward or recipe on the Hub",
-        description="Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub: in one "
-        "commit, without loading any model. What users have written into the card there is kept. Only the files of a "
-        "reward or recipe are pushed (weights, configurations, tokenizer or image processor, card). They are listed "
-        "first; `--include` adds others. Links are refused.",
-        epilog="""\
+DESCRIPTION = """\
+Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub, in one commit and without
+loading any model. What users have written into the card there is kept. Only the files of a reward or recipe are pushed:
+weights, configurations, tokenizer or image processor, card. They are listed first; `--include` adds others. Links are
+refused."""
+EXAMPLES = """\
 examples:
   prt-hf push gsm8k-reward me/gsm8k-reward --private
   prt-hf push gsm8k-reward me/gsm8k-reward --revision v2 --commit_message "tuned on twice the data"
   prt-hf push gsm8k-reward someone/gsm8k-reward --create_pr
   prt-hf push gsm8k-7b me/gsm8k-7b           # a recipe: which backbone, which rewards, how strong
 
-Log in first with `hf auth login`, or set HF_TOKEN.""",
+Log in first with `hf auth login`, or set HF_TOKEN."""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "push",
+        help="share a saved reward or recipe on the Hub",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="what `save_pretrained` or `prt-hf train` wrote")
-    parser.add_argument("repo_id", help="user/name; made if it does not exist")
-    parser.add_argument("--private", action="store_true", default=None, help="a new repository that others do not see")
-    parser.add_argument("--revision", help="branch; made if it does not exist; default: main")
-    parser.add_argument("--commit_message", "--commit-message", help="default: Upload reward, or Upload recipe")
-    parser.add_argument("--create_pr", "--create-pr", action="store_true", help="propose it to whoever owns the name")
-    parser.add_argument("--include", nargs="+", default=[], metavar="FILE", help="further files of the folder")
-    parser.add_argument("--token", help="of the Hub; default: the one that is logged in")
-    parser.add_argument("--json", action="store_true", help="print one object: repo_id, commit, url")
+    parser.add_argument("folder", type=Path, help="folder that `save_pretrained` or `prt-hf train` wrote")
+    parser.add_argument("repo_id", help="user/name; created if it does not exist")
+    add_option(parser, "private", action="store_true", default=None, help="make a new repository private")
+    add_option(parser, "revision", help="branch to push to, created if it does not exist; default: main")
+    add_option(parser, "commit_message", help="default: Upload reward, or Upload recipe")
+    add_option(parser, "create_pr", action="store_true", help="open a pull request instead of pushing to the branch")
+    add_option(parser, "include", nargs="+", default=[], metavar="FILE", help="further files of the folder to push")
+    add_option(parser, "token", help="access token for the Hub; default: the one that `hf auth login` saved")
+    add_json(parser, "print one JSON object: repo_id, commit, url")
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-
+    """Push a folder and print the address of the commit or pull request."""
     from ..hub.folder import RECIPE, folder_to_read, what_lies_in
     from ..hub.publishing import push_reward, reward_files_to_push
     from ..inference.recipe import push_recipe, recipe_files_to_push

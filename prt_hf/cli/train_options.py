@@ -1,55 +1,66 @@
-"""The options of `prt-hf train`, on the command line or in a YAML file, as TRL's commands have them."""
+"""The options of `prt-hf train`, on the command line or in a YAML file, as in TRL's commands."""
+
+from __future__ import annotations
 
 import argparse
 import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PRTError, PRTValueError
+from .arguments import DTYPES as TORCH_DTYPES
+from .arguments import add_json, add_option
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+    from ..training.config import PRTConfig
 
 DESCRIPTION = """\
-Tune a reward on a pretrained model, its source backbone: later it is added to the logits of any model with the same
-vocabulary or labels. The model's configuration tells what is tuned: a language model, a text or an image classifier.
+Tune a reward on a pretrained model, its source backbone. The reward can then be added to the logits of any model with
+the same vocabulary or labels. Language models, text classifiers and image classifiers are recognised by the model's
+configuration.
 
   prt-hf train --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir capybara-reward
   prt-hf train --model_name_or_path google/vit-base-patch16-224 --dataset_name photos/ --output_dir photo-reward
   prt-hf train --config reward.yaml --max_steps 100
 
-A YAML file has the options' names without dashes, one a line (`learning_rate: 1.0e-4`); what stands on the command line
-goes before it. The learning rate is {rate} for an adapter by default, and the trainer's with --full. Language models
-take the columns that TRL's SFTTrainer takes: text, prompt and completion, or messages. A file has one split, `train`;
-a folder with train.jsonl and test.jsonl, or with folders of images, has those.
-Several devices: torchrun --nproc_per_node 8 -m prt_hf.cli train ..."""
+A YAML file has an option in each line, without dashes (`learning_rate: 1.0e-4`); options on the command line take
+precedence. The default learning rate is {rate} for an adapter, and the trainer's with --full. Language models are tuned
+on the columns of TRL's SFTTrainer: text, prompt and completion, or messages. A file is the split `train`; a folder with
+train.jsonl and test.jsonl, or with folders of images, has these splits.
+On several devices: torchrun --nproc_per_node 8 -m prt_hf.cli train ..."""
 ADAPTER_LEARNING_RATE = 2e-4
 LORA_NAMES = {"lora_r": "r", "lora_target_modules": "target_modules"}  # the others are PEFT's own
-DTYPES = ("auto", "bfloat16", "float16", "float32")
+DTYPES = ("auto", *TORCH_DTYPES)
 
 
-def _option(text: str, **kwargs):
+def _option(text: str, **kwargs: Any) -> Any:
     return field(metadata={"help": text}, **kwargs)
 
 
 @dataclass
 class ModelOptions:
-    """What the reward starts from, and what it is tuned on."""
+    """The model that the reward starts from, and the backbones that it is tuned on."""
 
     _argument_group_name = "model"
 
-    model_name_or_path: str = _option("Hub id or folder: a pretrained model, or a saved reward, which is tuned on.")
+    model_name_or_path: str = _option("Hub id or folder of a pretrained model, or of a saved reward to tune further.")
     model_revision: str | None = _option("Branch, tag or commit of the model.", default=None)
     dtype: str | None = _option(
-        f"Of its weights: {', '.join(DTYPES)}. By default as stored, and float32 where they are tuned (--full).",
+        f"Type of its weights: {', '.join(DTYPES)}. Default: as stored, and float32 with --full.",
         default=None,
     )
-    attn_implementation: str | None = _option("Of attention, as transformers names it.", default=None)
+    attn_implementation: str | None = _option("Attention implementation, as transformers names it.", default=None)
     backbone: list[str] | None = _option(
-        "Other source backbones to tune on, Hub ids or folders; every step draws one. By default the model itself.",
+        "Hub ids or folders of other source backbones; each step draws one of them. Default: the model itself.",
         default=None,
     )
-
     distill_from: str | None = _option(
-        "A model that was fine-tuned from the source backbone, or a LoRA adapter of it, Hub id or folder: the reward "
-        "is tuned to its distribution on the texts.",
+        "Hub id or folder of a model that was fine-tuned from the source backbone, or of such a LoRA adapter: the "
+        "reward learns its distribution on the texts instead of the labels.",
         default=None,
     )
 
@@ -61,34 +72,34 @@ class ModelOptions:
 
 @dataclass
 class DataOptions:
-    """Where the rows come from, and which columns of them a classifier reads."""
+    """The data set, and the columns that a classifier reads."""
 
     _argument_group_name = "data"
 
     dataset_name: str = _option("Hub id, folder, or file (.json, .jsonl, .csv, .parquet, .txt).")
-    dataset_config: str | None = _option("Of a data set with several.", default=None)
-    dataset_train_split: str = _option("Rows to tune on.", default="train")
-    dataset_test_split: str = _option("Rows to evaluate on, unless --eval_strategy is no.", default="test")
-    text_column: str = _option("Texts; of a language model also --dataset_text_field.", default="text")
-    image_column: str = _option("An image classifier's images.", default="image")
-    label_column: str = _option("A classifier's labels, matched to the model's by name.", default="label")
+    dataset_config: str | None = _option("Configuration of a data set that has several.", default=None)
+    dataset_train_split: str = _option("Split to tune on.", default="train")
+    dataset_test_split: str = _option("Split to evaluate on, unless --eval_strategy is no.", default="test")
+    text_column: str = _option("Column of texts; the same as --dataset_text_field for language models.", default="text")
+    image_column: str = _option("Column of images.", default="image")
+    label_column: str = _option("Column of a classifier's labels, matched with the model's by name.", default="label")
 
 
 @dataclass
 class AdapterOptions:
-    """Which parameters are tuned."""
+    """The parameters that are tuned."""
 
     _argument_group_name = "adapter"
 
     full: bool = _option("Tune all weights instead of a LoRA adapter.", default=False)
-    lora_r: int | None = _option("Rank; default: see prt_hf.default_peft_config.", default=None)
-    lora_alpha: int | None = _option("Scale; default: see there.", default=None)
-    lora_dropout: float | None = _option("On the adapter's inputs; default: PEFT's.", default=None)
+    lora_r: int | None = _option("Rank; default: that of prt_hf.default_peft_config.", default=None)
+    lora_alpha: int | None = _option("Scale; default: that of prt_hf.default_peft_config.", default=None)
+    lora_dropout: float | None = _option("Dropout on the adapter's inputs; default: PEFT's.", default=None)
     lora_target_modules: list[str] | None = _option(
-        "Layers, or all-linear; default: every linear layer and the head.", default=None
+        "Names of layers, or all-linear; default: every linear layer and the head.", default=None
     )
     top_layers: int | None = _option(
-        "Adapt this many of the uppermost layers, and the head: faster on the model's own base.", default=None
+        "Adapt only this many layers at the top, and the head; faster on the model's own base.", default=None
     )
 
     def __post_init__(self):
@@ -96,55 +107,62 @@ class AdapterOptions:
         if self.full and self.given:
             raise PRTValueError("A full reward has no adapter.", expected="--full alone", found=", ".join(self.given))
         if self.top_layers is not None and self.lora_target_modules is not None:
-            raise PRTValueError("The layers are named twice.", expected="--top_layers or --lora_target_modules")
+            raise PRTValueError("The layers are given twice.", expected="--top_layers or --lora_target_modules")
 
     @property
-    def given(self) -> dict:
-        """All but `full`, where not left to the default."""
+    def given(self) -> dict[str, Any]:
+        """The options other than `full` that are not left at their defaults."""
         values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "full"}
         return {name: value for name, value in values.items() if value is not None}
 
-    def peft_config(self, model):
-        """`LoraConfig` for a model, or None for a full reward."""
+    def peft_config(self, model: PreTrainedModel) -> PeftConfig | None:
+        """Return the `LoraConfig` for a model, or None for a full reward."""
         from ..reward.adapter import default_peft_config
 
         if self.full:
             return None
         kwargs = {LORA_NAMES.get(name, name): value for name, value in self.given.items()}
         if kwargs.get("target_modules") == ["all-linear"]:
-            kwargs["target_modules"] = "all-linear"  # a word of PEFT's, not a layer
+            kwargs["target_modules"] = "all-linear"  # PEFT's keyword
         return default_peft_config(model, **kwargs)
 
 
 class Options:
-    """All that was given, before and after the model's task is known.
+    """The options of one call: those that any model has, and those of the trainer once the model's task is known.
+
+    Args:
+        arguments: those of the command line.
 
     Attributes:
         model ([`ModelOptions`]), data ([`DataOptions`]), adapter ([`AdapterOptions`])
-        trust_remote_code (`bool`): may run code that lies beside the model.
+        trust_remote_code (`bool`): run code from the model's repository.
         json (`bool`): report as JSON.
+
+    Raises:
+        PRTValueError: the YAML file cannot be read, or options exclude each other.
+        SystemExit: with status 2, after a message, for wrong arguments.
     """
 
     def __init__(self, arguments: list[str]):
-        """
-        Raises:
-            PRTValueError: the YAML file cannot be read, or options exclude each other.
-            SystemExit: with 2, after a message, where arguments are wrong.
-        """
         self._arguments = _with_readable_config(arguments)
         self.model, self.data, self.adapter, rest, _ = _parse(_parser(), self._arguments)
         self.trust_remote_code, self.json = rest.trust_remote_code, rest.json
 
-    def training_config(self, config_class: type, task: str, **defaults):
-        """The other options, as a [`PRTConfig`] or [`PRTSFTConfig`]; `defaults` stand in for the class's own.
+    def training_config(self, config_class: type[PRTConfig], task: str, **defaults: Any) -> PRTConfig:
+        """Return the trainer's options as a configuration.
+
+        Args:
+            config_class: [`PRTConfig`] or [`PRTSFTConfig`].
+            task: of the model, for messages.
+            defaults: take the place of the class's own.
 
         Raises:
-            SystemExit: with 2, after a message, where arguments are wrong or unknown.
+            SystemExit: with status 2, after a message, for wrong or unknown arguments.
         """
         parser = _parser(config_class)
         parser.set_defaults(**defaults)
         for action in parser._actions:
-            action.required |= action.dest == "output_dir"  # no name that two runs would share
+            action.required |= action.dest == "output_dir"  # the default would be shared by all runs
         *_, config, _, unknown = _parse(parser, self._arguments)
         if unknown:
             parser.error(_describe_unknown(parser, unknown, task))
@@ -152,14 +170,15 @@ class Options:
 
 
 def print_help() -> None:
-    from ..training.sft import PRTSFTConfig  # has all that classifiers take, and more
+    """Print the help text with all options."""
+    from ..training.sft import PRTSFTConfig  # has the options of classifiers, and more
 
     parser = _parser(PRTSFTConfig)
     parser.set_defaults(learning_rate=ADAPTER_LEARNING_RATE)
     parser.print_help()
 
 
-def _parser(config_class: type | None = None):
+def _parser(config_class: type | None = None) -> argparse.ArgumentParser:
     from transformers.hf_argparser import string_to_bool
     from trl import TrlParser
 
@@ -172,23 +191,24 @@ def _parser(config_class: type | None = None):
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with options")
-    parser.add_argument("--json", action="store_true", help="print one object on the last line of the output")
+    add_option(parser, "config", metavar="FILE", help="a YAML file with options")
+    add_json(parser, "print one JSON object on the last line of the output")
     if config_class is None or "trust_remote_code" not in {each.name for each in fields(config_class)}:
-        # As HfArgumentParser adds the field of SFTConfig, which older TRL and PRTConfig have not.
-        parser.add_argument(
-            "--trust_remote_code",
+        # As HfArgumentParser adds the field of SFTConfig, which PRTConfig and older versions of TRL do not have.
+        add_option(
+            parser,
+            "trust_remote_code",
             type=string_to_bool,
             nargs="?",
             const=True,
             default=False,
-            help="may run code that lies beside the model",
+            help="run code from the model's repository",
         )
     return parser
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Examples stay as they are written, and a default is told where there is one."""
+    """Keep the line breaks of the examples, and show defaults other than None."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -199,12 +219,12 @@ def _parse(parser, arguments: list[str]) -> tuple:
         return parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except PRTError:
         raise
-    except (ValueError, TypeError) as error:  # of values that do not go together
+    except (ValueError, TypeError) as error:  # from the configuration classes
         parser.error(str(error))
 
 
 def _with_readable_config(arguments: list[str]) -> list[str]:
-    """The arguments with `--config FILE` in the place where TRL looks for it."""
+    """Return the arguments with `--config FILE` first, where TRL looks for it."""
     import yaml
 
     finder = argparse.ArgumentParser(prog="prt-hf train", usage=argparse.SUPPRESS, add_help=False, allow_abbrev=False)
@@ -225,21 +245,21 @@ def _with_readable_config(arguments: list[str]) -> list[str]:
     return ["--config", found.config, *others]
 
 
-def _describe_unknown(parser, unknown: list[str], task: str) -> str:
+def _describe_unknown(parser: argparse.ArgumentParser, unknown: list[str], task: str) -> str:
     from ..training.sft import PRTSFTConfig
 
     known = [action.dest for action in parser._actions]
-    of_language_models = {each.name for each in fields(PRTSFTConfig)}
+    language_options = {each.name for each in fields(PRTSFTConfig)}
     hints = []
     for argument in unknown:
         name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and name in of_language_models:
+        if argument.startswith("--") and name in language_options:
             hints.append(f"--{name} is for language models, not for {task}")
         elif argument.startswith("--"):
             hints += [f"did you mean --{close}?" for close in difflib.get_close_matches(name, known, n=1)]
     return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints])
 
 
-def _as_list(value) -> list[str] | None:
-    """A YAML file may give a single name as it is."""
+def _as_list(value: str | list[str] | None) -> list[str] | None:
+    """Return a list of a single name, which a YAML file may give as it is."""
     return [value] if isinstance(value, str) else value

@@ -123,11 +123,11 @@ def test_mistakes_are_told_in_a_message(folder, capsys):
     save("words", tiny.llama(2), tiny.tokenizer(changed={"w5": "v5"}))
     given = ("reward", "--targets", "one", "two", "--data", "texts.jsonl")
     for arguments, message in (
-        ((*given, "--finetuned", "tuned-one"), "expected: 2, as many as --targets, in that order\n  found: 1"),
+        ((*given, "--finetuned", "tuned-one"), "expected: 2, as many as --targets, in the same order\n  found: 1"),
         ((*given, "--methods", "ptr"), "Unknown method.\n"),
         ((*given, "--methods", "ptr"), "did you mean 'prt'?"),
         ((*given[:2], "one", "words", *given[4:]), "'w5' (5 -> absent)"),
-        (("no/reward", *given[1:], "--write_card"), "The card can be written into a folder only."),
+        (("no/reward", *given[1:], "--write_card"), "The card can only be written into a folder."),
         ((*given, "--eft", "reward"), "reward is a reward, which is no model by itself."),
         ((*given[:4], "--data", "nothing.jsonl"), "The dataset nothing.jsonl cannot be loaded."),
     ):

@@ -176,7 +176,10 @@ def test_texts_end_where_the_model_ends_them(folder, command):
 
 MISTAKES = {
     "no reward": (("backbone", "--prompt", "w5"), "There is no reward.\n  expected: --reward, or the recipe"),
-    "a recipe and a reward": (("recipe", "--reward", "reward", "--prompt", "w5"), "is a recipe, which has its rewards"),
+    "a recipe and a reward": (
+        ("recipe", "--reward", "reward", "--prompt", "w5"),
+        "is a recipe, which names its own rewards",
+    ),
     "too few strengths": (
         ("backbone", "--reward", "reward", "other", "--strength", "1", "--prompt", "w5"),
         "expected: no --strength, or 2: one for each reward\n  found: 1: 1.0",
@@ -189,7 +192,7 @@ MISTAKES = {
     "messages without roles": (("recipe", "--file", "chat.jsonl"), "Line 1 of chat.jsonl is no prompt."),
     "speculation in batches": (
         ("recipe", "--speculative", "--batch_size", "2", "--prompt", "w5"),
-        "Speculation is for one prompt at a time.\n  expected: --batch_size 1\n  found: 2",
+        "Speculation takes one prompt at a time.\n  expected: --batch_size 1\n  found: 2",
     ),
     "no such device": (("recipe", "--device", "nowhere", "--prompt", "w5"), "The device nowhere cannot be used."),
     "no such backbone": (("no/such", "--reward", "reward", "--prompt", "w5"), "connect"),
