@@ -416,7 +416,7 @@ def test_going_on_from_a_cache(backbone, processor):
     whole = backbone.generate(prompt, max_new_tokens=12, **settings)
     cache = first[CACHE]
     assert torch.equal(backbone.generate(first.sequences, max_new_tokens=6, **{CACHE: cache}, **settings), whole)
-    with pytest.raises(UnsupportedError, match=f"those in `{CACHE}` included"):
+    with pytest.raises(UnsupportedError, match=f"including those in `{CACHE}`"):
         backbone.generate(
             whole[:, -1:],
             attention_mask=torch.ones(1, cache.get_seq_length() + 1),
