@@ -39,13 +39,13 @@ BASELINES = {SHARED_TRUNK: PLAIN_TOP}  # all others: PLAIN
 class _ChunkedTrainer(PRTSFTTrainer):
     """Plain fine-tuning with the fused PRT loss and a uniform backbone, to show what tuning costs beyond the loss."""
 
-    def _forward(self, model, batch, backbones, is_fused):
+    def _forward(self, model, batch, backbones, teachers, is_fused):
         network = self.accelerator.unwrap_model(model)
         hidden = batch.aligned(last_hidden_state(network, batch.inputs, model))[batch.supervised]
         with self.accelerator.autocast():
             logits = projection(network, hidden)
         nothing = Projection((hidden.new_zeros(len(hidden), 0),), (logits.weights[0].new_zeros(logits.shape[1], 0),))
-        return [nothing], logits
+        return [nothing], [], logits
 
 
 @dataclass(frozen=True)

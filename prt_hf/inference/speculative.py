@@ -30,7 +30,7 @@ from ..networks.anatomy import CACHE, context_length
 from ..networks.mixed_pass import Pass
 from .logits_processor import PRTLogitsProcessor
 from .probe import behaviour_of
-from .state import REMEMBERED, switching_length
+from .state import RECORDS_PAST, REMEMBERED, switching_length
 
 START = 4  # drafts in the first round
 LONGEST = 16
@@ -108,6 +108,13 @@ def speculative_decoding(
     networks = [model, *(drafter.reward.network for drafter in drafters)]
     limit = min([generation_config.max_length, *filter(None, map(context_length, networks))])
     switch = switching_length(model.config)  # all tokens of one pass are read with the same frequencies
+    if switch is not None and limit > switch and not RECORDS_PAST:
+        raise UnsupportedError(
+            "Before transformers 5.18, drafts cannot be verified where a longrope model switches its frequencies.",
+            expected=f"texts of at most {switch} tokens (original_max_position_embeddings), or a newer transformers",
+            found=f"texts of up to {limit} tokens",
+            remedy="generate without speculation",
+        )
     drafter = drafters[0].drafter()
     first, others = (
         LogitsProcessorList(drafter if processor is drafters[0] else processor for processor in processors)
