@@ -125,12 +125,19 @@ def _read_in_steps(run: Pass, rows: torch.LongTensor, mask: torch.LongTensor) ->
 
 
 def _read_after_others(run: Pass, rows: torch.LongTensor) -> torch.Tensor:
-    """Read the last tokens at once, after others were read in their place and taken back."""
+    """Read the last tokens at once, after others were read in their place and taken back.
+
+    Raises:
+        UnsupportedError: the cache has a recurrent state, which keeps what it has read. Some forget it so soon that
+            the logits of a text this short hardly tell.
+    """
     cache, mask = DynamicCache(config=run.model.config), torch.ones_like(rows)
     start = rows.shape[1] - STEPS
     cache.activate_past_recording()
     _read(run, rows[:, :start], mask[:, :start], 0, cache)
     others = torch.cat([rows[:, :start], rows[:, :STEPS]], 1)
     _read(run, others, mask, start, cache)
+    if any(any(getattr(layer, "is_recurrent_states_initialized", {}).values()) for layer in cache.layers):
+        raise UnsupportedError("A recurrent state cannot be cropped.")
     cache.crop(-STEPS)
     return _read(run, rows, mask, start, cache)

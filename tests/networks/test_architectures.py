@@ -155,7 +155,7 @@ def build(name):
     try:
         config = config_class(**small(config_class().to_dict()))
         for attribute in _OF_GENERATION:
-            if getattr(config, attribute, None):
+            if getattr(config, attribute, None) is not None:
                 vars(config)[attribute] = None
         with torch.device("meta"):
             parameters = sum(value.numel() for value in AutoModelForCausalLM.from_config(config).parameters())
