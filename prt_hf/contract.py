@@ -4,20 +4,21 @@ A reward is one number per token or label (Eq. 5): it fits any backbone whose to
 other.
 """
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+import torch
+from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from .errors import LabelMismatchError, PRTValueError, RewardFileError, VocabularyMismatchError
+from .errors import LabelMismatchError, PRTValueError, RewardFileError
+from .vocabulary import SHOWN, VocabularyContract, VocabularyMatch
 
 logger = logging.get_logger(__name__)
 
@@ -28,113 +29,9 @@ _SUMS = ((NETWORK,), (NETWORK, MINUS_BASE))
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
-SHOWN = 5  # differences that an error shows
 _MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
 _MOST_TOKENS = 2**31
 _MOST_LETTERS, _MOST_BYTES_OF_NAME = 4096, 255  # of a path, and of each name in it
-
-
-def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
-    """Return the tokenizer in a tokenizer or a multimodal processor; None for image processors and None."""
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-
-
-@dataclass(frozen=True)
-class VocabularyContract:
-    """The token -> id map that a language model's logits are indexed by.
-
-    Args:
-        size (`int`): largest token id plus one; model heads may be padded beyond it.
-        fingerprint (`str`): SHA-256 of the map, ordered by id.
-        special_tokens (`dict`): role (`"eos_token"`, ...) -> token.
-        vocabulary (`Mapping[str, int]`, *optional*): the map itself, to name differences; not written to files.
-    """
-
-    kind: ClassVar[str] = "vocabulary"
-
-    size: int
-    fingerprint: str
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    vocabulary: Mapping[str, int] | None = field(default=None, repr=False, compare=False)
-
-    @classmethod
-    def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "VocabularyContract":
-        """Read the map of a tokenizer.
-
-        Raises:
-            PRTValueError: it has no tokens.
-        """
-        vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
-        if not vocabulary:
-            raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
-        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
-        fingerprint = hashlib.sha256(json.dumps(list(vocabulary.items())).encode()).hexdigest()
-        return cls(max(vocabulary.values()) + 1, fingerprint, special, vocabulary)
-
-    def check(self, backbone: "VocabularyContract", owner: str = "backbone") -> None:
-        """Accept a backbone with the same map; its head may be padded, and it may end or pad with other tokens.
-
-        Args:
-            backbone: its contract.
-            owner: whose vocabulary it is, for the error.
-
-        Raises:
-            VocabularyMismatchError: the maps differ; shows sizes and a few differing tokens.
-        """
-        if not isinstance(backbone, VocabularyContract):
-            raise VocabularyMismatchError(
-                "The reward scores vocabulary tokens, the backbone does not.",
-                expected="a causal language model",
-                found=f"a backbone with a {backbone.kind} contract",
-            )
-        if (self.fingerprint, self.size) != (backbone.fingerprint, backbone.size):
-            raise VocabularyMismatchError(
-                f"The vocabulary of the {owner} is not the reward's.",
-                expected=f"the {self.size} tokens that the reward was tuned with",
-                found=f"{backbone.size} tokens{self._differences(backbone)}",
-                remedy=f"use a {owner} with the same tokenizer, or tune a reward for this one",
-            )
-        ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
-        if ours and theirs and ours != theirs:
-            logger.warning(
-                f"The reward was tuned with the end token {ours!r}, the backbone stops at {theirs!r}: pass "
-                f"`eos_token_id` to `generate` for both if texts do not end."
-            )
-
-    def check_head(self, columns: int, owner: str = "backbone") -> None:
-        """Accept logits with at least as many columns as there are tokens; more are padding.
-
-        Args:
-            columns: number of logits per position.
-            owner: whose head it is, for the error.
-
-        Raises:
-            VocabularyMismatchError: some tokens have no column.
-        """
-        if columns < self.size:
-            raise VocabularyMismatchError(
-                f"The {owner}'s head has fewer rows than its tokenizer has tokens.",
-                expected=f"at least {self.size} logits per position",
-                found=str(columns),
-                remedy="use the tokenizer that belongs to the model",
-            )
-
-    def _differences(self, backbone: "VocabularyContract") -> str:
-        """Name a few tokens that differ, if both maps are known."""
-        if self.vocabulary is None or backbone.vocabulary is None:
-            return ", in which at least one differs"
-        missing = object()
-        differing = [
-            f"{token!r} ({self.vocabulary.get(token, 'absent')} -> {backbone.vocabulary.get(token, 'absent')})"
-            for token in dict.fromkeys([*self.vocabulary, *backbone.vocabulary])
-            if self.vocabulary.get(token, missing) != backbone.vocabulary.get(token, missing)
-        ]
-        more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
-        return f"; {len(differing)} differ, as token (id in the reward -> id in the backbone): " + (
-            ", ".join(differing[:SHOWN]) + more
-        )
 
 
 @dataclass(frozen=True)
@@ -167,14 +64,23 @@ class LabelContract:
             )
         return cls(names)
 
-    def check(self, backbone: "LabelContract") -> list[int]:
+    def match(
+        self, backbone: "LabelContract", label_map: Mapping[str, str] | None = None, allow_partial: bool = False
+    ) -> list[int]:
         """Match labels by name.
 
+        Args:
+            backbone: its contract.
+            label_map (*optional*): the backbone's labels -> the reward's labels of the same meaning.
+            allow_partial: whether the backbone may have other labels as well, which are neutral (see
+                [`~prt_hf.functional.combine`]), and lack some of the reward's.
+
         Returns:
-            `list[int]`: `order`, such that `reward[..., order]` has the backbone's order of labels.
+            `list[int]`: for each of the backbone's labels the reward's, -1 where it has none.
 
         Raises:
             LabelMismatchError: the names differ, or two labels of differently ordered models share a name.
+            PRTValueError: `label_map` names an unknown label, or maps two labels onto one.
         """
         if not isinstance(backbone, LabelContract):
             raise LabelMismatchError(
@@ -182,25 +88,68 @@ class LabelContract:
                 expected="a classifier with the reward's labels",
                 found=f"a backbone with a {backbone.kind} contract",
             )
-        if self.names == backbone.names:
-            return list(range(len(self.names)))
-        if Counter(self.names) != Counter(backbone.names):
-            absent = [name for name in self.names if name not in backbone.names]
-            extra = [name for name in backbone.names if name not in self.names]
+        names = self._renamed(backbone.names, label_map or {})
+        if self.names == names:
+            return list(range(len(names)))
+        absent = [name for name in self.names if name not in names]
+        extra = [name for name in names if name not in self.names]
+        is_partial = allow_partial and len(extra) < len(names)
+        if Counter(self.names) != Counter(names) and not is_partial:
             raise LabelMismatchError(
                 "The backbone's labels are not the reward's.",
                 expected=f"the {len(self.names)} labels that the reward was tuned with",
-                found=f"{len(backbone.names)} labels; absent: {absent[:SHOWN]}, unknown: {extra[:SHOWN]}",
-                remedy="use a backbone with these labels, or rename them in `config.id2label` if they mean the same",
+                found=f"{len(names)} labels; absent: {absent[:SHOWN]}, unknown: {extra[:SHOWN]}",
+                remedy="name labels of the same meaning in `label_map={backbone's: reward's}`, or pass "
+                "`allow_partial=True` to score those that both have",
             )
-        if twice := [name for name, count in Counter(self.names).items() if count > 1]:
+        if twice := [name for name, count in Counter((*self.names, *names)).items() if count > 2]:
             raise LabelMismatchError(
                 "Two labels share a name, and the two models order their labels differently.",
                 expected="a distinct name for each label",
                 found=f"{twice[:SHOWN]} more than once",
                 remedy="give the labels distinct names in both models' `config.id2label`",
             )
-        return [self.names.index(name) for name in backbone.names]
+        return [self.names.index(name) if name in self.names else -1 for name in names]
+
+    def _renamed(self, names: tuple[str, ...], label_map: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the backbone's labels by the reward's names."""
+        unknown = [name for name in label_map if name not in names]
+        unknown += [name for name in label_map.values() if name not in self.names]
+        renamed = tuple(label_map.get(name, name) for name in names)
+        twice = [name for name in label_map.values() if renamed.count(name) > 1]
+        if unknown or twice:
+            raise PRTValueError(
+                "`label_map` names an unknown label." if unknown else "`label_map` maps two labels onto one.",
+                expected="{label of the backbone: label of the reward}, each label once",
+                found=str((unknown or twice)[:SHOWN]),
+            )
+        return renamed
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a reward's columns and tokens belong to those of a backbone.
+
+    Attributes:
+        columns (`torch.LongTensor` of shape `(backbone columns,)`, *optional*): the reward's column for each of the
+            backbone's, -1 where that is neutral; None if they are the same.
+        tokens ([`VocabularyMatch`], *optional*): how the tokens of texts belong together; None if both read the same.
+    """
+
+    columns: torch.LongTensor | None = None
+    tokens: VocabularyMatch | None = None
+
+    @property
+    def has_neutral(self) -> bool:
+        """Whether some of the backbone's columns keep their probability."""
+        return self.columns is not None and bool((self.columns < 0).any())
+
+    def columns_on(self, device: torch.device) -> torch.LongTensor | None:
+        """Return `columns` on a device."""
+        if self.columns is None:
+            return None
+        is_vocabulary = self.tokens is not None and self.columns is self.tokens.columns
+        return self.tokens.columns_on(device) if is_vocabulary else self.columns.to(device)
 
 
 Contract = VocabularyContract | LabelContract
@@ -228,12 +177,13 @@ def contract_from_dict(entries: dict[str, Any]) -> Contract:
     if isinstance(contract, LabelContract):
         _check(contract, names=isinstance(contract.names, list) and contract.names and _are_strings(contract.names))
         return LabelContract(tuple(contract.names))
-    special = contract.special_tokens
     _check(
         contract,
         size=type(contract.size) is int and 0 < contract.size <= _MOST_TOKENS,
         fingerprint=isinstance(contract.fingerprint, str),
-        special_tokens=isinstance(special, dict) and _are_strings(special) and _are_strings(special.values()),
+        ordinary=isinstance(contract.ordinary, str),
+        added=_is_map(contract.added) and all(type(index) is int and index >= 0 for index in contract.added.values()),
+        special_tokens=_is_map(contract.special_tokens) and _are_strings(contract.special_tokens.values()),
     )
     return contract
 
@@ -251,6 +201,11 @@ def _check(owner: Any, **is_right: bool) -> None:
     for name, holds in is_right.items():
         if not holds:
             raise ValueError(f"{name} = {str(getattr(owner, name))[:80]}")
+
+
+def _is_map(value: Any) -> bool:
+    """Return whether a value is a dictionary with strings as keys."""
+    return isinstance(value, dict) and _are_strings(value)
 
 
 def _are_strings(values: Iterable) -> bool:

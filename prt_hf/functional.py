@@ -61,15 +61,26 @@ def check_supervised(count: int | float | torch.Tensor, where: str) -> None:
         )
 
 
-def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float | torch.Tensor = 1.0) -> torch.Tensor:
+def combine(
+    backbone_logits: torch.Tensor,
+    reward: torch.Tensor,
+    strength: float | torch.Tensor = 1.0,
+    columns: torch.LongTensor | None = None,
+) -> torch.Tensor:
     """Return log pi_theta(. | x), the PRT model (Eq. 6 in training, Eq. 10 with any other backbone).
 
     Equals `log_softmax(log_softmax(backbone_logits) + strength * reward)`.
+
+    With `columns`, some of the backbone's tokens N are neutral: they have no reward. pi(N) = pi_pt(N), and the others,
+    S, share the rest in proportion to pi_pt exp(strength r). This is r = 0 in the normalisation of Prop. 3.1, E[exp(r)]
+    = 1 over S: r_N = log(sum_S pi_pt exp(strength r) / sum_S pi_pt). Where S has no mass, the backbone stays.
 
     Args:
         backbone_logits (`torch.FloatTensor` of shape `(..., vocab_size)`): logits of pi_pt, `-inf` where ruled out.
         reward (`torch.FloatTensor` of shape `(..., vocab_size)`): r_theta.
         strength (`float` or tensor broadcastable to `reward`): 1 / lambda; 0 gives the backbone back.
+        columns (`torch.LongTensor` of shape `(vocab_size,)`, *optional*): the reward's column for each of the
+            backbone's, -1 for neutral ones; by default both have the same.
 
     Returns:
         `torch.FloatTensor` of shape `(..., vocab_size)`: log-probabilities, float32.
@@ -78,8 +89,21 @@ def combine(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: float
         NonFiniteRewardError: a reward is NaN or infinite.
         PRTValueError: the last axes differ.
     """
+    backbone_logits = backbone_logits.float()
+    if columns is not None:
+        check_same_columns(backbone_logits.shape[-1], len(columns))
+        reward = reward[..., columns.clamp(min=0)]
     check_same_columns(backbone_logits.shape[-1], reward.shape[-1])
-    return _log_probs(backbone_logits.float(), check_finite(reward).float(), strength)
+    reward = check_finite(reward).float()
+    if columns is None:
+        return _log_probs(backbone_logits, reward, strength)
+    is_neutral = columns < 0
+    log_backbone = torch.log_softmax(backbone_logits, -1)
+    scored = log_backbone.masked_fill(is_neutral, -torch.inf)
+    log_share = scored.logsumexp(-1, keepdim=True)
+    has_no_share = log_share.isneginf()
+    log_probs = _log_probs(scored.masked_fill(has_no_share, 0.0), reward, strength) + log_share
+    return torch.where(is_neutral | has_no_share, log_backbone, log_probs)
 
 
 def signed_sum(signs: Sequence[float], values: Sequence[torch.Tensor]) -> torch.Tensor:

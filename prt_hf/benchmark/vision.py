@@ -103,14 +103,14 @@ def time_vision(
     inputs = {name: pixels.to(backbone.device, backbone.dtype) for name, pixels in inputs.items()}
     backbone_inputs, (own,) = split_inputs(inputs, "reward", 1)
     reward_inputs = backbone_inputs | own
+    columns = model.matches[0].columns_on(backbone.device)
 
     def eft() -> torch.Tensor:
         """Return log pi_pt + log pi_ft_old - log pi_pt_old."""
         tuned, pretrained = (
-            network(**reward_inputs).logits[..., model.parts[1].columns].float().log_softmax(-1)
-            for network in (reward.network, source)
+            network(**reward_inputs).logits.float().log_softmax(-1) for network in (reward.network, source)
         )
-        return combine(backbone(**backbone_inputs).logits, tuned - pretrained)
+        return combine(backbone(**backbone_inputs).logits, tuned - pretrained, columns=columns)
 
     ways = {
         BARE: lambda: backbone(**backbone_inputs),

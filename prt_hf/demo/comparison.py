@@ -93,7 +93,7 @@ class Contenders:
             columns = slice(contract.size)
         else:
             names = LabelContract.from_model_config(unwrap_adapter(model).config)
-            columns = names.check(contract)  # the order that turns the model's labels into the reward's
+            columns = names.match(contract)  # the order that turns the model's labels into the reward's
         return logits[..., columns].float().log_softmax(-1)
 
 

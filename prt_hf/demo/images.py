@@ -95,7 +95,7 @@ def own_images(source: str, target: str, dataset: str, seed: int) -> ImageTask:
         PRTValueError: A column is missing, or the models do not have a label.
     """
     models = [load(AutoModelForImageClassification, place) for place in (source, target)]
-    LabelContract.from_model_config(models[0].config).check(LabelContract.from_model_config(models[1].config))
+    LabelContract.from_model_config(models[0].config).match(LabelContract.from_model_config(models[1].config))
     image_processor = load(AutoImageProcessor, source)
     parts = load_splits(dataset, seed)
     for column in ("image", "label"):
@@ -139,7 +139,7 @@ from prt_hf import LabelContract, RewardModel, combine
 
 reward = RewardModel.from_pretrained({str(folder / "images-reward")!r})
 target = AutoModelForImageClassification.from_pretrained({str(target)!r})
-order = reward.contract.check(LabelContract.from_model_config(target.config))
+order = reward.contract.match(LabelContract.from_model_config(target.config))
 pixel_values = load_file({str(folder / "images-test.safetensors")!r})["pixel_values"][:8]
 with torch.no_grad():
     log_probs = combine(target(pixel_values).logits, reward(pixel_values=pixel_values)[:, order])

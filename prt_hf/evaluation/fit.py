@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig, VocabularyContract, unwrap_tokenizer
+from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTError, RewardFileError
 from ..hub.client import local_file
 from ..hub.folder import ADAPTER_CONFIG, check_files
@@ -19,6 +19,7 @@ from ..networks.auto import load_processing_class, load_skeleton
 from ..networks.identity import reference_to
 from ..reward.full import check_full
 from ..reward.model import RewardModel
+from ..vocabulary import unwrap_tokenizer
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Fit:
         backbone_context (`int`, *optional*): The number of tokens that the backbone can read; None without a limit.
         reward_context (`int`, *optional*): The number of tokens that the reward can read; None without a limit.
         special_tokens (`dict`): Role -> the reward's token and the backbone's, for roles where they differ.
+        match (`str`, *optional*): How the tokens of the two belong together; None if they do not, or for images.
         is_permuted (`bool`): Whether the labels are in another order; they are matched by name.
         is_tokenizer_known (`bool`): Whether the backbone has a tokenizer; if not, the reward's is assumed.
     """
@@ -57,6 +59,7 @@ class Fit:
     backbone_context: int | None
     reward_context: int | None
     special_tokens: dict[str, tuple[str | None, str | None]]
+    match: str | None
     is_permuted: bool
     is_tokenizer_known: bool
 
@@ -108,9 +111,9 @@ def check_fit(
     config = skeleton.config
     model = load_skeleton(backbone, token=token, **kwargs)
     theirs = load_processing_class(backbone, config.task, token=token, **kwargs)
-    problems, order = [], None
+    problems, match = [], None
     try:
-        order = skeleton.order_for(model, theirs)
+        match = skeleton.match_with(model, theirs)
     except PRTError as error:
         problems.append(str(error))
     found, named = reference_to(model), config.reward_base
@@ -130,7 +133,8 @@ def check_fit(
         backbone_context=context_length(model),
         reward_context=context_length(base),
         special_tokens=_differing_roles(config, theirs),
-        is_permuted=isinstance(order, list) and order != sorted(order),
+        match=match and match.tokens and str(match.tokens),
+        is_permuted=match is not None and match.columns is not None and config.task != TEXT_GENERATION,
         is_tokenizer_known=theirs is not None or not isinstance(config.contract, VocabularyContract),
     )
 

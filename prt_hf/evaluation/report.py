@@ -321,7 +321,7 @@ def _limit(reward: RewardModel, model: Model, load_kwargs: dict) -> int | None:
         kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
         processing_class = load_processing_class(model, reward.config.task, **kwargs)
         model = load_skeleton(model, **kwargs)
-    reward.order_for(model, processing_class)
+    reward.match_with(model, processing_class)
     return context_length(model)
 
 

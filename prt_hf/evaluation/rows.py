@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import is_conversational, is_conversational_from_value, maybe_convert_to_chatml
 
-from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, unwrap_tokenizer
+from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION
 from ..errors import PRTValueError
 from ..networks.anatomy import unwrap_adapter
 from ..networks.pixels import PIXELS
@@ -17,6 +17,7 @@ from ..reward.backbones import Backbone
 from ..reward.model import RewardModel
 from ..training.collators import IMAGE, MASKS, TokenCollator
 from ..training.data import label_ids, pixel_makers, require_column, require_texts
+from ..vocabulary import unwrap_tokenizer
 
 LABEL = "label"
 TEXT_COLUMNS = "input_ids, or messages, or conversations, or prompt and completion, or text"

@@ -2,6 +2,7 @@
 
 import copy
 import weakref
+from collections.abc import Sequence
 from functools import partial
 from typing import NoReturn
 
@@ -12,6 +13,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +30,7 @@ from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError, UnsupportedError
 from ..networks.anatomy import CACHE, check_length
 from .cache import PRTCache
+from .context import Prompt
 from .joint_head import JointBase, JointHead, joint_head
 from .logits_processor import PRTLogitsProcessor
 from .probe import behaviour_of, check_padding
@@ -187,6 +190,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         *,
         speculative: bool = False,
         num_draft_tokens: int | None = None,
+        reward_inputs: Prompt | Sequence[Prompt | None] | None = None,
         **kwargs,
     ) -> torch.LongTensor | GenerateOutput:
         """Generate text as every model does, see [`~transformers.GenerationMixin.generate`].
@@ -200,6 +204,9 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 reward names it. With `return_dict_in_generate` the drafts are counted
                 ([`~prt_hf.inference.speculative.SpeculativeOutput`]).
             num_draft_tokens (`int`, *optional*): most tokens to draft at a time.
+            reward_inputs (*optional*): prompts that the rewards read in the place of the backbone's, in the tokens of
+                their own tokenizer, as it returns them: one for all, or a list with one or None for each. For a reward
+                that was tuned with another chat template.
             **kwargs: as for every model.
 
         Raises:
@@ -208,17 +215,26 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         asked = (kwargs.get("cache_implementation"), getattr(generation_config, "cache_implementation", None))
         if "paged" in asked:
             self._refuse_continuous_batching()
-        if speculative:
-            return self._generate_speculatively(inputs, generation_config, num_draft_tokens, **kwargs)
-        if num_draft_tokens is not None:
+        if num_draft_tokens is not None and not speculative:
             raise PRTValueError("`num_draft_tokens` is for speculative decoding.", remedy="speculative=True")
-        return super().generate(inputs, generation_config, **kwargs)
+        if not speculative and reward_inputs is None and not self._reads_other_tokens:
+            return super().generate(inputs, generation_config, **kwargs)
+        prompts = reward_inputs if isinstance(reward_inputs, list | tuple) else [reward_inputs] * len(self.rewards)
+        if len(prompts) != len(self.rewards):
+            raise PRTValueError(
+                "`reward_inputs` is not usable.",
+                expected=f"one, or a list of {len(self.rewards)}",
+                found=f"{len(prompts)} of them",
+            )
+        options = {"num_draft_tokens": num_draft_tokens} if speculative else None
+        return self._generate_with_processors(inputs, generation_config, prompts, options, **kwargs)
 
-    def _generate_speculatively(
+    def _generate_with_processors(
         self,
         inputs: torch.LongTensor | None,
         generation_config: GenerationConfig | None,
-        num_draft_tokens: int | None,
+        prompts: Sequence[Prompt | None],
+        speculation: dict | None,
         *,
         assistant_model: PreTrainedModel | None = None,
         streamer: BaseStreamer | None = None,
@@ -227,7 +243,10 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs,
     ) -> torch.LongTensor | GenerateOutput:
-        """Let the backbone generate with [`speculative_decoding`], under this model's defaults."""
+        """Let the backbone generate, under this model's defaults, with a processor for each reward before all others.
+
+        With `speculation`, options of [`speculative_decoding`], that decodes.
+        """
         backbone = copy.copy(self.backbone)  # on the very same modules
         backbone.generation_config = copy.deepcopy(self.generation_config)
         generation_config = copy.deepcopy(generation_config or self.generation_config)
@@ -242,19 +261,24 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         rewards = _DRAFTERS.pop(self, None) if assistant_model is None else None
         if rewards is None:
             rewards = [
-                PRTLogitsProcessor(reward, self.processing_class, source_backbone=assistant_model)
+                PRTLogitsProcessor(
+                    reward, self.processing_class, source_backbone=assistant_model, token_map=self.config.token_map
+                )
                 for reward in self.rewards
             ]
-        for reward, strength in zip(rewards, self.strengths, strict=True):
-            reward.strength = strength
-        decode = partial(speculative_decoding, rewards=rewards, num_draft_tokens=num_draft_tokens, streamer=streamer)
+        for reward, strength, prompt in zip(rewards, self.strengths, prompts, strict=True):
+            reward.strength, reward.prompt, reward.attention_mask = strength, prompt, kwargs.get("attention_mask")
+        if speculation is None:
+            others = backbone._get_logits_processor
+            backbone._get_logits_processor = lambda *args, **given: LogitsProcessorList(
+                [*rewards, *others(*args, **given)]
+            )
+            if assistant_model is not None:
+                kwargs["assistant_model"] = assistant_model
+        else:
+            kwargs["custom_generate"] = partial(speculative_decoding, rewards=rewards, streamer=streamer, **speculation)
         output = backbone.generate(
-            inputs,
-            generation_config,
-            stopping_criteria=stopping_criteria,
-            streamer=streamer,
-            custom_generate=decode,
-            **kwargs,
+            inputs, generation_config, stopping_criteria=stopping_criteria, streamer=streamer, **kwargs
         )
         if assistant_model is None:
             _DRAFTERS[self] = rewards
@@ -286,7 +310,14 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
     @property
     def _is_cached(self) -> bool:
         """Whether all networks can read on from caches of the usual kind."""
-        return all(part.run.is_cached and behaviour_of(part.run).steps for part in self.parts)
+        return not self._reads_other_tokens and all(
+            part.run.is_cached and behaviour_of(part.run).steps for part in self.parts
+        )
+
+    @property
+    def _reads_other_tokens(self) -> bool:
+        """Whether the rows of a reward may have other lengths than the backbone's, so that no cache holds both."""
+        return any(match.tokens is not None and match.tokens.neutral for match in self.matches)
 
     def _new_cache(self) -> PRTCache | None:
         """Return an empty cache for all passes; None if a network cannot read on from one."""

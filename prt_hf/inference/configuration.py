@@ -33,6 +33,9 @@ class PRTModelConfig(PreTrainedConfig):
             beside this file.
         reward_configs (`list`): configurations of the rewards' networks.
         vocab_size (`int`, *optional*): tokens of the vocabulary, without the rows that pad the models' heads.
+        token_map (`dict`, *optional*): the backbone's tokens -> the rewards', where names and roles do not tell.
+        label_map (`dict`, *optional*): the backbone's labels -> the rewards'.
+        allow_partial (`bool`): whether rewards may score some of the backbone's labels only.
 
     Raises:
         RewardFileError: written by a newer major version, or malformed.
@@ -47,6 +50,9 @@ class PRTModelConfig(PreTrainedConfig):
     reward_references: list | None = None
     reward_configs: list | None = None
     vocab_size: int | None = None
+    token_map: dict | None = None
+    label_map: dict | None = None
+    allow_partial: bool = False
     tie_word_embeddings: bool = False  # of this model's own heads, which it has not
 
     def __post_init__(self, **kwargs):
@@ -91,9 +97,20 @@ def config_of(
     rewards: list[RewardModel],
     references: list[dict | None],
     strengths: list[float],
+    size: int | None,
+    maps: dict[str, Any],
 ) -> PRTModelConfig:
-    """Return the configuration of a PRT model, with an entry for each reward."""
-    contract = rewards[0].contract
+    """Return the configuration of a PRT model, with an entry for each reward.
+
+    Args:
+        architecture: name of the class.
+        backbone: the backbone.
+        rewards: the rewards.
+        references: places of the rewards on the Hub.
+        strengths: 1 / lambda of each.
+        size: tokens of the backbone's vocabulary; None for labels.
+        maps: `token_map`, `label_map` and `allow_partial`.
+    """
     config = PRTModelConfig(
         architectures=[architecture],
         backbone_reference=asdict(reference_to(backbone)),
@@ -105,8 +122,9 @@ def config_of(
             for reference, strength in zip(references, strengths, strict=True)
         ],
         reward_configs=[copy.deepcopy(unwrap_adapter(reward.network).config) for reward in rewards],
-        vocab_size=contract.size if isinstance(contract, VocabularyContract) else None,
+        vocab_size=size,
         dtype=backbone.dtype,
+        **maps,
     )
     config.name_or_path = backbone.name_or_path
     return config
@@ -170,7 +188,12 @@ def _check_entries(config: PRTModelConfig) -> None:
         "reward_references": isinstance(rewards, list) and all(is_made_of(entry, _REWARD_ENTRY) for entry in rewards),
         "backbone_config": isinstance(parts[0], dict | PreTrainedConfig),
         "reward_configs": all(isinstance(part, dict | PreTrainedConfig) for part in parts[1:]),
+        "allow_partial": isinstance(config.allow_partial, bool),
     }
+    for name in ("token_map", "label_map"):
+        mapped = getattr(config, name) or {}
+        is_map = isinstance(mapped, dict)
+        are_right[name] = is_map and all(isinstance(text, str) for text in (*mapped, *mapped.values()))
     if wrong := [name for name, is_right in are_right.items() if not is_right]:
         raise RewardFileError(
             f"The recipe's {wrong[0]} cannot be read.",

@@ -45,6 +45,13 @@ class JointBase:
                 expected="a loss of log-probabilities alone",
                 remedy="router_aux_loss_coef=0.0",
             )
+        if any(match.columns is not None for match in model.matches):
+            raise UnsupportedError(
+                "A reward of another vocabulary has no rows for some of the backbone's tokens.",
+                expected="rewards of the backbone's own vocabulary",
+                found="; ".join(str(match.tokens) for match in model.matches),
+                remedy="tune with PRTTrainer, or with a trainer that asks the model for its logits",
+            )
         if not all(isinstance(factor, Real) for factor in factors):
             raise UnsupportedError(
                 "One head serves all rows.", expected="one strength for each reward", found="strengths per row"

@@ -1,15 +1,14 @@
 """Reward logits inside `generate(logits_processor=[...])`."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
-from ..contract import Contract, VocabularyContract, unwrap_tokenizer
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, signed_sum, strength_of_rows
 from ..networks.adapters import bare_base
@@ -18,17 +17,9 @@ from ..networks.auto import load_base
 from ..networks.mixed_pass import lock_of
 from ..reward.finetuned import check_finetuned, pretrained_of
 from ..reward.model import RewardModel, Term
+from ..vocabulary import VocabularyContract, VocabularyMatch, unwrap_tokenizer
+from .context import Prompt, RewardContext
 from .terms import TermStates
-
-logger = logging.get_logger(__name__)
-
-
-class _Masked:
-    """A mask, and the prompts that it was first used for."""
-
-    def __init__(self, mask: torch.LongTensor | None):
-        self.mask = mask
-        self.prompts: torch.LongTensor | None = None
 
 
 class _TermProcessor(LogitsProcessor):
@@ -40,33 +31,19 @@ class _TermProcessor(LogitsProcessor):
     def __init__(
         self,
         terms: Sequence[Term],
-        contract: Contract,
+        match: VocabularyMatch,
         tokenizer: PreTrainedTokenizerBase,
         strength: float | torch.Tensor | list[float],
         attention_mask: torch.LongTensor | None,
         compile_config: CompileConfig | None = None,
     ):
-        self._tokenizer = unwrap_tokenizer(tokenizer)
-        if self._tokenizer is None:
-            raise PRTValueError(
-                "A logits processor needs the backbone's tokenizer, which defines the vocabulary.",
-                expected="a transformers tokenizer",
-                found=type(tokenizer).__name__,
-            )
-        if not isinstance(contract, VocabularyContract):
-            raise PRTValueError(
-                "Only rewards over a vocabulary work in `generate`.",
-                expected="a reward tuned from a causal language model",
-                found=f"a reward over {contract.kind}",
-                remedy="`PRTForSequenceClassification` or `PRTForImageClassification` adds a classifier's reward",
-            )
-        contract.check(VocabularyContract.from_tokenizer(self._tokenizer))
-        self._contract = contract
+        self._match = match
+        self._contract = VocabularyContract.from_tokenizer(tokenizer)
+        self._context = RewardContext(tokenizer, match)
         self._signs = [term.sign for term in terms]
         self._states = TermStates(*(term.network.eval() for term in terms), compile_config=compile_config)
         self.strength = strength
         self.attention_mask = attention_mask
-        self._warned_of_padding = False
 
     @property
     def strength(self) -> float | torch.Tensor:
@@ -80,17 +57,24 @@ class _TermProcessor(LogitsProcessor):
     @property
     def attention_mask(self) -> torch.LongTensor | None:
         """`(batch_size, prompt_length)`, the mask given to `generate`; set it anew for other prompts."""
-        return self._masked.mask
+        return self._context.attention_mask
 
     @attention_mask.setter
     def attention_mask(self, mask: torch.LongTensor | None) -> None:
-        if mask is not None and mask.ndim != 2:
-            raise PRTValueError(
-                "`attention_mask` is not usable.",
-                expected="shape (batch_size, prompt_length)",
-                found=str(tuple(mask.shape)),
-            )
-        self._masked = _Masked(mask)
+        self._context.attention_mask = mask
+
+    @property
+    def prompt(self) -> torch.LongTensor | None:
+        """The reward's own prompts, `(batch_size, length)`, in its tokenizer's tokens; None to read the backbone's.
+
+        A reward that was tuned with another chat template reads what it knows, then what is generated, as the expert of
+        proxy-tuning does. May be set to what the tokenizer returns; set it anew for other prompts.
+        """
+        return self._context.prompt
+
+    @prompt.setter
+    def prompt(self, prompt: Prompt | None) -> None:
+        self._context.prompt = prompt
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return log-probabilities of the backbone with the reward.
@@ -102,9 +86,11 @@ class _TermProcessor(LogitsProcessor):
 
         Returns:
             `torch.FloatTensor` of the shape of `scores`: normalised log-probabilities (so beam scores are exact);
-            `-inf` in columns that pad the vocabulary.
+            `-inf` in columns that pad the vocabulary. Tokens that the reward does not know keep their probability, see
+            [`~prt_hf.functional.combine`].
 
         Raises:
+            VocabularyMismatchError: the tokenizer is not the backbone's.
             UnsupportedError: called by continuous batching, or with a prompt given as embeddings only.
             ContextLengthError: the rows outgrow the reward's context.
             NonFiniteRewardError: a reward is NaN or infinite.
@@ -117,13 +103,21 @@ class _TermProcessor(LogitsProcessor):
                 remedy="use `generate` with `input_ids`; not continuous batching, nor `inputs_embeds` alone",
             )
         self._contract.check_head(scores.shape[-1])
-        size = self._contract.size
-        logits = self._states(input_ids, self._mask(input_ids), slice(len(self._signs)))
-        rewards = signed_sum(self._signs, [each[:, :size].float() for each in logits]).to(scores.device)
+        rows = self._context.read(input_ids)
+        logits = self._states(rows.input_ids, rows.attention_mask, slice(len(self._signs)))
+        rewards = signed_sum(self._signs, [self._scored(each) for each in logits])
+        if rows.is_empty is not None:
+            rewards = rewards.masked_fill(rows.is_empty.to(rewards.device)[:, None], 0.0)
         strength = strength_of_rows(self.strength, len(scores))[:, None].to(scores.device)
         output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
-        output[:, :size] = combine(scores[:, :size], rewards, strength)
+        size = self._match.size
+        columns = self._match.columns_on(scores.device)
+        output[:, :size] = combine(scores[:, :size], rewards.to(scores.device), strength, columns)
         return output
+
+    def _scored(self, logits: torch.Tensor) -> torch.Tensor:
+        """Cut off the columns that pad the reward's vocabulary."""
+        return logits[:, : self._match.reward_size].float()
 
     def reset(self) -> None:
         """Free the caches.
@@ -133,51 +127,17 @@ class _TermProcessor(LogitsProcessor):
         """
         self._states.reset()
 
-    def _mask(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
-        masked = self._masked
-        mask = self._inferred_mask(input_ids) if masked.mask is None else self._extended_mask(masked, input_ids)
-        return None if mask is None or bool(mask.all()) else mask
 
-    def _extended_mask(self, masked: _Masked, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """Return the prompts' mask for every row that `generate` made of them, with ones for generated tokens."""
-        mask = masked.mask.to(input_ids.device)
-        rows, (prompts, length) = len(input_ids), mask.shape
-        is_fitting = rows % prompts == 0 and input_ids.shape[1] >= length
-        if is_fitting:
-            copies = rows // prompts
-            start = input_ids[:, :length]
-            if masked.prompts is None and input_ids.shape[1] == length:  # else the text began under another mask
-                masked.prompts = start[::copies].clone()
-            # Beams never leave their prompt, so row i still starts with prompt i // copies.
-            is_fitting = masked.prompts is not None and torch.equal(start, masked.prompts.repeat_interleave(copies, 0))
-        if not is_fitting:
-            raise PRTValueError(
-                "`attention_mask` belongs to other prompts than these.",
-                expected=f"the rows of {prompts} prompts of {length} tokens",
-                found=f"{rows} rows of {input_ids.shape[1]} tokens",
-                remedy="set `processor.attention_mask` to the mask of these prompts, or to None to infer it",
-            )
-        generated = mask.new_ones(rows, input_ids.shape[1] - length)
-        return torch.cat([mask.repeat_interleave(copies, 0), generated], 1)
-
-    def _inferred_mask(self, input_ids: torch.LongTensor) -> torch.LongTensor | None:
-        """Mask left padding: the run of pad tokens that a row starts with."""
-        pad = self._tokenizer.pad_token_id
-        if pad is None:
-            return None
-        leading = (input_ids == pad).long().cumprod(1).sum(1)
-        if pad in (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id):
-            # The token may open the text itself. A batch is padded to its longest prompt, so what all rows share is
-            # text.
-            if bool(leading.any()) and not self._warned_of_padding:
-                self._warned_of_padding = True
-                logger.warning(
-                    f"Rows start with {self._tokenizer.pad_token!r}, which both pads and starts or ends texts: taken "
-                    "as padding where a row has more of them than the row with the fewest. Pass `attention_mask=` to "
-                    "be exact."
-                )
-            leading = leading - leading.min()
-        return (torch.arange(input_ids.shape[1], device=input_ids.device) >= leading[:, None]).long()
+def _tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+    """Return the tokenizer that is given for a backbone."""
+    tokenizer = unwrap_tokenizer(processing_class)
+    if tokenizer is None:
+        raise PRTValueError(
+            "A logits processor needs the backbone's tokenizer, which defines the vocabulary.",
+            expected="a transformers tokenizer",
+            found=type(processing_class).__name__,
+        )
+    return tokenizer
 
 
 class PRTLogitsProcessor(_TermProcessor):
@@ -191,24 +151,31 @@ class PRTLogitsProcessor(_TermProcessor):
     Args:
         reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
             each normalises, and a constant per row does not change the output of the next.
-        tokenizer: the backbone's; must have the reward's vocabulary.
+        tokenizer: the backbone's own, whose vocabulary is the reward's or an update of it.
+            [`RewardModel.processor`] finds it.
         strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned
             with, 1 in the paper. Below 0, the tuned behaviour is subtracted.
         attention_mask (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): the mask given to
             `generate`. By default left padding is inferred from the tokenizer's pad token.
+        token_map (`dict[str, str]`, *optional*): the backbone's tokens -> the reward's tokens that they stand for,
+            where names and roles do not tell: `{"<|im_end|>": "<|eot_id|>"}`.
         source_backbone (`PreTrainedModel`, *optional*): drafts for [`~prt_hf.speculative_decoding`] with a full reward;
             by default loaded as `prt_config.json` names it. An adapter drafts with its own base.
         compile_config (`CompileConfig`, *optional*): compile the reward's step, for GPUs on which a small network waits
             for its launches; `CompileConfig()` uses CUDA graphs.
 
+    Attributes:
+        match ([`~prt_hf.vocabulary.VocabularyMatch`]): of the two vocabularies.
+
     Raises:
-        VocabularyMismatchError: the tokenizer is another one than the reward's.
+        VocabularyMismatchError: the tokenizer has another vocabulary than the reward, and no update of it.
+        PRTValueError: `token_map` names unknown tokens, or maps two onto one.
 
     Example:
 
     ```python
     reward = RewardModel.from_pretrained("me/gsm8k-reward")
-    backbone.generate(**inputs, logits_processor=[PRTLogitsProcessor(reward, tokenizer)])
+    backbone.generate(**inputs, logits_processor=[reward.processor(backbone)])
     ```
     """
 
@@ -219,6 +186,7 @@ class PRTLogitsProcessor(_TermProcessor):
         *,
         strength: float | torch.Tensor | list[float] | None = None,
         attention_mask: torch.LongTensor | None = None,
+        token_map: Mapping[str, str] | None = None,
         source_backbone: PreTrainedModel | None = None,
         compile_config: CompileConfig | None = None,
     ):
@@ -229,6 +197,16 @@ class PRTLogitsProcessor(_TermProcessor):
                 found=type(reward).__name__,
                 remedy="RewardModel.from_pretrained(...)",
             )
+        tokenizer, contract = _tokenizer_of(tokenizer), reward.contract
+        if not isinstance(contract, VocabularyContract):
+            raise PRTValueError(
+                "Only rewards over a vocabulary work in `generate`.",
+                expected="a reward tuned from a causal language model",
+                found=f"a reward over {contract.kind}",
+                remedy="`PRTForSequenceClassification` or `PRTForImageClassification` adds a classifier's reward",
+            )
+        theirs = VocabularyContract.from_tokenizer(tokenizer)
+        match = contract.check(theirs, token_map=token_map, tokenizer=unwrap_tokenizer(reward.processing_class))
         terms = reward.terms
         if compile_config is not None and len(terms) > 1:
             raise UnsupportedError(
@@ -238,7 +216,8 @@ class PRTLogitsProcessor(_TermProcessor):
                 remedy="leave `compile_config` out, or distil it into a reward",
             )
         strength = reward.config.strength if strength is None else strength
-        super().__init__(terms, reward.contract, tokenizer, strength, attention_mask, compile_config)
+        super().__init__(terms, match, tokenizer, strength, attention_mask, compile_config)
+        self.match = match
         self.reward = reward
         self._compile_config, self._source_backbone = compile_config, source_backbone
         self._drafting: TermStates | None = None  # of the reward and its source backbone
@@ -275,12 +254,14 @@ class PRTLogitsProcessor(_TermProcessor):
         return TermStates(network, source.eval(), compile_config=self._compile_config)
 
     def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
-        """Return the source backbone's logits for the tokens after `input_ids`, `(batch_size, contract.size)`.
+        """Return the source backbone's logits for the tokens after `input_ids`, `(batch_size, match.size)`.
 
-        Only a [`drafter`] has them.
+        Only a [`drafter`] has them. Tokens that the source backbone does not know are not drafted.
         """
-        (logits,) = self._states(input_ids, self._mask(input_ids), slice(-1, None))
-        return logits[:, : self._contract.size].float()
+        rows = self._context.read(input_ids)
+        (logits,) = self._states(rows.input_ids, rows.attention_mask, slice(-1, None))
+        logits, columns = self._scored(logits), self._match.columns_on(logits.device)
+        return logits if columns is None else logits[:, columns.clamp(min=0)].masked_fill(columns < 0, -torch.inf)
 
 
 class EFTLogitsProcessor(_TermProcessor):
@@ -292,13 +273,14 @@ class EFTLogitsProcessor(_TermProcessor):
     Args:
         finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. With a `PeftModel`, the adapter on and off are two rows
             of one pass; two passes if it is not a plain LoRA.
-        tokenizer: shared by all three models.
+        tokenizer: the backbone's.
         pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel` that leaves
             its base as it was.
-        strength, attention_mask: as for [`PRTLogitsProcessor`].
+        strength, attention_mask, token_map: as for [`PRTLogitsProcessor`].
+        source_tokenizer (*optional*): the tokenizer of the two old models; by default the backbone's.
 
     Raises:
-        VocabularyMismatchError: one of the models has no logit for some of the tokens.
+        VocabularyMismatchError: one of the models has no logit for some of its tokens, or the vocabularies do not fit.
         UnsupportedError: an adapter of prompts, or one that depends on the text; without `pretrained`, one that has
             changed its base.
         PRTValueError: neither `pretrained` nor a `PeftModel`.
@@ -312,11 +294,17 @@ class EFTLogitsProcessor(_TermProcessor):
         pretrained: PreTrainedModel | None = None,
         strength: float | torch.Tensor | list[float] = 1.0,
         attention_mask: torch.LongTensor | None = None,
+        token_map: Mapping[str, str] | None = None,
+        source_tokenizer: PreTrainedTokenizerBase | None = None,
     ):
         check_finetuned(finetuned)
         pretrained = pretrained_of(finetuned) if pretrained is None else pretrained
-        contract, _ = (contract_of(network, tokenizer) for network in (finetuned, pretrained))
-        super().__init__((Term(finetuned), Term(pretrained, -1.0)), contract, tokenizer, strength, attention_mask)
+        tokenizer = _tokenizer_of(tokenizer)
+        source_tokenizer = tokenizer if source_tokenizer is None else _tokenizer_of(source_tokenizer)
+        contract, _ = (contract_of(network, source_tokenizer) for network in (finetuned, pretrained))
+        theirs = VocabularyContract.from_tokenizer(tokenizer)
+        match = contract.check(theirs, token_map=token_map, tokenizer=source_tokenizer)
+        super().__init__((Term(finetuned), Term(pretrained, -1.0)), match, tokenizer, strength, attention_mask)
 
     @classmethod
     def from_adapter(
@@ -326,9 +314,10 @@ class EFTLogitsProcessor(_TermProcessor):
         *,
         strength: float | torch.Tensor | list[float] = 1.0,
         attention_mask: torch.LongTensor | None = None,
+        token_map: Mapping[str, str] | None = None,
         **load_kwargs,
     ) -> "EFTLogitsProcessor":
-        """Carry an ordinary PEFT adapter of a language model over to any backbone with its base's vocabulary.
+        """Carry an ordinary PEFT adapter of a language model over to any backbone that its base's vocabulary fits.
 
         Args:
             path_or_repo: folder or repository id of a LoRA or another adapter of layers; its base is loaded as
@@ -336,13 +325,20 @@ class EFTLogitsProcessor(_TermProcessor):
             tokenizer: the backbone's.
             strength: as for [`PRTLogitsProcessor`].
             attention_mask: as for [`PRTLogitsProcessor`].
+            token_map: as for [`PRTLogitsProcessor`].
             **load_kwargs: for [`RewardModel.from_adapter`]: `base_model`, `revision`, `token`, `subfolder`, `dtype`,
                 ...
 
         Raises:
-            VocabularyMismatchError: the tokenizer is another one than the adapter's.
+            VocabularyMismatchError: the tokenizer has another vocabulary than the adapter's.
             PRTError: as raised by [`RewardModel.from_adapter`].
         """
         reward = RewardModel.from_adapter(path_or_repo, **load_kwargs)
-        reward.contract.check(VocabularyContract.from_tokenizer(unwrap_tokenizer(tokenizer)))
-        return cls(reward.network, tokenizer, strength=strength, attention_mask=attention_mask)
+        return cls(
+            reward.network,
+            tokenizer,
+            strength=strength,
+            attention_mask=attention_mask,
+            token_map=token_map,
+            source_tokenizer=reward.processing_class,
+        )

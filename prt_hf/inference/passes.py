@@ -5,13 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..contract import TEXT_GENERATION, Match
+from ..errors import UnsupportedError
 from ..networks.adapters import bare_base
-from ..networks.anatomy import pretrained_parameters, unwrap_adapter
+from ..networks.anatomy import check_length, context_length, pretrained_parameters, unwrap_adapter
 from ..networks.mixed_pass import MixedPass, Pass, can_mix
 from ..reward.model import RewardModel
+from ..translation import TranslatedRows
+from ..vocabulary import VocabularyMatch
 
 
 @dataclass(eq=False)
@@ -20,28 +25,31 @@ class Part:
 
     Attributes:
         run ([`Pass`]): a pass of this network alone.
-        columns (`slice` or `list[int]`): the columns of its logits, in the order of the PRT model's.
+        columns (`slice`): the columns of its logits, without those that pad a vocabulary.
         reward (`int`, *optional*): index of the reward that it is a term of; None for the backbone.
         sign (`float`): the sign of the term.
         is_frozen (`bool`): a pretrained model without adapter: the backbone, or the base of an adapter.
+        tokens ([`~prt_hf.vocabulary.VocabularyMatch`], *optional*): how its tokens differ from the backbone's.
     """
 
     run: Pass
-    columns: slice | list[int]
+    columns: slice
     reward: int | None = None
     sign: float = 1.0
     is_frozen: bool = False
+    tokens: VocabularyMatch | None = None
 
 
-def parts_of(backbone: PreTrainedModel, rewards: list[RewardModel], orders: list[slice | list[int]]) -> list[Part]:
-    """Return the backbone and the terms of all rewards, with the rewards' columns in the backbone's order."""
-    # Labels keep the backbone's order, vocabularies lose what pads its head.
-    own = orders[0] if isinstance(orders[0], slice) else slice(None)
-    parts = [Part(Pass(backbone), own, is_frozen=True)]
-    for index, (reward, order) in enumerate(zip(rewards, orders, strict=True)):
+def parts_of(
+    backbone: PreTrainedModel, rewards: list[RewardModel], matches: list[Match], size: int | None
+) -> list[Part]:
+    """Return the backbone, `size` of whose columns are tokens (None for labels), and the terms of all rewards."""
+    parts = [Part(Pass(backbone), slice(size), is_frozen=True)]
+    for index, (reward, match) in enumerate(zip(rewards, matches, strict=True)):
+        tokens = None if match.tokens is None or match.tokens.is_identical else match.tokens
         for term in reward.terms:
             is_frozen = term.network is not reward.network
-            parts.append(Part(Pass(term.network), order, index, term.sign, is_frozen))
+            parts.append(Part(Pass(term.network), reward.columns, index, term.sign, is_frozen, tokens))
     return parts
 
 
@@ -75,7 +83,8 @@ def fewest_passes(parts: Sequence[Part]) -> list[PartsPass]:
     groups: dict = {}
     for index, part in enumerate(parts):
         network = part.run.network
-        key = base_key(network) if part.is_frozen or can_mix(network) else index
+        is_shared = part.is_frozen or can_mix(network)
+        key = (base_key(network), part.tokens and id(part.tokens)) if is_shared else index
         groups.setdefault(key, []).append(part)
     return [PartsPass(_pass_of(group), group) for group in groups.values()]
 
@@ -95,3 +104,42 @@ def base_key(network: nn.Module) -> tuple:
         config.pop(name, None)
     weights = sorted(value.data_ptr() for value in pretrained_parameters(network).values())
     return tuple(weights), json.dumps(config, sort_keys=True, default=str)
+
+
+def translated(part: Part, inputs: dict, task: str) -> tuple[dict, TranslatedRows | None]:
+    """Return a network's own inputs, and the rows if they have other lengths than the backbone's.
+
+    Raises:
+        UnsupportedError: several documents in one row, with a token that the reward does not know.
+        ContextLengthError: the translated text is longer than the network can read.
+    """
+    if part.tokens is None or "input_ids" not in inputs:
+        return inputs, None
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    is_usual = mask is None or (mask.ndim == 2 and mask.shape == ids.shape)
+    pad = getattr(part.run.model.config.get_text_config(), "pad_token_id", None) or 0
+    found = part.tokens.to_reward.one_to_one(ids, mask if is_usual else None)
+    if found is not None:
+        if mask is not None and is_usual:
+            found = found.masked_fill(mask.to(found.device) == 0, pad)
+        return inputs | {"input_ids": found}, None
+    given = dict(inputs)
+    positions = given.pop("position_ids", None)
+    if positions is not None:
+        usual = (torch.ones_like(ids) if mask is None else mask).cumsum(1).sub(1).clamp(min=0)
+        if not is_usual or not torch.equal(positions.expand_as(usual), usual):
+            raise UnsupportedError(
+                "A row of several documents holds a token that the reward does not know.",
+                expected="one document in each row, or tokens that both vocabularies have",
+                found="`position_ids` that start anew",
+            )
+    rows = part.tokens.to_reward.rows(ids, mask)
+    check_length(rows.input_ids.shape[1], context_length(part.run.model))
+    given["input_ids"] = rows.input_ids.masked_fill(rows.attention_mask == 0, pad)
+    given["attention_mask"] = rows.attention_mask
+    if given.get("token_type_ids") is not None:
+        given["token_type_ids"] = given["token_type_ids"].gather(1, rows.sources)
+    if task != TEXT_GENERATION:
+        return given, None
+    given.pop("logits_to_keep", None)
+    return given, rows

@@ -9,10 +9,7 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from ..contract import (
-    IMAGE_CLASSIFICATION,
-    TEXT_GENERATION,
-)
+from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, Match
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, check_strengths, combine, strength_of_rows
 from ..hub.publishing import Shareable
@@ -30,7 +27,7 @@ from ..networks.pixels import PRTImageProcessor
 from ..reward.loading import load_saved_processing_class
 from ..reward.model import RewardModel
 from .configuration import PRTModelConfig, config_of, new_parts
-from .passes import PartsPass, fewest_passes, parts_of, separate_passes
+from .passes import PartsPass, fewest_passes, parts_of, separate_passes, translated
 from .recipe import find_recipe, load_parts, load_reward, push_recipe, read_generation_config, write_recipe
 
 if TYPE_CHECKING:
@@ -57,6 +54,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             numbers.
         processing_class: tokenizer or image processor, saved with the recipe; where rewards want other pixels than the
             backbone, a [`PRTImageProcessor`], which makes those of all.
+        matches (`list[Match]`): how each reward's columns and tokens belong to the backbone's.
         parts (`list[Part]`): the networks whose logits are added up, the backbone first.
         is_tuned (`bool`): whether the model was trained since it was put together.
         hub_digests (`dict[int, str]`): digests of the weights of rewards on the Hub, as they were loaded.
@@ -74,7 +72,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         backbone: PreTrainedModel | None = None,
         rewards: list[RewardModel] | None = None,
         processing_class: Any = None,
-        orders: list[slice | list[int]] | None = None,
+        matches: list[Match] | None = None,
         hub_digests: dict[int, str] | None = None,
     ):
         if config.backbone_config is None:
@@ -95,7 +93,9 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             for part in (backbone, *(earlier.network for earlier in rewards[:index])):
                 tie_parameters(reward.network, part)
         self.reward_networks = nn.ModuleList(reward.network for reward in rewards)
-        self.parts = parts_of(backbone, rewards, orders or [reward.columns for reward in rewards])
+        self.matches = matches or [Match() for _ in rewards]
+        size = config.vocab_size if self.task == TEXT_GENERATION else None
+        self.parts = parts_of(backbone, rewards, self.matches, size)
         self._separate = separate_passes(self.parts)
         # Classifiers have no decoding to speed up, and some call layers on more than rows of the batch.
         self._mixed = fewest_passes(self.parts) if self.task == TEXT_GENERATION else self._separate
@@ -123,6 +123,10 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         rewards: list[str | Path | RewardModel],
         strengths: list[float] | None = None,
         tokenizer: Any = None,
+        *,
+        token_map: dict[str, str] | None = None,
+        label_map: dict[str, str] | None = None,
+        allow_partial: bool = False,
         **load_kwargs,
     ) -> "Self":
         """Put a backbone and rewards together, after checking that they fit.
@@ -133,6 +137,11 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 whose base is the backbone shares the backbone's weights.
             strengths (*optional*): 1 / lambda for each reward, by default as it was tuned.
             tokenizer (*optional*): the backbone's tokenizer or image processor, by default the one beside its weights.
+            token_map (*optional*): the backbone's tokens -> the rewards', where names and roles do not tell, as in
+                [`PRTLogitsProcessor`]. Kept in recipes, as the next two.
+            label_map (*optional*): the backbone's labels -> the rewards' labels of the same meaning.
+            allow_partial: whether the backbone may have labels that a reward does not score, which then keep their
+                probability, and lack some that it does.
             **load_kwargs: for `from_pretrained` of what is given by id (`dtype`, `device_map`, `token`, ...).
 
         Raises:
@@ -149,7 +158,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         loaded = [load_reward(place, bases, load_kwargs) for place in rewards]
         if tokenizer is None:
             tokenizer = processing_class_of(backbone, cls.task, **load_kwargs)
-        return cls._assemble(backbone, loaded, strengths, tokenizer)
+        maps = {"token_map": token_map, "label_map": label_map, "allow_partial": allow_partial}
+        return cls._assemble(backbone, loaded, strengths, tokenizer, maps)
 
     @classmethod
     def _assemble(
@@ -158,6 +168,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         loaded: list[tuple[RewardModel, dict | None]],
         strengths: list[float] | None,
         processing_class: Any,
+        maps: dict[str, Any],
     ) -> "Self":
         """Put loaded parts together, the rewards with their places on the Hub."""
         rewards, references = map(list, zip(*loaded, strict=True))
@@ -166,7 +177,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             processing_class = processing_class.main
         if processing_class is None:
             processing_class = processing_class_of(backbone, cls.task)
-        orders = [reward.order_for(backbone, processing_class) for reward in rewards]
+        matches = [reward.match_with(backbone, processing_class, **maps) for reward in rewards]
         strengths = [reward.config.strength for reward in rewards] if strengths is None else strengths
         check_strengths(strengths, len(rewards))
         if processing_class is None:
@@ -174,9 +185,10 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         if cls.task == IMAGE_CLASSIFICATION:
             joint = PRTImageProcessor.of(processing_class, "reward", [reward.processing_class for reward in rewards])
             processing_class = joint if joint.others else processing_class
-        config = config_of(cls.__name__, backbone, rewards, references, strengths)
+        size = matches[0].tokens.size if cls.task == TEXT_GENERATION else None
+        config = config_of(cls.__name__, backbone, rewards, references, strengths, size, maps)
         hub_digests = {i: digest(rewards[i].network) for i, reference in enumerate(references) if reference}
-        return cls(config, backbone, rewards, processing_class, orders, hub_digests)
+        return cls(config, backbone, rewards, processing_class, matches, hub_digests)
 
     @classmethod
     def from_pretrained(
@@ -211,7 +223,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         folder, config = find_recipe(cls, place, config, revision=revision, token=token)
         backbone, loaded = load_parts(folder, config, backbone, token=token, **load_kwargs)
         strengths = [entry["strength"] for entry in config.reward_references]
-        model = cls._assemble(backbone, loaded, strengths, load_saved_processing_class(folder, cls.task))
+        maps = {name: getattr(config, name) for name in ("token_map", "label_map", "allow_partial")}
+        model = cls._assemble(backbone, loaded, strengths, load_saved_processing_class(folder, cls.task), maps)
         model.config.name_or_path = model.name_or_path = str(place)
         if model.can_generate():
             model.generation_config = read_generation_config(folder) or model.generation_config
@@ -338,9 +351,11 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 given = given | backbone_inputs
             elif reward_inputs:
                 given = given | reward_inputs[first.reward]
+            given, rows = translated(first, given, self.task)
             with torch.set_grad_enabled(torch.is_grad_enabled() and not first.is_frozen):
                 output = run(**given)
-            logits |= zip(parts, run.split(output.logits), strict=True)
+            blocks = run.split(output.logits)
+            logits |= zip(parts, blocks if rows is None else map(rows.at_ends, blocks), strict=True)
             if first.reward is None:
                 for name in ("hidden_states", "attentions"):
                     if output.get(name) is not None:
@@ -358,11 +373,22 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             PRTValueError: strengths for other rows.
         """
         backbone, *others = (each[..., part.columns] for part, each in zip(self.parts, logits, strict=True))
-        total = sum(
-            _for_rows(factor, backbone) * other.to(backbone.device).float()
-            for factor, other in zip(self.factors()[1:], others, strict=True)
-        )
-        return combine(backbone, total)
+        totals: list[torch.Tensor | float] = [0.0 for _ in self.rewards]
+        for part, factor, other in zip(self.parts[1:], self.factors()[1:], others, strict=True):
+            values = other.to(backbone.device).float()
+            totals[part.reward] = totals[part.reward] + _for_rows(factor, backbone) * values
+        columns = [match.columns_on(backbone.device) for match in self.matches]
+        if not any(match.has_neutral for match in self.matches):
+            return combine(
+                backbone,
+                sum(
+                    total if order is None else total[..., order] for total, order in zip(totals, columns, strict=True)
+                ),
+            )
+        log_probs = backbone
+        for total, order in zip(totals, columns, strict=True):  # what is neutral to one reward keeps what others gave
+            log_probs = combine(log_probs, total, columns=order)
+        return log_probs
 
 
 def _check_parts(model_class: type[PRTPreTrainedModel], backbone: PreTrainedModel, rewards: list[RewardModel]) -> None:

@@ -101,7 +101,7 @@ def speculative_decoding(
                 expected="processors that look at the tokens alone",
                 remedy="generate without speculation",
             )
-    size = drafters[0].reward.contract.size
+    size = drafters[0].match.size
     mask = model_kwargs.get("attention_mask")
     for reward in rewards:
         reward.attention_mask = torch.ones_like(input_ids) if mask is None else mask

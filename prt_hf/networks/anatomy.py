@@ -22,10 +22,9 @@ from ..contract import (
     TEXT_GENERATION,
     Contract,
     LabelContract,
-    VocabularyContract,
-    unwrap_tokenizer,
 )
 from ..errors import ContextLengthError, PRTValueError
+from ..vocabulary import VocabularyContract, unwrap_tokenizer
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin | BaseImageProcessor
 AUTO_CLASSES = {

@@ -100,19 +100,28 @@ class Head(NamedTuple):
     softcap: float | None = None
 
     @classmethod
-    def of(cls, network: nn.Module, columns: slice = slice(None)) -> "Head":
+    def of(
+        cls,
+        network: nn.Module,
+        columns: slice | torch.LongTensor = slice(None),
+        absent: torch.LongTensor | None = None,
+    ) -> "Head":
         """Return the head of a language model, with its adapter on or off as it is now.
 
         Args:
             network: the language model.
-            columns: rows of the head, without those that pad the vocabulary.
+            columns: rows of the head, without those that pad the vocabulary; as indices, they are copied.
+            absent: those of the rows whose logits are to be `-inf`, for a head without a softcap.
         """
         model = unwrap_adapter(network)
         found = behind_the_head(model)
         scale = math.prod(found.get(name, 1.0) for name in _SCALES) / found.get(_DIVISOR, 1.0)
         weights, bias = head_pieces(model)
-        if columns.indices(len(weights[0])) != (0, len(weights[0]), 1):
+        if not isinstance(columns, slice) or columns.indices(len(weights[0])) != (0, len(weights[0]), 1):
             weights, bias = [weight[columns] for weight in weights], None if bias is None else bias[columns]
+        if absent is not None:
+            bias = weights[0].new_zeros(len(weights[0])) if bias is None else bias
+            bias = bias.index_fill(0, absent.to(bias.device), -torch.inf)
         softcap = next((found[name] for name in _SOFTCAPS if name in found), None)
         return cls(tuple(weights), bias, scale, softcap)
 
@@ -130,15 +139,15 @@ class Head(NamedTuple):
         return Projection(tuple(pieces), self.weights, bias, self.softcap)
 
 
-def projection(network: nn.Module, hidden: torch.Tensor, columns: slice = slice(None)) -> Projection:
+def projection(network: nn.Module, hidden: torch.Tensor, *order: slice | torch.LongTensor | None) -> Projection:
     """Return the logits of a language model, with its adapter on or off as it is now, from last hidden states.
 
     Args:
         network: the language model.
         hidden: of shape `(n, hidden_size)`.
-        columns: rows of the head, without those that pad the vocabulary.
+        *order: `columns` and `absent`, as in [`Head.of`].
     """
-    return Head.of(network, columns).project(hidden_pieces(unwrap_adapter(network), hidden))
+    return Head.of(network, *order).project(hidden_pieces(unwrap_adapter(network), hidden))
 
 
 def why_not_projected(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str | None:

@@ -15,8 +15,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..contract import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION, unwrap_tokenizer
+from ..contract import IMAGE_CLASSIFICATION, TEXT_CLASSIFICATION
 from ..errors import PRTValueError
+from ..vocabulary import unwrap_tokenizer
 from .anatomy import FixedLinear, ProcessingClass, register_model
 from .auto import load_processing_class
 from .checkpoints import load_whole

@@ -26,6 +26,8 @@ from ..networks.identity import reference_to, weights_digest_of_files, weights_d
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import PIXELS, is_same_pixels, missing_pixels
 from ..networks.shared_trunk import SharedTrunk
+from ..vocabulary import VocabularyMatch
+from .matching import RewardOrder
 from .model import RewardModel
 
 
@@ -77,7 +79,9 @@ class Backbone:
         **load_kwargs: for `from_pretrained` of an id.
 
     Attributes:
-        columns: the columns of its logits, in the reward's order.
+        order ([`~prt_hf.reward.matching.RewardOrder`]): where its logits stand in the reward's order.
+        tokens ([`~prt_hf.vocabulary.VocabularyMatch`], *optional*): how its tokens differ from the reward's, in which
+            batches are; None if they do not.
         limit (`int`, *optional*): number of tokens that it can read.
         reference ([`~contract.ModelReference`]): names it in the reward's configuration.
         index (`int`): the place of its own inputs in a batch.
@@ -87,6 +91,7 @@ class Backbone:
 
     index = 0
     shares_reward_network = False
+    tokens: VocabularyMatch | None = None
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
         _check_one_network(reward)
@@ -100,6 +105,11 @@ class Backbone:
     def task(self) -> str:
         """The task of the reward."""
         return self._reward.config.task
+
+    @property
+    def vocabulary(self) -> str | None:
+        """The fingerprint of the reward's vocabulary, in whose order a language model's head is stored."""
+        return getattr(self._reward.contract, "fingerprint", None)
 
     def load(self) -> None:
         """Load the network, unless it is in memory, and match it with the reward.
@@ -117,8 +127,9 @@ class Backbone:
 
     def _take(self, network: PreTrainedModel, processing_class: Any = None) -> None:
         processing_class = processing_class or processing_class_of(network, self.task, **self._load_kwargs)
-        order = self._reward.order_for(network, processing_class)
-        self.columns = order if isinstance(order, slice) else inverse(order)
+        match = self._reward.match_with(network, processing_class)
+        self.order = RewardOrder.of(match, self._reward.size)
+        self.tokens = None if match.tokens is None or match.tokens.is_identical else match.tokens
         self.processing_class = processing_class or self._reward.processing_class
         self.limit, self.reference = context_length(network), reference_to(network)
         self.network = network.eval()
@@ -154,18 +165,18 @@ class Backbone:
         Their shape is `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`.
         """
         with torch.no_grad(), self._pretrained() as network:
-            return network(**self._inputs(batch)).logits[..., self.columns]
+            return self.order.take(network(**self._inputs(batch)).logits)
 
     def projection(self, batch: Batch) -> Projection:
         """Return a language model's logits at the supervised positions as a product that is not computed yet."""
         with torch.no_grad(), self._pretrained() as network:
-            return projection(network, _hidden(network, batch), self.columns)
+            return projection(network, self._hidden(network, batch), *self.order)
 
     def states(self, batch: Batch) -> torch.Tensor:
         """Return all that is needed of it at the supervised positions, `(n, hidden_size)` or `(n, num_labels)`."""
         with torch.no_grad(), self._pretrained() as network:
             if self.task == TEXT_GENERATION:
-                return _hidden(network, batch)
+                return self._hidden(network, batch)
             return batch.chosen(network(**self._inputs(batch)).logits)
 
     def companions(self) -> tuple[dict[str, torch.Tensor], dict]:
@@ -173,11 +184,16 @@ class Backbone:
         with self._pretrained() as network:
             facts = {
                 "reference": vars(self.reference),
-                "contract": contract_to_dict(contract_of(network, self.processing_class)),
+                # Of a language model the head is stored, in the reward's order.
+                "contract": contract_to_dict(
+                    self._reward.contract
+                    if self.task == TEXT_GENERATION
+                    else contract_of(network, self.processing_class)
+                ),
             }
             if self.task != TEXT_GENERATION:
                 return {}, facts
-            head = Head.of(network, self._reward.columns)
+            head = Head.of(network, *self.order)
         tensors = {"weight": head.weights[0]} | ({} if head.bias is None else {"bias": head.bias})
         return tensors, facts | {"scale": head.scale, "softcap": head.softcap}
 
@@ -187,7 +203,9 @@ class Backbone:
     def why_not_projected(self, batch: Batch) -> str | None:
         """Return why [`projection`] would be wrong for this network; None if it is right."""
         with torch.no_grad(), self._pretrained() as network:
-            return why_not_projected(network, batch.inputs)
+            if self.order.absent is not None and Head.of(network).softcap is not None:
+                return "a softcap, behind which tokens of the reward are absent"
+            return why_not_projected(network, self._inputs(batch))
 
     def reused(self) -> AbstractContextManager[None]:
         """Return a context for the reward's pass of the same batch, in which shared layers are not computed again."""
@@ -199,6 +217,8 @@ class Backbone:
         Raises:
             UnsupportedError: the backbone needs other pixels than the reward, and the batch has none.
         """
+        if self.tokens is not None and "input_ids" in batch.inputs:
+            return batch.inputs | {"input_ids": self._translated(batch)}
         own = batch.backbone_inputs[self.index] if batch.backbone_inputs else {}
         if self._wants_own_pixels and PIXELS not in own:
             raise missing_pixels(
@@ -210,6 +230,25 @@ class Backbone:
                 "`image`; or that column beside `pixel_values`",
             )
         return batch.inputs | own
+
+    def _translated(self, batch: Batch) -> torch.LongTensor:
+        """Return the backbone's ids of a batch of the reward's tokens.
+
+        Raises:
+            VocabularyMismatchError: the backbone does not have one of the tokens, of the text or to be predicted.
+        """
+        ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+        mask = mask if mask is None or mask.shape == ids.shape else None
+        is_text = self.task == TEXT_GENERATION
+        for each, kept in ((ids, mask), (batch.supervised_labels[None], None))[: 2 if is_text else 1]:
+            if self.tokens.to_backbone.one_to_one(each, kept) is None:
+                self.tokens.to_backbone.rows(each, kept)  # raises
+        pad = getattr(self.network.config.get_text_config(), "pad_token_id", None) or 0
+        found = self.tokens.to_backbone.one_to_one(ids, mask)
+        return found if mask is None else found.masked_fill(mask == 0, pad)
+
+    def _hidden(self, network: nn.Module, batch: Batch) -> torch.Tensor:
+        return batch.chosen(last_hidden_state(network, self._inputs(batch)))
 
     @cached_property
     def _wants_own_pixels(self) -> bool:
@@ -234,7 +273,7 @@ class OwnBase(Backbone):
         self._reward, self._named, self._trunk = reward, None, None
         self.processing_class = reward.processing_class
         self.network: PeftModel = reward.network
-        self.columns = reward.columns
+        self.order = RewardOrder(reward.columns)
         self.limit, self.reference = context_length(reward.network), reference_to(reward.network)
 
     def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
@@ -326,10 +365,6 @@ def _earlier_source(reward: RewardModel, reference: ModelReference, load_kwargs:
     return Backbone(reward, reference, **load_kwargs)
 
 
-def _hidden(network: nn.Module, batch: Batch) -> torch.Tensor:
-    return batch.chosen(last_hidden_state(network, batch.inputs))
-
-
 def _check_one_network(reward: RewardModel) -> None:
     """Check that a reward is its network's logits.
 
@@ -343,8 +378,3 @@ def _check_one_network(reward: RewardModel) -> None:
             found="log pi_ft - log pi_pt",
             remedy="PRTTrainer(base, distill_from=adapter) makes a reward of it; `prt-hf evaluate --eft` measures it",
         )
-
-
-def inverse(order: list[int]) -> list[int]:
-    """Return the permutation that undoes another one."""
-    return sorted(range(len(order)), key=order.__getitem__)

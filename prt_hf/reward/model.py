@@ -1,9 +1,10 @@
 """The reward model r_theta: its networks, its tokenizer or image processor, and its match with a backbone."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -12,18 +13,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..contract import (
-    IMAGE_CLASSIFICATION,
     MINUS_BASE,
     NETWORK,
     PRT_CONFIG_NAME,
     Contract,
-    LabelContract,
+    Match,
     ModelReference,
     RewardConfig,
-    VocabularyContract,
-    unwrap_tokenizer,
 )
-from ..errors import PRTValueError
+from ..errors import PRTValueError, VocabularyMismatchError
 from ..functional import signed_sum
 from ..hub.card import render_card
 from ..hub.card_merge import merged_or_new, read_card, write_card
@@ -34,9 +32,14 @@ from ..networks.adapters import bare_base
 from ..networks.anatomy import check_length, context_length, contract_of, task_of
 from ..networks.auto import load_pretrained, load_processing_class, processing_class_of, save_processing_class
 from ..networks.identity import origin_of, reference_to
+from ..vocabulary import VocabularyContract, unwrap_tokenizer
 from .adapter import REWARD_INITS, start
 from .full import load_full
 from .loading import load_adapter, load_ordinary_adapter, load_saved_processing_class
+from .matching import match_backbone
+
+if TYPE_CHECKING:
+    from ..inference.logits_processor import PRTLogitsProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -74,6 +77,7 @@ class RewardModel(Shareable):
         self.config = config
         self.processing_class = processing_class
         self.card = card
+        self._base: tuple[list[int], nn.Module] | None = None  # addresses of the weights, and the base on them
 
     @classmethod
     def from_base(
@@ -214,10 +218,12 @@ class RewardModel(Shareable):
     @property
     def terms(self) -> tuple[Term, ...]:
         """The networks whose logits, with their signs, add up to r; a base is on the very same weights."""
-        return tuple(
-            Term(bare_base(self.network), -1.0) if name == MINUS_BASE else Term(self.network)
-            for name in self.config.terms
-        )
+        if MINUS_BASE not in self.config.terms:
+            return (Term(self.network),)
+        weights = [tensor.data_ptr() for tensor in (*self.network.parameters(), *self.network.buffers())]
+        if self._base is None or self._base[0] != weights:  # the base is in memory no second time, but takes a while
+            self._base = weights, bare_base(self.network)
+        return Term(self.network), Term(self._base[1], -1.0)
 
     @property
     def contract(self) -> Contract:
@@ -227,7 +233,13 @@ class RewardModel(Shareable):
     @property
     def columns(self) -> slice:
         """The columns of the network's logits that are rewards: all but those that pad a vocabulary."""
-        return slice(self.contract.size) if isinstance(self.contract, VocabularyContract) else slice(None)
+        return slice(self.contract.size if isinstance(self.contract, VocabularyContract) else None)
+
+    @property
+    def size(self) -> int:
+        """The number of tokens or labels that it scores."""
+        contract = self.contract
+        return contract.size if isinstance(contract, VocabularyContract) else len(contract.names)
 
     @property
     def device(self) -> torch.device:
@@ -311,36 +323,65 @@ class RewardModel(Shareable):
             distilled_from=distilled_from or self.config.distilled_from,
         )
 
-    def order_for(self, backbone: PreTrainedModel, processing_class: Any = None) -> slice | list[int]:
-        """Return the reward's columns in the order of a backbone's logits, after checking that the two fit together.
+    def match_with(
+        self,
+        backbone: PreTrainedModel,
+        processing_class: Any = None,
+        *,
+        token_map: Mapping[str, str] | None = None,
+        label_map: Mapping[str, str] | None = None,
+        allow_partial: bool = False,
+    ) -> Match:
+        """Return how the reward's columns and tokens belong to a backbone's, after checking that the two fit together.
 
         Args:
             backbone: pi_pt.
             processing_class (*optional*): the backbone's tokenizer or image processor; by default the one saved with
                 its weights, else, with a warning, the reward's.
-
-        Returns:
-            A slice that cuts padding off both models' vocabularies, or the labels' permutation. Image classifiers may
-            need different pixels: see [`~prt_hf.networks.pixels`].
+            token_map (*optional*): the backbone's tokens -> the reward's, where names and roles do not tell; see
+                [`~prt_hf.vocabulary.VocabularyContract.match`].
+            label_map (*optional*): the backbone's labels -> the reward's.
+            allow_partial: whether the backbone may have labels that the reward does not score, and lack some.
 
         Raises:
-            PRTValueError: the backbone is made for another task.
+            PRTValueError: the backbone is made for another task, or a map names what is not there.
             VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
-        task = self.config.task
-        if task_of(backbone) != task:
-            raise PRTValueError("The backbone is made for another task.", expected=task, found=task_of(backbone))
-        if processing_class is None:
-            processing_class = processing_class_of(backbone, task)
-        if processing_class is None and task != IMAGE_CLASSIFICATION:
-            logger.warning("The backbone's tokenizer is not known; it is taken to be the reward's.")
-            processing_class = self.processing_class
-        if isinstance(self.contract, VocabularyContract):
-            self.contract.check(contract_of(backbone, processing_class))
-            return self.columns
-        if task != IMAGE_CLASSIFICATION:  # pixels may differ, see networks/pixels.py
-            _check_same_tokens(self.processing_class, processing_class, backbone)
-        return self.contract.check(LabelContract.from_model_config(backbone.config))
+        return match_backbone(
+            self.config, self.processing_class, backbone, processing_class, token_map, label_map, allow_partial
+        )
+
+    def processor(self, backbone: PreTrainedModel, tokenizer: Any = None, **kwargs) -> "PRTLogitsProcessor":
+        """Return the logits processor that adds this reward to a backbone in `generate`.
+
+        Args:
+            backbone: the model that will generate.
+            tokenizer (*optional*): the backbone's; by default the one saved with its weights.
+            **kwargs: for [`PRTLogitsProcessor`].
+
+        Raises:
+            PRTValueError: the backbone was made in memory, and no tokenizer is given.
+            VocabularyMismatchError: the reward does not fit the backbone.
+
+        Example:
+
+        ```python
+        backbone.generate(**inputs, logits_processor=[reward.processor(backbone)])
+        ```
+        """
+        # The one import from a floor above: users expect the processor at the reward.
+        from ..inference.logits_processor import PRTLogitsProcessor
+
+        if tokenizer is None:
+            tokenizer = processing_class_of(backbone, self.config.task)
+        if tokenizer is None:
+            raise PRTValueError(
+                "The backbone's tokenizer is not known.",
+                expected="a backbone that was loaded with its tokenizer beside it, or `tokenizer=`",
+                found=f"{type(backbone).__name__} from {backbone.name_or_path or 'memory'}",
+            )
+        contract_of(backbone, tokenizer)  # checks that the two belong together
+        return PRTLogitsProcessor(self, tokenizer, **kwargs)
 
     def check_processing_class(self) -> VocabularyContract | None:
         """Check that the tokenizer is the reward's, and return its contract; None for labels, or without a tokenizer.
@@ -352,7 +393,12 @@ class RewardModel(Shareable):
         if tokenizer is None or not isinstance(self.contract, VocabularyContract):
             return None
         found = VocabularyContract.from_tokenizer(tokenizer)
-        self.contract.check(found, owner="reward's own tokenizer")
+        if (found.fingerprint, found.size) != (self.contract.fingerprint, self.contract.size):
+            raise VocabularyMismatchError(
+                "The reward's own tokenizer is not the one that it was tuned with.",
+                expected=f"the same {self.contract.size} tokens",
+                found=str(self.contract.match(found)),
+            )
         return found
 
     def name_tokens(self) -> None:
@@ -382,13 +428,3 @@ def _sort_lists(path: Path) -> None:
         if isinstance(value, list) and all(isinstance(each, str) for each in value):
             entries[name] = sorted(value)
     path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _check_same_tokens(ours: Any, theirs: Any, backbone: PreTrainedModel) -> None:
-    """Check that two text classifiers, which match in their labels, also read the same token ids."""
-    ours, theirs = unwrap_tokenizer(ours), unwrap_tokenizer(theirs)
-    if ours is None or theirs is None:
-        return
-    vocabulary = VocabularyContract.from_tokenizer(ours)
-    vocabulary.check(VocabularyContract.from_tokenizer(theirs))
-    vocabulary.check_head(backbone.get_input_embeddings().weight.shape[0])

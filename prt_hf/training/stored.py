@@ -10,10 +10,11 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 
-from ..contract import TEXT_GENERATION, ModelReference, contract_from_dict
+from ..contract import TEXT_GENERATION, Match, ModelReference, contract_from_dict
 from ..errors import BackboneCacheError, UnsupportedError
 from ..networks.lm_head import Head, Projection
-from ..reward.backbones import Backbone, Batch, inverse
+from ..reward.backbones import Backbone, Batch
+from ..reward.matching import RewardOrder
 from ..reward.model import RewardModel
 from .sharding import is_sharding
 from .state_cache import BackboneCache, cache_folder, precompute
@@ -47,8 +48,12 @@ class StoredBackbone(Backbone):
         Raises:
             VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
         """
-        order = self._reward.contract.check(contract_from_dict(cache.facts["contract"]))
-        self.columns = self._reward.columns if order is None else inverse(order)
+        contract = contract_from_dict(cache.facts["contract"])
+        if self._reward.config.task == TEXT_GENERATION:
+            self._reward.contract.check(contract)
+        else:
+            columns = torch.tensor(self._reward.contract.match(contract))
+            self.order = RewardOrder.of(Match(columns), self._reward.size)
         if not self.caches and self._reward.config.task == TEXT_GENERATION:
             weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
@@ -72,7 +77,7 @@ class StoredBackbone(Backbone):
         states = self._read(batch)
         logits = states.new_zeros(*batch.labels.shape, states.shape[-1])
         logits[batch.supervised] = states
-        return logits[..., self.columns]
+        return self.order.take(logits)
 
     def projection(self, batch: Batch) -> Projection:
         """Return a language model's logits at the supervised positions, as states and head.
@@ -151,6 +156,7 @@ def stored_states(
     """
     precision = accelerator.mixed_precision
     key = {"task": source.task, "backbone": source.identity, "precision": precision, "data": data}
+    key |= {"vocabulary": source.vocabulary}
     # The identity of a model in memory is a digest of its weights, which FSDP may give to the first process only.
     (key,) = broadcast_object_list([key])
     folder = cache_folder(root, key)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
-from ..contract import TEXT_GENERATION, unwrap_tokenizer
+from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
 from ..networks.anatomy import ProcessingClass, context_length, frozen_norms, pretrained_parameters
@@ -21,6 +21,7 @@ from ..networks.lm_head import Projection, last_hidden_state, projection, why_no
 from ..reward.backbones import Backbone, Batch
 from ..reward.finetuned import teacher_of
 from ..reward.model import RewardModel
+from ..vocabulary import unwrap_tokenizer
 from .backbone_reader import BackboneReader
 from .collators import TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig

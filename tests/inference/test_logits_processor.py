@@ -312,7 +312,7 @@ def test_eft_needs_both_old_models(tokenizer):
 @pytest.fixture
 def warnings_seen(monkeypatch):
     seen = []
-    monkeypatch.setattr(logging.get_logger("prt_hf.inference.logits_processor"), "warning", seen.append)
+    monkeypatch.setattr(logging.get_logger("prt_hf.inference.context"), "warning", seen.append)
     return seen
 
 
@@ -361,7 +361,7 @@ def test_another_vocabulary_of_the_same_size(reward):
 
 
 def test_scores_narrower_than_the_vocabulary(reward, tokenizer):
-    with pytest.raises(VocabularyMismatchError, match="(?s)at least 97 logits.*found: 90"):
+    with pytest.raises(VocabularyMismatchError, match="(?s)97 to 4193 logits.*found: 90"):
         PRTLogitsProcessor(reward, tokenizer)(tiny.prompts(1), torch.randn(1, 90))
 
 

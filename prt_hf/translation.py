@@ -1,0 +1,134 @@
+"""Translation of token ids between two vocabularies that share most of their tokens."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from .errors import VocabularyMismatchError
+
+
+class TranslatedRows(NamedTuple):
+    """Rows of token ids for a network with another vocabulary.
+
+    Attributes:
+        input_ids (`torch.LongTensor` of shape `(batch_size, new_length)`): the tokens; 0 at padding.
+        attention_mask (`torch.LongTensor` of the same shape): 0 at padding.
+        sources (`torch.LongTensor` of the same shape): the position that each token comes from.
+        ends (`torch.LongTensor` of shape `(batch_size, length)`): for each position, the position of the last token
+            that has been read by then; -1 before the first one.
+    """
+
+    input_ids: torch.LongTensor
+    attention_mask: torch.LongTensor
+    sources: torch.LongTensor
+    ends: torch.LongTensor
+
+    def at_ends(self, values: torch.Tensor) -> torch.Tensor:
+        """Return values of all new positions at the old ones, 0 before the first token.
+
+        `(batch_size, new_length, n)` -> `(batch_size, length, n)`.
+        """
+        ends = self.ends.to(values.device)[..., None]
+        found = values.gather(1, ends.clamp(min=0).expand(-1, -1, values.shape[-1]))
+        return found.masked_fill(ends < 0, 0)
+
+
+class Translation:
+    """The ids of one vocabulary in terms of another.
+
+    Args:
+        ids (`torch.LongTensor` of shape `(size,)`): the other vocabulary's id for each token; -1 where it has none.
+        spelled (mapping from `int` to a tuple of `int`, *optional*): several ids, or none, for those tokens. Without
+            it, such tokens are refused.
+    """
+
+    def __init__(self, ids: torch.LongTensor, spelled: Mapping[int, tuple[int, ...]] | None = None):
+        self._tables = {ids.device: ids}
+        self._ids, self._spelled = ids, spelled
+        entries = [(index,) for index in ids.tolist()]
+        for token, others in (spelled or {}).items():
+            entries[token] = others
+        lengths = torch.tensor([len(entry) for entry in entries])
+        self._lengths, self._starts = lengths, lengths.cumsum(0) - lengths
+        self._flat = torch.tensor([index for entry in entries for index in entry], dtype=torch.long)
+
+    def ids_on(self, device: torch.device) -> torch.LongTensor:
+        """Return the ids on a device."""
+        if device not in self._tables:
+            self._tables[device] = self._ids.to(device)
+        return self._tables[device]
+
+    def one_to_one(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None) -> torch.LongTensor | None:
+        """Return one id for each token, 0 at padding; None if a token has several or none.
+
+        Raises:
+            VocabularyMismatchError: an id is beyond the vocabulary.
+        """
+        table = self.ids_on(input_ids.device)
+        check_ids(input_ids, len(table))
+        ids = table[input_ids]
+        is_unknown = ids < 0
+        if attention_mask is not None:
+            is_padding = attention_mask.to(ids.device) == 0
+            ids, is_unknown = ids.masked_fill(is_padding, 0), is_unknown & ~is_padding
+        return None if bool(is_unknown.any()) else ids
+
+    def rows(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, padding_side: str = "right"
+    ) -> TranslatedRows:
+        """Translate rows; padding is left out, and made anew, since rows may differ in length now.
+
+        Args:
+            input_ids: `(batch_size, length)`.
+            attention_mask (*optional*): of the same shape; 0 at padding.
+            padding_side: `"left"` or `"right"`.
+
+        Raises:
+            VocabularyMismatchError: a token that is refused, or an id beyond the vocabulary.
+        """
+        device, (count, length) = input_ids.device, input_ids.shape
+        input_ids = input_ids.cpu()
+        check_ids(input_ids, len(self._ids))
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.cpu()
+        if self._spelled is None:
+            unknown = input_ids[(self._ids[input_ids] < 0) & (mask != 0)]
+            if len(unknown):
+                raise VocabularyMismatchError(
+                    "A text holds a token that the backbone does not have.",
+                    expected="tokens of both vocabularies",
+                    found=f"token id {int(unknown[0])} of the reward",
+                    remedy="use texts without it, or map a token of the backbone onto it with `token_map`",
+                )
+        lengths = self._lengths[input_ids] * (mask != 0)
+        counts = lengths.flatten()
+        firsts = torch.repeat_interleave(self._starts[input_ids].flatten(), counts)
+        within = torch.arange(len(firsts)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        totals = lengths.sum(1, keepdim=True)
+        # A row without any token still needs a position to be computed at.
+        width = max(1, int(totals.max()))
+        places = torch.arange(width)[None].expand(count, -1)
+        offset = width - totals if padding_side == "left" else torch.zeros_like(totals)
+        is_token = (places >= offset) & (places < offset + totals)
+        found, sources = torch.zeros(2, count, width, dtype=torch.long)
+        found[is_token] = self._flat[firsts + within]
+        sources[is_token] = torch.repeat_interleave(torch.arange(length).repeat(count), counts)
+        ends = lengths.cumsum(1) - 1
+        ends = torch.where(ends < 0, ends, ends + offset)
+        return TranslatedRows(*(each.to(device) for each in (found, is_token.long(), sources, ends)))
+
+
+def check_ids(input_ids: torch.LongTensor, size: int) -> None:
+    """Check that token ids are of a vocabulary.
+
+    Raises:
+        VocabularyMismatchError: one is beyond it.
+    """
+    largest = int(input_ids.max()) if input_ids.numel() else 0
+    if largest >= size:
+        raise VocabularyMismatchError(
+            "The text holds a token id that the tokenizer does not have.",
+            expected=f"ids below {size}",
+            found=str(largest),
+            remedy="use the backbone's own tokenizer, which the text was encoded with",
+        )
