@@ -89,6 +89,31 @@ def test_any_rows_in_any_order(kind, seed, lengths, rows, strength):
 
 
 _KEPT: dict = {}
+_NAMES = [*families.ADDED, "<|end|>", "<think>", "<|tool|>", "[A]", "<pad2>", "<s>"]
+
+
+@st.composite
+def tokenizers(draw):
+    """Any added tokens before and after the ordinary ones, three of which have a role."""
+    names = draw(st.permutations(_NAMES))[: draw(st.integers(3, len(_NAMES)))]
+    place = draw(st.integers(0, len(names)))
+    pad, bos, eos = draw(st.permutations(names))[:3]
+    roles = {"pad_token": pad, "bos_token": bos, "eos_token": eos}
+    return families.tokenizer(names[:place], names[place:], **roles)
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokenizers(), tokenizers(), st.integers(0, 10**6))
+def test_any_two_vocabularies_with_the_same_ordinary_tokens(ours, theirs, seed):
+    network = _KEPT.setdefault("network", tiny.llama(7, vocab_size=80))
+    processor = PRTLogitsProcessor(RewardModel.from_base(network, ours), theirs)
+    assert processor.match.kind != "other"
+    rows, scores = rows_of(theirs, 2, 7, seed), torch.randn(2, len(theirs) + 2) * 3
+    found = processor(rows, scores)
+    torch.testing.assert_close(found, BruteForce(network, theirs, ours)(rows, scores), **CLOSE)
+    if not processor.match.is_identical:
+        neutral, bare = neutral_ids(processor), scores[:, : len(theirs)].softmax(-1)
+        torch.testing.assert_close(found[:, neutral].exp(), bare[:, neutral], atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("model", tiny.LANGUAGE_MODELS)
