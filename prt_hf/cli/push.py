@@ -45,17 +45,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Push a folder and print the address of the commit or pull request."""
-    from ..hub.folder import RECIPE, folder_to_read, what_lies_in
-    from ..hub.publishing import push_reward, reward_files_to_push
-    from ..inference.recipe import push_recipe, recipe_files_to_push
+    from ..hub.folder import RECIPE, folder_to_read, kind_of
+    from ..hub.publishing import push_reward
+    from ..inference.recipe import push_recipe
 
-    folder = folder_to_read(args.folder)
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else ()
-    kind = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8"))
-    push, files = (push_recipe, recipe_files_to_push) if kind == RECIPE else (push_reward, reward_files_to_push)
-    print(f"Pushing to {args.repo_id}:", *files(folder, args.include), sep="\n  ", file=sys.stderr)
+    push = push_recipe if kind_of(folder_to_read(args.folder)) == RECIPE else push_reward
     info = push(
-        folder,
+        args.folder,
         args.repo_id,
         args.include,
         private=args.private,
@@ -63,6 +59,7 @@ def run(args: argparse.Namespace) -> None:
         commit_message=args.commit_message,
         token=args.token,
         create_pr=args.create_pr,
+        announce=lambda names: print(f"Pushing to {args.repo_id}:", *names, sep="\n  ", file=sys.stderr),
     )
     url = info.pr_url or info.commit_url
     print(json.dumps({"repo_id": args.repo_id, "commit": info.oid, "url": url}) if args.json else url)
