@@ -68,11 +68,7 @@ def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> Non
 
 
 def evaluation_rows(args: argparse.Namespace) -> Dataset:
-    """Return as many rows of the data as `--samples` says, the same in every run.
-
-    Raises:
-        PRTValueError: the data cannot be loaded, or have no such split or column.
-    """
+    """Return as many rows of the data as `--samples` says, the same in every run."""
     from ..training.data import load_data, require_column, require_split
 
     parts = load_data(args.data)
@@ -102,11 +98,7 @@ def load_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_device(args: argparse.Namespace) -> str | None:
-    """Return the device for models that were loaded; None if `device_map` has placed them.
-
-    Raises:
-        PRTValueError: there is no such device.
-    """
+    """Return the device for models that were loaded; None if `device_map` has placed them."""
     import torch
 
     if args.device == "auto":

@@ -224,11 +224,7 @@ def _machine(record: dict) -> str:
 
 
 def _has_own_models(args: argparse.Namespace, *names: str) -> bool:
-    """Whether the user gives models.
-
-    Raises:
-        PRTValueError: only some of the options are given.
-    """
+    """Return whether the user gives models; raise `PRTValueError` if only some of the options are given."""
     given = [f"--{name}" for name in names if getattr(args, name)]
     if 0 < len(given) < len(names):
         *others, last = (f"--{name}" for name in names)

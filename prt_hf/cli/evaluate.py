@@ -63,11 +63,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure a reward and print the reports.
-
-    Raises:
-        PRTValueError: options do not go together.
-    """
+    """Measure a reward and print the reports."""
     if args.finetuned and len(args.finetuned) != len(args.targets):
         raise PRTValueError(
             "The fine-tuned models do not pair with the targets.",

@@ -110,12 +110,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate a text for each prompt and print it.
-
-    Raises:
-        PRTValueError: there is no prompt, or options do not go together.
-        ContextLengthError: a prompt leaves no room for a text.
-    """
+    """Generate a text for each prompt and print it."""
     if given := [name for name in _SAMPLING if getattr(args, name) is not None]:
         if args.do_sample is False:
             raise PRTValueError(

@@ -29,11 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tune a reward, save it with its card, and print the figures and the next commands.
-
-    Raises:
-        PRTValueError: options do not go together, or do not fit the model or the data.
-    """
+    """Tune a reward, save it with its card, and print the figures and the next commands."""
     if {"-h", "--help"} & set(args.rest):
         print_help()
         return

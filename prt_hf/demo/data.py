@@ -33,11 +33,7 @@ def load(auto_class: type, place: str, **kwargs: Any) -> Any:
 
 
 def load_splits(dataset: str, seed: int) -> tuple[Dataset, Dataset]:
-    """Return rows for tuning and rows for evaluation; the latter are a split of that name, or a tenth of the rows.
-
-    Raises:
-        PRTValueError: The dataset cannot be loaded, or has too few rows.
-    """
+    """Return rows for tuning and rows for evaluation; the latter are a split of that name, or a tenth of the rows."""
     train, test = _split(load_data(dataset), seed)
     test = test.select(range(min(len(test), MOST_TEST_ROWS)))
     return train, test

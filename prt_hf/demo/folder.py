@@ -14,11 +14,7 @@ MADE_BY = "prt-hf demo"
 
 
 def claim(folder: Path) -> None:
-    """Create the folder, or use one that an earlier demo wrote.
-
-    Raises:
-        PRTValueError: The folder holds something else, or is a file.
-    """
+    """Create the folder, or use one that an earlier demo wrote; refuse any other."""
     if folder.exists() and not folder.is_dir():
         raise PRTValueError("The output directory is a file.", expected="a folder", found=str(folder))
     others = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []

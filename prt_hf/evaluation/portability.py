@@ -149,11 +149,7 @@ def measure_portability(
 
 @torch.no_grad()
 def counted(reading: Reading, batches: Iterable[dict[str, torch.Tensor]], strength: float) -> Tally:
-    """Read all batches and add up the figures.
-
-    Raises:
-        PRTValueError: Nothing is supervised.
-    """
+    """Read all batches and add up the figures; raise `PRTValueError` if nothing is supervised."""
     tally = Tally(strength)
     for part in reading.parts(batches):
         tally.add(part)

@@ -265,11 +265,7 @@ def _named_targets(targets: Any) -> dict[str, str | PreTrainedModel]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Check the names of targets.
-
-    Raises:
-        PRTValueError: There are no targets, or two of one name.
-    """
+    """Raise `PRTValueError` if there are no targets, or two of one name."""
     if not names:
         raise PRTValueError("There are no targets.", expected="at least one backbone", found="0")
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -103,11 +103,7 @@ def _card(entries: dict[str, Any], body: str) -> str:
 
 
 def _parsed(card: str) -> tuple[dict[str, Any], str]:
-    """Return the metadata and the body of a card, with plain line ends.
-
-    Raises:
-        RewardFileError: The metadata cannot be read, or merging the card would take too long.
-    """
+    """Return the metadata and the body of a card; raise `RewardFileError` if it is unreadable or too large."""
     if len(card) > _MOST_CHARACTERS or card.count("<!-- prt_hf:") > _MOST_BLOCKS:
         raise _unreadable(f"{len(card)} characters, {card.count('<!-- prt_hf:')} parts")
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")

@@ -137,8 +137,7 @@ def open_branch(
 ) -> Branch:
     """Create the repository and the branch if they do not exist, and return the state of the branch.
 
-    Raises:
-        PRTValueError: `private=True`, but the repository is already public.
+    A repository that is public already is refused with `private=True`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -71,11 +71,7 @@ def adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_not_merged(layer: nn.Module) -> None:
-    """Check that PEFT has not added an adapter to the base's own weights.
-
-    Raises:
-        UnsupportedError: it has.
-    """
+    """Raise `UnsupportedError` if PEFT has added an adapter to the base's own weights."""
     if getattr(layer, "merged", False):
         raise UnsupportedError(
             "The adapter is merged into weights that its base, the backbone or other rewards share.",
@@ -101,11 +97,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def check_bare(model: PreTrainedModel) -> None:
-    """Check that a model has no adapter.
-
-    Raises:
-        PRTValueError: it has one.
-    """
+    """Raise `PRTValueError` if a model has an adapter."""
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise PRTValueError(
             "The base carries an adapter, so it is no longer the pretrained model.",

@@ -147,11 +147,7 @@ class MixedPass(Pass):
 
     @property
     def is_current(self) -> bool:
-        """Whether the adapters are still switched on.
-
-        Raises:
-            UnsupportedError: one was merged into the shared weights.
-        """
+        """Whether the adapters are still switched on; one that is merged into the shared weights is refused."""
         for layer in self._witnesses:
             check_not_merged(layer)
         return all(is_plain(layer) for layer in self._witnesses)

@@ -163,11 +163,10 @@ def zero_head(model: PreTrainedModel) -> None:
 
 
 def check_zero(model: PreTrainedModel) -> None:
-    """Check that a reward of this model can start at zero.
+    """Raise `PRTValueError` if a reward of this model cannot start at zero.
 
-    Raises:
-        PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be
-            zero; or the head is fixed, and would stay zero.
+    The logits of DeiT and LeViT with a teacher are the mean of two heads, of which one would not be zero; a fixed head
+    would stay zero.
     """
     if has_fixed_head(model):
         raise PRTValueError(

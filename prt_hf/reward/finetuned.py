@@ -174,11 +174,7 @@ def teacher_of(
 
 
 def check_finetuned(network: PeftModel | PreTrainedModel) -> None:
-    """Check that an adapter changes layers, and does so independently of the text.
-
-    Raises:
-        UnsupportedError: an adapter of prompts, or one that depends on the text.
-    """
+    """Raise `UnsupportedError` for an adapter of prompts, or one that depends on the text."""
     for peft_config in network.peft_config.values() if isinstance(network, PeftModel) else ():
         check_is_of_layers(peft_config)
 

@@ -125,11 +125,7 @@ def load_ordinary_adapter(
 
 
 def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
-    """Check that an adapter can be switched off.
-
-    Raises:
-        UnsupportedError: without its adapted layers the network is not the base.
-    """
+    """Raise `UnsupportedError` if the network without its adapted layers is not the base."""
     off = bare_base(network)
     kinds = [[(name, type(module)) for name, module in model.named_modules()] for model in (off, base)]
     weights = [{name: value.data_ptr() for name, value in model.named_parameters()} for model in (off, base)]

@@ -115,11 +115,7 @@ def parts_of(config: PreTrainedConfig) -> ServedParts:
 
 
 def _forget_adapters(config: PreTrainedConfig) -> None:
-    """Drop the base of rewards that requests name, for an engine without LoRA.
-
-    Raises:
-        PRTValueError: a base for adapters was given.
-    """
+    """Drop the base of rewards that requests name, for an engine without LoRA; refuse one that was given."""
     if getattr(config, ADAPTER_BASE, None) is not None:
         raise PRTValueError(
             f"`{ADAPTER_BASE}` is for rewards that requests name.", expected="--enable-lora", found="an engine without"

@@ -26,11 +26,7 @@ SHOWN = 10
 
 
 def load_data(dataset: str, config: str | None = None) -> DatasetDict:
-    """Load all splits of a data set: an id of the Hub, a folder, or a file.
-
-    Raises:
-        PRTValueError: it cannot be loaded.
-    """
+    """Load all splits of a data set: an id of the Hub, a folder, or a file."""
     path = Path(dataset)
     suffix = path.suffix.lower()
     if path.is_file() != (suffix in FORMATS) and not path.is_dir():
@@ -121,11 +117,7 @@ def prepare_rows(
 
 
 def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
-    """Return a split.
-
-    Raises:
-        PRTValueError: the split is missing or empty.
-    """
+    """Return a split; raise `PRTValueError` if it is missing or empty."""
     if split not in parts:
         raise PRTValueError(f"The dataset {dataset} has no split {split!r}.", expected=split, found=", ".join(parts))
     if len(parts[split]) == 0:
@@ -136,11 +128,7 @@ def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
 
 
 def require_column(rows: Dataset, name: str, dataset: str) -> None:
-    """Check that a data set has a column.
-
-    Raises:
-        PRTValueError: the column is missing.
-    """
+    """Raise `PRTValueError` if a data set lacks a column."""
     if name not in rows.column_names:
         raise PRTValueError(
             f"The dataset {dataset} has no column {name!r}.",
@@ -151,11 +139,7 @@ def require_column(rows: Dataset, name: str, dataset: str) -> None:
 
 
 def require_texts(rows: Dataset, column: str, dataset: str) -> None:
-    """Check that a column has a text in every row.
-
-    Raises:
-        PRTValueError: the column is missing, or has something else than texts.
-    """
+    """Raise `PRTValueError` unless a column has a text in every row."""
     require_column(rows, column, dataset)
     for index, value in enumerate(rows[column]):
         if not isinstance(value, str):
@@ -208,11 +192,7 @@ def label_ids(rows: Dataset, column: str, id2label: dict) -> list[int]:
 
 
 def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool, dataset: str) -> None:
-    """Check that TRL can make token rows of a language model's data: text, prompt and completion, or messages.
-
-    Raises:
-        PRTValueError: a column is missing, or messages have no chat template.
-    """
+    """Raise `PRTValueError` unless TRL can make token rows of the data: text, prompt and completion, or messages."""
     columns = set(rows.column_names)
     if "input_ids" in columns:
         return

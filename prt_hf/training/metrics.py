@@ -44,11 +44,7 @@ class RunningMeans:
             self._sums[phase][name] += value
 
     def take(self, phase: str) -> dict[str, float]:
-        """Return the means since the last call, and forget them.
-
-        Raises:
-            PRTValueError: no position was supervised.
-        """
+        """Return the means since the last call, and forget them."""
         sums = self._sums[phase]
         if not sums:
             return {}

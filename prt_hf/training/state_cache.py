@@ -220,11 +220,7 @@ def _start(folder: Path, plan: dict, supervised, tensors, batch_size: int, disab
 
 
 def _check_space(folder: Path, plan: dict, offsets: np.ndarray) -> None:
-    """Report the size of the states.
-
-    Raises:
-        BackboneCacheError: the disk has no space for those that are missing.
-    """
+    """Report the size of the states; raise `BackboneCacheError` if the disk has no space for those that are missing."""
     size = plan["width"] * getattr(torch, plan["dtype"]).itemsize
     blocks = [_block_rows(plan, block) for block in _missing_blocks(folder, plan)]
     missing = size * int(sum(offsets[rows.stop] - offsets[rows.start] for rows in blocks))
@@ -301,11 +297,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _read_plan(folder: Path, key: dict) -> dict | None:
-    """Return `plan.json`; None if there is none.
-
-    Raises:
-        BackboneCacheError: it has another key.
-    """
+    """Return `plan.json`, None if there is none; raise `BackboneCacheError` if it has another key."""
     if not (folder / PLAN).is_file():
         return None
     plan = json.loads((folder / PLAN).read_bytes())
