@@ -322,15 +322,17 @@ def check_writable(folder: str | Path) -> None:
         )
 
 
-def replace_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+def replace_file(path: Path, content: str | bytes | Callable[[Path], object], staged_name: str | None = None) -> None:
     """Write a file atomically; missing folders are created.
 
     Args:
         path: The file.
         content: Text (written as UTF-8), bytes, or a function that writes the file to the path that it gets.
+        staged_name: The name of the unfinished file, which the next run takes as well if this one is killed. By
+            default each process has its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{os.getpid()}.{path.name}")
+    staged = path.with_name(staged_name or f".{os.getpid()}.{path.name}")
     try:
         if callable(content):
             content(staged)

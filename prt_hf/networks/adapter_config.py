@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import MISSING, fields
-
 from numbers import Real
 from pathlib import Path
 from typing import Any

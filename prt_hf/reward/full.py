@@ -28,7 +28,7 @@ _ONLY_NUMBERS = ("theta", "position", "token", "length", "window", "seed", "step
 def load_full(
     folder: Path, config: RewardConfig, base_model: PreTrainedModel | None, load_kwargs: dict
 ) -> PreTrainedModel:
-    """Load a full reward that [`check_full`] accepts, of the class of `base_model` if given; run no code of its folder."""
+    """Load a full reward that [`check_full`] accepts, of the class of `base_model` if given; run none of its code."""
     check_full(folder, config, base_model)
     kwargs = load_kwargs | {"trust_remote_code": False, "use_safetensors": True}
     return load_whole(_class_of(config, base_model), folder, kind=RewardFileError, exactly=True, **kwargs)

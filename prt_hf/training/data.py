@@ -27,24 +27,21 @@ SHOWN = 10
 
 def load_data(dataset: str, config: str | None = None) -> DatasetDict:
     """Load all splits of a data set: an id of the Hub, a folder, or a file."""
+
+    def refusal(found: str) -> PRTValueError:
+        expected = f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})"
+        return PRTValueError(f"The dataset {dataset} cannot be loaded.", expected=expected, found=found)
+
     path = Path(dataset)
     suffix = path.suffix.lower()
     if path.is_file() != (suffix in FORMATS) and not path.is_dir():
-        raise PRTValueError(
-            f"The dataset {dataset} cannot be loaded.",
-            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
-            found=f"a file with the suffix {suffix!r}" if path.is_file() else "no such file",
-        )
+        raise refusal(f"a file with the suffix {suffix!r}" if path.is_file() else "no such file")
     try:
         if path.is_file():
             return load_dataset(FORMATS[suffix], data_files=str(path))
         return load_dataset(dataset, config)
     except Exception as error:  # the datasets library raises what its many back ends raise
-        raise PRTValueError(
-            f"The dataset {dataset} cannot be loaded.",
-            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
-            found=first_line(_innermost(error)),
-        ) from error
+        raise refusal(first_line(_innermost(error))) from error
 
 
 def prepare_rows(
@@ -83,37 +80,28 @@ def prepare_rows(
     """
     parts = load_data(dataset, dataset_config)
     parts = [require_split(parts, split, dataset) for split in splits]
-    task, limit, id2label = task_of(network), context_length(network), unwrap_adapter(network).config.id2label
-    if task == IMAGE_CLASSIFICATION:
-        config.remove_unused_columns = False  # it would remove the images before they are read
-        pixels = pixel_makers(
-            processing_class,
-            unwrap_adapter(network).config,
-            [
-                (None, None)
-                if name is None
-                else (load_processing_class(name, task, revision=revision), load_config(name, revision=revision))
-                for name, revision in backbones
-            ],
-        )
-
-    def prepare(rows: Dataset) -> Dataset:
-        if task == TEXT_GENERATION:
-            has_template = bool(processing_class.chat_template or config.chat_template_path)
+    task, limit, model_config = task_of(network), context_length(network), unwrap_adapter(network).config
+    if task == TEXT_GENERATION:
+        has_template = bool(processing_class.chat_template or config.chat_template_path)
+        for rows in parts:
             check_language_rows(rows, config.dataset_text_field, has_template, dataset)
-            return rows
-        labels = {"label_column": label_column, "id2label": id2label}
-        if task == IMAGE_CLASSIFICATION:
-            is_lazy = not config.precompute_backbone
-            return classified_images(rows, dataset, image_column=image_column, pixels=pixels, is_lazy=is_lazy, **labels)
-        return classified_texts(
-            rows, dataset, text_column=text_column, tokenizer=processing_class, length=limit, **labels
-        )
-
-    prepared = [prepare(rows) for rows in parts]
-    if task == TEXT_GENERATION and config.max_length is not None and limit is not None:
-        config.max_length = min(config.max_length, limit)  # TRL's default is longer than some models can read
-    return prepared
+        if config.max_length is not None and limit is not None:
+            config.max_length = min(config.max_length, limit)  # TRL's default is longer than some models can read
+        return parts
+    labels = {"label_column": label_column, "id2label": model_config.id2label}
+    if task != IMAGE_CLASSIFICATION:
+        texts = {"text_column": text_column, "tokenizer": processing_class, "length": limit}
+        return [classified_texts(rows, dataset, **texts, **labels) for rows in parts]
+    config.remove_unused_columns = False  # it would remove the images before they are read
+    others = [
+        (None, None)
+        if name is None
+        else (load_processing_class(name, task, revision=revision), load_config(name, revision=revision))
+        for name, revision in backbones
+    ]
+    pixels = pixel_makers(processing_class, model_config, others)
+    images = {"image_column": image_column, "pixels": pixels, "is_lazy": not config.precompute_backbone}
+    return [classified_images(rows, dataset, **images, **labels) for rows in parts]
 
 
 def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
@@ -197,10 +185,8 @@ def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool
     if "input_ids" in columns:
         return
     is_prompted = "prompt" in columns
-    if (
-        is_prompted
-        and "completion" not in columns
-        or not columns & {text_column, "messages", "conversations", "prompt"}
+    if not (
+        columns >= {"prompt", "completion"} if is_prompted else columns & {text_column, "messages", "conversations"}
     ):
         raise PRTValueError(
             f"The dataset {dataset} has no columns that a language model is tuned on.",
@@ -231,11 +217,7 @@ def classified_texts(
     tokenizer: PreTrainedTokenizerBase,
     length: int | None,
 ) -> Dataset:
-    """Return the rows of a text classifier: token ids, cut off at `length`, and `labels`.
-
-    Raises:
-        PRTValueError: a column is missing, the classifier does not have a label, or the tokenizer no padding token.
-    """
+    """Return the rows of a text classifier: token ids, cut off at `length`, and `labels`."""
     require_texts(rows, text_column, dataset)
     require_column(rows, label_column, dataset)
     if tokenizer.pad_token is None:
@@ -272,9 +254,6 @@ def classified_images(
         id2label: the classifier's labels.
         pixels: name -> function that makes a column of pixels, see [`pixel_makers`].
         is_lazy: make pixels whenever a row is read, instead of once.
-
-    Raises:
-        PRTValueError: a column is missing, holds no images, or a label that the classifier does not have.
     """
     require_column(rows, image_column, dataset)
     require_column(rows, label_column, dataset)
@@ -298,11 +277,7 @@ def classified_images(
 
 
 def pixel_values(image: PILImage.Image, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
-    """Return the pixels of a Pillow image, `(channels, height, width)`, in as many colours as the classifier sees.
-
-    Raises:
-        PRTValueError: floating-point or 32-bit pixels.
-    """
+    """Return the pixels of a Pillow image, `(channels, height, width)`, in as many colours as the classifier sees."""
     colours = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
     if image.mode.startswith("I;16"):
         image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # `convert` would cut off at 255

@@ -76,12 +76,10 @@ class RewardSaver(Trainer):
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
+        *,
         dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
         dataset_name: str | list[str] | None = None,
+        **known: Any,
     ) -> None:
         """Write the reward's card to `output_dir`, and keep what users have written into it.
 
@@ -90,12 +88,9 @@ class RewardSaver(Trainer):
             license: metadata.
             tags: metadata.
             model_name: name in the lines that load the reward; by default the repository's, or the folder's.
-            finetuned_from: not used, because the reward knows its base.
-            tasks: not used, because the reward knows its task.
             dataset_tags: ids of data sets on the Hub, by default those that the data sets themselves name.
-            dataset: not used: a data set's name for people.
-            dataset_args: not used.
             dataset_name: TRL's name for `dataset_tags`; files are left out.
+            known: the Trainer's other arguments, which are not used: the reward knows its base and task.
         """
         if not self.is_world_process_zero():
             return
@@ -168,15 +163,12 @@ class RewardSaver(Trainer):
                 f"from {self.args.output_dir} only."
             )
         staged = self._staged(checkpoint_folder)
-        place = {
-            HubStrategy.CHECKPOINT: "last-checkpoint",
-            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
-        }.get(strategy)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         job = run_as_future(
             _push_staged,
             staged,
             self.hub_model_id,
-            checkpoint=place,
+            checkpoint=places.get(strategy),
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",

@@ -13,7 +13,6 @@ runs read them and never run the backbone. Every file is written whole or not at
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import BackboneCacheError
+from ..hub.folder import replace_file
 
 logger = logging.get_logger(__name__)
 
@@ -77,14 +77,13 @@ class BackboneCache:
             BackboneCacheError: the batch has other labels than when the states were computed.
         """
         rows, found = rows.tolist(), labels.cpu().numpy()
+        problem = "The batch is not what was cached."
         if not all(0 <= row < self.num_rows for row in rows):
-            raise BackboneCacheError(
-                "The batch is not what was cached.", expected=f"rows 0 ... {self.num_rows - 1}", found=f"rows {rows}"
-            )
+            raise BackboneCacheError(problem, expected=f"rows 0 ... {self.num_rows - 1}", found=f"rows {rows}")
         expected = np.concatenate([self._labels[self._offsets[row] : self._offsets[row + 1]] for row in rows])
         if not np.array_equal(expected, found):
             raise BackboneCacheError(
-                "The batch is not what was cached.",
+                problem,
                 expected=f"{len(expected)} supervised labels in rows {rows}: {_shortened(expected)}",
                 found=f"{len(found)}: {_shortened(found)}",
                 remedy="train without stored states if the data set or its collator gives other labels every time",
@@ -122,7 +121,7 @@ def precompute(
 
     Args:
         folder: the cache's own.
-        key (`dict`): all that the states depend on, as JSON.
+        key: all that the states depend on, as JSON.
         num_rows: rows of the data set.
         supervised: returns the supervised labels of each of the given rows, without the -100. One process calls it for
             all rows before `states`, so that the size is known and reported before anything large is written.
@@ -132,8 +131,8 @@ def precompute(
         dtype: of the states.
         tensors: stored with the states.
         facts: stored with the states, as JSON.
-        batch_size (`int`): rows that `states` is given at a time.
-        rank: of this process among those that share the work.
+        batch_size: rows that `states` is given at a time.
+        rank: of this process among the `world_size` that share the work.
         world_size: number of these processes.
         barrier: returns when all of them have called it.
         disable_tqdm: shows no progress.
@@ -267,8 +266,8 @@ def _batches(rows: range, batch_size: int) -> list[list[int]]:
 
 
 def _missing_blocks(folder: Path, plan: dict) -> list[int]:
-    blocks = range(len(range(0, plan["num_rows"], plan["rows_per_block"])))
-    return [block for block in blocks if not _block_file(folder, block).exists()]
+    blocks = -(-plan["num_rows"] // plan["rows_per_block"])
+    return [block for block in range(blocks) if not _block_file(folder, block).exists()]
 
 
 def _read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -277,17 +276,10 @@ def _read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or none.
-
-    Raises:
-        BackboneCacheError: the disk is full, or cannot be written to.
-    """
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    """Write a whole file or none."""
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        replace_file(path, content, f"{path.name}.unfinished")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise BackboneCacheError(
             f"{path} cannot be written.",
             expected=f"{len(content) / 1e9:.3g} GB of space in a folder of your own",
