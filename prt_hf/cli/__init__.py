@@ -14,16 +14,9 @@ COMMANDS = (demo, train, generate, evaluate, check, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a sub-command.
+    """Run a sub-command; return the exit status: 0 after success, 1 after an error, 130 after an interrupt.
 
-    Args:
-        argv: arguments; by default those of the process.
-
-    Returns:
-        The exit status: 0 after success, 1 after an error, 130 after an interrupt.
-
-    Raises:
-        SystemExit: with status 2 for wrong arguments, with 0 after `--help` and `--version`.
+    Wrong arguments raise `SystemExit` with status 2, `--help` and `--version` with 0.
     """
     parser = argparse.ArgumentParser(
         prog="prt-hf",

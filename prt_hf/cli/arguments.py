@@ -23,12 +23,7 @@ def add_option(parser: argparse._ActionsContainer, name: str, **kwargs: Any) -> 
 
 
 def add_counts(parser: argparse._ActionsContainer, **counts: tuple[int, str]) -> None:
-    """Add options that are positive integers.
-
-    Args:
-        parser: the command's.
-        counts: default and help text of each.
-    """
+    """Add options that are positive integers, each with a default and a help text."""
     for name, (default, text) in counts.items():
         add_option(parser, name, type=positive(int), default=default, metavar="N", help=with_default(text))
 

@@ -289,13 +289,7 @@ def _print(args: argparse.Namespace, settings: dict, figures: dict, lines: list[
 def _table(
     heads: dict[str, str], rows: dict[str, Sequence[float]], ratios: dict[str, float] | None = None
 ) -> list[str]:
-    """Return the lines of a table.
-
-    Args:
-        heads: The head of each column of numbers, and their format.
-        rows: The numbers of each row.
-        ratios: Further numbers of the last column.
-    """
+    """Return a table with the heads and formats of its columns; `ratios` have a number in the last one only."""
     *_, last = heads.values()
     rows = {name: [f"{value:{form}}" for value, form in zip(rows[name], heads.values(), strict=True)] for name in rows}
     rows |= {name: [f"{value:{last}}"] for name, value in (ratios or {}).items()}

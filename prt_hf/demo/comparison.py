@@ -139,12 +139,7 @@ def tune_all(
 
 
 def token_losses(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return -log pi(next token), nats, where the next label is not ignored.
-
-    Args:
-        log_probs (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): log pi.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens, -100 at padding.
-    """
+    """Return -log pi(next token), nats, for labels `(batch_size, sequence_length)` other than -100."""
     log_probs, labels = log_probs[:, :-1], labels[:, 1:]
     kept = labels != -100
     return -log_probs[kept].gather(-1, labels[kept][:, None])[:, 0]

@@ -12,16 +12,7 @@ MOST_TEST_ROWS = 200
 
 
 def load(auto_class: type, place: str, **kwargs: Any) -> Any:
-    """Return `auto_class.from_pretrained(place)`.
-
-    Args:
-        auto_class: One of the Auto classes of transformers.
-        place: An id on the Hub, or a folder.
-        **kwargs: Other arguments of `from_pretrained`.
-
-    Raises:
-        PRTValueError: It cannot be loaded.
-    """
+    """Return `auto_class.from_pretrained(place)`; raise `PRTValueError` if it cannot be loaded."""
     try:
         return auto_class.from_pretrained(place, **kwargs)
     except (OSError, ValueError, KeyError) as error:

@@ -30,13 +30,7 @@ def claim(folder: Path) -> None:
 
 
 def write_result(folder: Path, result: Result, **circumstances: Any) -> None:
-    """Put the figures of a task into `results.json`, in place of those of an earlier run.
-
-    Args:
-        folder: The folder of the demo.
-        result: The figures.
-        **circumstances: Other entries of the task.
-    """
+    """Put the figures of a task, and other entries, into `results.json`, in place of those of an earlier run."""
     circumstances |= {"versions": versions(), "hardware": hardware()}
     _write(folder, _read(folder) | {result.task: result.to_dict() | circumstances})
 

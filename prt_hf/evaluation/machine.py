@@ -37,18 +37,10 @@ def time_in_turn(
     model: PreTrainedModel,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, list[float]]:
-    """Time calls in turn, for several rounds after one that warms up.
+    """Return the seconds of each call in each of several rounds, after one that warms up; all calls run in turn.
 
-    Take the fastest round of each: other programs only ever add time.
-
-    Args:
-        calls: The calls by name.
-        rounds: The number of rounds that are timed.
-        model: A model on the device that the calls use.
-        progress: Wraps the rounds.
-
-    Returns:
-        The seconds of each call, by name and round.
+    Take the fastest round of each: other programs only ever add time. `model` names the device, `progress` wraps the
+    rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in progress(range(rounds + 1)):

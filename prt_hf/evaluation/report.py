@@ -153,14 +153,7 @@ def portability_report(
 
 
 class _Run:
-    """The passes over the data with one target.
-
-    Args:
-        reward: The reward.
-        report: The report, which is filled.
-        place: The target's place in the report.
-        networks: Name -> backbone, or None if there is no such network.
-    """
+    """The passes over the data with one target, which fill its place in the report."""
 
     def __init__(
         self,

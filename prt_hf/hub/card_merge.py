@@ -82,13 +82,9 @@ def read_card(folder: Path) -> str | None:
 
 
 def write_card(folder: Path, card: str, earlier: str | None = None) -> None:
-    """Write a card atomically.
+    """Write a card atomically, merged into an earlier one that users may have edited.
 
-    Args:
-        folder: The folder to write to.
-        card: The new card.
-        earlier (*optional*): A card that users may have edited, into which `card` is merged. If it cannot be read, it
-            is kept as `README.old.md`.
+    If that cannot be read, it is kept as `README.old.md`.
     """
     try:
         card = card if earlier is None else merge_cards(earlier, card)

@@ -72,13 +72,8 @@ def local_folder(
 ) -> Path:
     """Return the folder of a reward or recipe, after downloading it if it is on the Hub.
 
-    Errors of the Hub (missing repository, wrong revision, no access) are passed on.
-
-    Args:
-        path_or_repo: A folder, or an id on the Hub.
-        revision: A branch, tag or commit.
-        token: A token for the Hub.
-        subfolder: A folder in it: a checkpoint, or a reward of a recipe.
+    Errors of the Hub (missing repository, wrong revision, no access) are passed on. `subfolder` is a folder in it: a
+    checkpoint, or a reward of a recipe.
     """
     if not Path(path_or_repo).is_dir():
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]

@@ -173,9 +173,7 @@ def _text(path: Path) -> str | None:
 def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
     """Return what a folder or repository holds: `REWARD`, `RECIPE`, something that a save would spoil, or None.
 
-    Args:
-        names: The names of its files.
-        read: Returns the text of a file.
+    `names` are those of its files; `read` returns the text of one.
     """
     if PRT_CONFIG_NAME in names:
         return REWARD

@@ -110,15 +110,9 @@ def push_reward(
 
 
 def reward_files_to_push(folder: Path, include: Sequence[str] = (), config: RewardConfig | None = None) -> list[str]:
-    """Return the names of the files of a saved reward that [`push_reward`] pushes.
+    """Return the names of the files of a saved reward, and of those to `include`, for [`push_reward`].
 
-    Args:
-        folder: The folder that it was saved to.
-        include: Names of other files in the folder.
-        config: Its `prt_config.json`, if it has been read.
-
-    Raises:
-        RewardFileError: The reward is incomplete, or one of the files is a link.
+    An incomplete reward or a link raises `RewardFileError`. `config` is the reward's, if it has been read.
     """
     config = config or RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     check_files(folder, config)

@@ -23,10 +23,7 @@ ADAPTER = "default"  # the one adapter of a reward
 def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None = None) -> PeftModel:
     """Return a PEFT model on the weights of `model`, which itself stays without an adapter.
 
-    Args:
-        model: the base.
-        peft_config: the adapter.
-        device: `"meta"` makes the adapter without memory for its weights.
+    The device `"meta"` makes an adapter without memory for its weights.
     """
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with warnings.catch_warnings(), nullcontext() if device is None else torch.device(device):
@@ -110,9 +107,7 @@ def check_bare(model: PreTrainedModel) -> None:
 def share_weights(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
     """Return a second model on the same weights, so that an adapter of one leaves the other unchanged.
 
-    Args:
-        model: the first.
-        device: `"meta"` for a model without weights.
+    The device `"meta"` makes a model without weights.
     """
 
     def shared(tensor: torch.Tensor) -> torch.Tensor:

@@ -84,10 +84,7 @@ class SharedTrunk:
     ) -> bool:
         """Whether a pass from the trunk's output equals the whole pass: some upper layers read more of lower ones.
 
-        Args:
-            network: the reward's.
-            pretrained: switches the adapter off.
-            inputs: a batch.
+        `pretrained` switches the adapter of the reward's network off.
         """
         with pretrained:  # the reward's own logits may all be zero
             with self.recorded():

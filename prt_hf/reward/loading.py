@@ -56,10 +56,7 @@ def read_ordinary_adapter(
 ) -> PeftConfig:
     """Read the configuration of a PEFT adapter that was not made as a reward, once its weights can be loaded.
 
-    Args:
-        place: folder or Hub id of the adapter.
-        token: for the Hub.
-        beside_base: see [`~prt_hf.networks.adapter_config.check_is_of_layers`].
+    For `beside_base` see [`~prt_hf.networks.adapter_config.check_is_of_layers`].
 
     Raises:
         PRTValueError: it is a reward.

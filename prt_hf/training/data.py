@@ -60,23 +60,8 @@ def prepare_rows(
     """Load splits of a data set, and make the rows that a trainer takes.
 
     Rows of language models are checked only. Of classifiers, texts become token ids, images become pixels, and labels
-    become the model's ids.
-
-    Args:
-        dataset: id of the Hub, folder, or file.
-        dataset_config: the configuration of a data set that has several.
-        splits: names of the splits.
-        config: of the trainer; `max_length` is set to what the model can read, and `remove_unused_columns` to `False`
-            for images.
-        network: the model that is tuned.
-        processing_class: its tokenizer or image processor.
-        backbones: id and revision of each source backbone; the id of the model itself is None.
-        text_column: texts, of classifiers.
-        image_column: images.
-        label_column: labels.
-
-    Raises:
-        PRTValueError: a split or column is missing, or its content cannot be used.
+    become the model's ids. In `config`, `max_length` is set to what the model can read, and `remove_unused_columns` to
+    `False` for images. `backbones` are id and revision of each source backbone; the id of the model itself is None.
     """
     parts = load_data(dataset, dataset_config)
     parts = [require_split(parts, split, dataset) for split in splits]
@@ -246,14 +231,8 @@ def classified_images(
 ) -> Dataset:
     """Return the rows of an image classifier: pixels and `labels`.
 
-    Args:
-        rows: the data.
-        dataset: its name in messages.
-        image_column: images, or paths to them.
-        label_column: names or numbers of labels.
-        id2label: the classifier's labels.
-        pixels: name -> function that makes a column of pixels, see [`pixel_makers`].
-        is_lazy: make pixels whenever a row is read, instead of once.
+    Images may be paths. `pixels` maps columns to functions that make them, see [`pixel_makers`]; `is_lazy` makes them
+    whenever a row is read, instead of once.
     """
     require_column(rows, image_column, dataset)
     require_column(rows, label_column, dataset)
@@ -295,12 +274,8 @@ def pixel_makers(
 ) -> dict[str, Callable[[PILImage.Image], torch.Tensor]]:
     """Return functions that make the columns of pixels of an image.
 
-    These are `pixel_values`, and `backbone_0_pixel_values`, ... of the backbones that need others.
-
-    Args:
-        image_processor: makes `pixel_values`.
-        config: of the model that reads `pixel_values`.
-        backbones: image processor and configuration of each; None for those that read `pixel_values`.
+    These are `pixel_values`, for the model of `config`, and `backbone_0_pixel_values`, ... of the backbones that need
+    others. Each backbone has an image processor and a configuration; None for those that read `pixel_values`.
     """
     made = {PIXELS: partial(pixel_values, image_processor=image_processor, config=config)}
     for index, (theirs, their_config) in enumerate(backbones):

@@ -12,11 +12,7 @@ from ..reward.backbones import Batch
 
 
 class RunningMeans:
-    """Running means of [`~prt_hf.functional.prt_statistics`] over batches and devices, for training and evaluation.
-
-    Args:
-        accelerator: the trainer's.
-    """
+    """Running means of [`~prt_hf.functional.prt_statistics`] over batches and devices, for training and evaluation."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
@@ -27,13 +23,7 @@ class RunningMeans:
         self._sums[phase].clear()
 
     def add(self, phase: str, statistics: dict[str, torch.Tensor], batch: Batch) -> None:
-        """Add the statistics of a batch.
-
-        Args:
-            phase: `"train"` or `"eval"`.
-            statistics: tensors of shape `(n,)`, at the batch's supervised positions.
-            batch: tells to which rows these belong.
-        """
+        """Add the statistics of a batch, of shape `(n,)` at its supervised positions, to `"train"` or `"eval"`."""
         values = torch.stack(list(statistics.values()), -1)
         placed = values.new_zeros(*batch.labels.shape, len(statistics))
         placed[batch.supervised] = values

@@ -63,18 +63,12 @@ class BackboneCache:
         return None if plan is None or _missing_blocks(folder, plan) else cls(folder, plan)
 
     def read(self, rows: torch.LongTensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Return the states of some rows, one row after another.
+        """Return a copy of the states of some rows, one row after another: `(num_positions, width)`, on the CPU.
 
         Args:
             rows (`torch.LongTensor` of shape `(batch_size,)`): positions in the data set, in any order.
-            labels (`torch.LongTensor` of shape `(num_positions,)`): the supervised labels that the batch has in these
-                rows, without the -100.
-
-        Returns:
-            `torch.Tensor` of shape `(num_positions, width)`: a copy, on the CPU.
-
-        Raises:
-            BackboneCacheError: the batch has other labels than when the states were computed.
+            labels (`torch.LongTensor` of shape `(num_positions,)`): the supervised labels of these rows in the batch;
+                others than when the states were computed are refused.
         """
         rows, found = rows.tolist(), labels.cpu().numpy()
         problem = "The batch is not what was cached."
@@ -136,10 +130,6 @@ def precompute(
         world_size: number of these processes.
         barrier: returns when all of them have called it.
         disable_tqdm: shows no progress.
-
-    Raises:
-        BackboneCacheError: the folder belongs to another key, the disk is too small, no position is supervised, or
-            `states` returns another shape or dtype.
     """
     folder = Path(folder)
     if (cache := BackboneCache.open(folder, key)) is not None:

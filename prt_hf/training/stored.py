@@ -136,11 +136,6 @@ def stored_states(
         place: loads a backbone on its device.
         batch_size: rows in a forward pass.
         disable_tqdm: shows no progress.
-
-    Raises:
-        UnsupportedError: a language model's logits are not its last hidden state times its head; or states are missing
-            and the networks are sharded.
-        BackboneCacheError: the states cannot be written, or the folder holds others.
     """
     precision = accelerator.mixed_precision
     key = {"task": source.task, "backbone": source.identity, "precision": precision, "data": data}
@@ -195,14 +190,8 @@ def dataset_key(dataset: Dataset, collator: Callable) -> str:
     """Return a key of a data set and its collator that is the same in any process.
 
     It joins the fingerprints of both and a digest of the batch for a few rows, because two results of a random `map`
-    have the same fingerprint.
-
-    Args:
-        dataset: as the data loader reads it, without the columns that the collator does not take.
-        collator: the data collator.
-
-    Raises:
-        BackboneCacheError: the data set is streamed or has no fingerprint, or its batches are not the same every time.
+    have the same fingerprint. The data set is as the data loader reads it, without columns that the collator does not
+    take. Streamed data, and batches that are not the same every time, raise `BackboneCacheError`.
     """
 
     def refusal(problem: str, expected: str, found: str, remedy: str) -> BackboneCacheError:
