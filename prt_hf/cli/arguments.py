@@ -17,6 +17,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = ("text", "image", "label")
 
 
+def add_command(
+    commands: argparse._SubParsersAction, name: str, help: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add the parser of a command; description and examples keep their lines."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=help, description=description, epilog=examples, formatter_class=raw)
+
+
 def add_option(parser: argparse._ActionsContainer, name: str, **kwargs: Any) -> None:
     """Add `--max_new_tokens`, and `--max-new-tokens` as well, as transformers' own parser has it."""
     parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kwargs)

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from .arguments import add_json, add_option
+from .arguments import add_command, add_json, add_option
 
 DESCRIPTION = """\
 Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub, in one commit and without
@@ -24,13 +24,7 @@ Log in first with `hf auth login`, or set HF_TOKEN."""
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "push",
-        help="share a saved reward or recipe on the Hub",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "push", "share a saved reward or recipe on the Hub", DESCRIPTION, EXAMPLES)
     parser.add_argument("folder", type=Path, help="folder that `save_pretrained` or `prt-hf train` wrote")
     parser.add_argument("repo_id", help="user/name; created if it does not exist")
     add_option(parser, "private", action="store_true", default=None, help="make a new repository private")

@@ -23,7 +23,7 @@ _CONCLUSIONS = {
     "prt_source": "the source with the reward does as well: the target adds nothing",
     "reward_only": "the reward does as well without a backbone: nothing is carried over",
 }
-_VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
+VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class PortabilityReport:
         lines = ["## Worth porting?", ""]
         for place, head in zip(self.targets.values(), self._heads()[1:], strict=True):
             worth, reasons = self.verdict()[place.name]
-            lines += [f"- {head}: {_VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
+            lines += [f"- {head}: {VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
     def _heads(self) -> list[str]:
