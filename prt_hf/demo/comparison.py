@@ -120,19 +120,12 @@ def tune_all(
         processing_class: Saved with the reward.
         reward_folder: The folder to save the reward to.
     """
-    reward = tune_reward(
-        task.source,
-        task.train,
-        steps,
-        seed,
-        f"tuning the reward on the old {kind}",
-        data_collator,
-        adapter=adapter,
-        processing_class=processing_class,
-    )
+    how = task.train, steps, seed
+    text = f"tuning the reward on the old {kind}"
+    reward = tune_reward(task.source, *how, text, data_collator, adapter=adapter, processing_class=processing_class)
     reward.save_pretrained(reward_folder)
     finetuned = [
-        fine_tune(model, task.train, steps, seed, f"fine-tuning the {which}", data_collator, adapter=adapter)
+        fine_tune(model, *how, f"fine-tuning the {which}", data_collator, adapter=adapter)
         for model, which in ((task.source, f"old {kind} (for EFT)"), (task.target, f"new {kind} (oracle)"))
     ]
     return Contenders(task.source, task.target, reward, *finetuned)
