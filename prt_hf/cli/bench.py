@@ -21,10 +21,7 @@ TRAIN_FIGURES = {
     "step_cached_second_epoch": "step, own base, states stored / plain",
     "memory_vs_plain": "peak memory of the step, another backbone / plain",
 }
-VISION_FIGURES = {
-    "prt_of_limit": "PRT / bare, of its limit t_b / (t_b + t_r)",
-    "prt_vs_eft": "PRT / EFT",
-}
+VISION_FIGURES = {"prt_of_limit": "PRT / bare, of its limit t_b / (t_b + t_r)", "prt_vs_eft": "PRT / EFT"}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:

@@ -50,8 +50,7 @@ class ModelOptions:
     model_name_or_path: str = _option("Hub id or folder of a pretrained model, or of a saved reward to tune further.")
     model_revision: str | None = _option("Branch, tag or commit of the model.", default=None)
     dtype: str | None = _option(
-        f"Type of its weights: {', '.join(DTYPES)}. Default: as stored, and float32 with --full.",
-        default=None,
+        f"Type of its weights: {', '.join(DTYPES)}. Default: as stored, and float32 with --full.", default=None
     )
     attn_implementation: str | None = _option("Attention implementation, as transformers names it.", default=None)
     backbone: list[str] | None = _option(

@@ -193,11 +193,7 @@ def _scores(
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        device=str(model.device),
-        batch_size=batch_size,
+        pretrained=model, tokenizer=tokenizer, backend="causal", device=str(model.device), batch_size=batch_size
     )
     with redirect_stdout(sys.stderr):  # it prints its progress; stdout is the caller's
         results = simple_evaluate(model=harness, tasks=[task], task_manager=manager, limit=limit, log_samples=False)

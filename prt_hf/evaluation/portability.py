@@ -22,11 +22,7 @@ WAYS = {
     "prt_target": TERMS[TARGET]["prt"],
     "reward_only": TERMS[TARGET]["reward_only"],
 }
-RIVALS = {
-    "target": "the target by itself",
-    "prt_source": "the source with it",
-    "reward_only": "the reward by itself",
-}
+RIVALS = {"target": "the target by itself", "prt_source": "the source with it", "reward_only": "the reward by itself"}
 _ERRORS = 2  # standard errors that a difference has to be away from 0
 
 

@@ -156,11 +156,7 @@ class _Run:
     """The passes over the data with one target, which fill its place in the report."""
 
     def __init__(
-        self,
-        reward: RewardModel,
-        report: PortabilityReport,
-        place: Place,
-        networks: Mapping[str, Backbone | None],
+        self, reward: RewardModel, report: PortabilityReport, place: Place, networks: Mapping[str, Backbone | None]
     ):
         self._reward, self._report, self._place = reward, report, place
         self._networks = {name: backbone for name, backbone in networks.items() if backbone is not None}
@@ -178,11 +174,7 @@ class _Run:
         return [each for each in ((at_target, at_source), (alone, {})) if any(each)]
 
     def measure(
-        self,
-        at_target: Keys,
-        at_source: Keys,
-        read: Callable[[Sequence[Backbone]], DataLoader],
-        progress: Progress,
+        self, at_target: Keys, at_source: Keys, read: Callable[[Sequence[Backbone]], DataLoader], progress: Progress
     ) -> None:
         """Read all batches once and put the figures into the report."""
         reward, report = self._reward, self._report

@@ -76,10 +76,7 @@ class Measurement:
 
 
 def render_card(
-    config: RewardConfig,
-    name: str,
-    training: TrainingRecord | None = None,
-    measurements: Sequence[Measurement] = (),
+    config: RewardConfig, name: str, training: TrainingRecord | None = None, measurements: Sequence[Measurement] = ()
 ) -> str:
     """Return the card of a reward.
 
@@ -189,10 +186,7 @@ def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
 
 
 def _results(
-    task: str,
-    sources: list[ModelReference],
-    training: TrainingRecord | None,
-    measurements: Sequence[Measurement],
+    task: str, sources: list[ModelReference], training: TrainingRecord | None, measurements: Sequence[Measurement]
 ) -> list[EvalResult]:
     """Return the finite figures of the PRT model on data of the Hub; measurements override the trainer's evaluation."""
     found = {}

@@ -65,10 +65,7 @@ def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = N
 
 
 def local_folder(
-    path_or_repo: str | Path,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    subfolder: str | None = None,
+    path_or_repo: str | Path, revision: str | None = None, token: str | bool | None = None, subfolder: str | None = None
 ) -> Path:
     """Return the folder of a reward or recipe, after downloading it if it is on the Hub.
 

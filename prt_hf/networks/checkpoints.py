@@ -111,10 +111,7 @@ def walk(entries: dict | list, name: str = "") -> Iterator[tuple[str, Any]]:
 def unreadable(path: Path, error: BaseException) -> RewardFileError:
     """Return the error for a file of a reward that a library cannot read."""
     return RewardFileError.unreadable(
-        path,
-        error,
-        expected="the files of a reward, as they were saved",
-        remedy="download or save the reward again",
+        path, error, expected="the files of a reward, as they were saved", remedy="download or save the reward again"
     )
 
 

@@ -38,11 +38,7 @@ class TokenCollator:
         length = max(len(row["input_ids"]) for row in rows)
         batch = {
             name: torch.full((len(rows), length), value)
-            for name, value in {
-                "input_ids": self.pad_token_id,
-                "attention_mask": 0,
-                "labels": IGNORE_INDEX,
-            }.items()
+            for name, value in {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}.items()
         }
         for index, row in enumerate(rows):
             ids = torch.as_tensor(row["input_ids"])
