@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether users can mend the error, so that its message is enough."""
+    """Return whether users can mend the error, so that its message is enough."""
     if isinstance(error, PRTError | OSError) or _is_missing_extra(error):
         return True
     from huggingface_hub.errors import HFValidationError
@@ -64,5 +64,5 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _is_missing_extra(error: Exception) -> bool:
-    """Whether an option needs a library that is not installed; a missing part of this package is a bug."""
+    """Return whether an option needs a library that is not installed; a missing part of this package is a bug."""
     return isinstance(error, ImportError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]

@@ -86,7 +86,7 @@ def check_is_of_layers(peft_config: PeftConfig, *, beside_base: bool = False) ->
 
 
 def changes_base(peft_config: PeftConfig) -> bool:
-    """Whether the model with the adapter switched off differs from the one that the adapter was tuned from."""
+    """Return whether the model with the adapter switched off differs from the one that the adapter was tuned from."""
     return (
         getattr(peft_config, "bias", "none") != "none"
         or getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS
@@ -205,7 +205,7 @@ def _default(entry) -> Any:
 
 
 def _are_names(value) -> bool:
-    """Whether a value has names of layers, and for each a number or AdaLoRA's mask if it is a pattern.
+    """Return whether a value has names of layers, and for each a number or AdaLoRA's mask if it is a pattern.
 
     No name may be a regular expression, because PEFT takes some names for these. Tokens to be trained are numbers.
     """

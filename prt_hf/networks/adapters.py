@@ -78,7 +78,7 @@ def check_not_merged(layer: nn.Module) -> None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is plain LoRA, or a fully trained copy, and switched on."""
+    """Return whether a layer is plain LoRA, or a fully trained copy, and switched on."""
     # FSDP2 derives a class from the layer's and from FSDPModule.
     kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
     if kind is ModulesToSaveWrapper:

@@ -198,7 +198,7 @@ def replaced_forwards(forwards: Collection[tuple[nn.Module, Callable]]) -> Itera
 
 
 def can_mix(network: nn.Module) -> bool:
-    """Whether an adapter's changes can be applied to some rows only: plain LoRA, and fully trained copies of layers.
+    """Return whether an adapter's changes can be applied to some rows only: plain LoRA, and trained copies of layers.
 
     Experts do not see whole batches, so the blocks of their rows are unknown.
     """

@@ -95,12 +95,12 @@ class PRTImageProcessor(BaseImageProcessor):
 
 
 def is_same_pixels(ours: BaseImageProcessor | None, theirs: BaseImageProcessor | None) -> bool:
-    """Whether two image processors make the same pixels of an image; None is taken for an equal one."""
+    """Return whether two image processors make the same pixels of an image; None is taken for an equal one."""
     return ours is None or theirs is None or _settings(ours) == _settings(theirs)
 
 
 def is_saved_apart(processor: object) -> bool:
-    """Whether an image processor is saved in the model's configuration only, which adapters do not have: timm's."""
+    """Return whether an image processor is saved in the model's configuration, which adapters do not have: timm's."""
     return isinstance(getattr(processor, _TIMM, None), dict)
 
 

@@ -82,7 +82,7 @@ class SharedTrunk:
     def is_enough(
         self, network: PeftModel, pretrained: AbstractContextManager, inputs: dict[str, torch.Tensor]
     ) -> bool:
-        """Whether a pass from the trunk's output equals the whole pass: some upper layers read more of lower ones.
+        """Return whether a pass from the trunk's output equals the whole pass; some upper layers read more of it.
 
         `pretrained` switches the adapter of the reward's network off.
         """
@@ -98,6 +98,6 @@ class SharedTrunk:
 
 
 def _has_noise(model: nn.Module) -> bool:
-    """Whether dropout, or jitter of routers, makes training passes differ."""
+    """Return whether dropout, or jitter of routers, makes training passes differ."""
     values = model.config.get_text_config().to_dict()
     return any(value for name, value in values.items() if isinstance(value, float) and re.search("drop|jitter", name))

@@ -49,7 +49,7 @@ class RunningMeans:
 
 
 def is_step_logged(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the Trainer logs after the step that it computes now."""
+    """Return whether the Trainer logs after the step that it computes now."""
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH
     step = state.global_step + 1

@@ -47,12 +47,12 @@ def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether the networks that the accelerator prepares are sharded."""
+    """Return whether the networks that the accelerator prepares are sharded."""
     return accelerator.is_fsdp2 or is_zero3(accelerator)
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed shards parameters."""
+    """Return whether DeepSpeed shards parameters."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return plugin is not None and plugin.zero_stage == 3
 
