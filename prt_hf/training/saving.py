@@ -206,18 +206,14 @@ class RewardSaver(Trainer):
 def checkpoint_to_resume(given: str | bool | None, output_dir: str | Path) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` stands for; None if training starts anew.
 
-    Args:
-        given: a folder; true, or `"true"`, for the last complete checkpoint in `output_dir`; false, `"false"` or None.
-        output_dir: folder of the run.
-
-    Raises:
-        PRTValueError: there is no such checkpoint, or it is incomplete.
+    `given` is a folder, which must be complete; true, or `"true"`, for the last complete checkpoint in `output_dir`;
+    false, `"false"` or None.
     """
     wish = str(given or False).lower()
     if wish == "false":
         return None
     found = last_checkpoint(Path(output_dir)) if wish == "true" else str(given)
-    if found is None or not Path(found, TRAINER_STATE_NAME).is_file():
+    if _state_in(found) is None:
         raise PRTValueError(
             "There is no checkpoint to resume from.",
             expected=f"a complete {_PREFIX}* folder{f' in {output_dir}' if wish == 'true' else ''}",
@@ -229,8 +225,16 @@ def checkpoint_to_resume(given: str | bool | None, output_dir: str | Path) -> st
 
 def trained_steps(checkpoint: str | None) -> int:
     """Return the steps that a checkpoint has; 0 without one."""
-    state = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
-    return 0 if state is None or not state.is_file() else TrainerState.load_from_json(str(state)).global_step
+    state = _state_in(checkpoint)
+    return 0 if state is None else state.global_step
+
+
+def _state_in(checkpoint: str | Path | None) -> TrainerState | None:
+    """Return the state in a checkpoint, whose file is written last; None if there is none or a part of it."""
+    try:
+        return None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -241,11 +245,9 @@ def last_checkpoint(folder: Path) -> str | None:
         if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir()
     ]
     for _, path in sorted(numbered, reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))  # which is written last
+        if _state_in(path) is not None:
             return str(path)
-        except (OSError, ValueError, TypeError):
-            logger.warning(f"Skipping the incomplete checkpoint {path}.")
+        logger.warning(f"Skipping the incomplete checkpoint {path}.")
     return None
 
 
