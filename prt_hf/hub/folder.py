@@ -281,7 +281,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of the tensors of a safetensors file, without reading them; else as [`read_weights`]."""
+    """Return the shapes of the tensors of a safetensors file without reading them, see [`read_weights`]."""
     with _opened(path) as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
