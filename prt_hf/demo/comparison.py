@@ -31,12 +31,7 @@ Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Contenders:
     """An old and a new pretrained model, and models tuned from them, all on the same data for as many steps.
 
-    Attributes:
-        source (`PreTrainedModel`): The old, frozen backbone.
-        target (`PreTrainedModel`): The new, frozen backbone.
-        reward ([`RewardModel`]): The reward that was tuned on the source backbone.
-        finetuned_source (`nn.Module`): The fine-tuned source, for EFT.
-        finetuned_target (`nn.Module`): The fine-tuned target, the oracle.
+    `source` and `target` are the frozen backbones; `finetuned_source` is for EFT, `finetuned_target` is the oracle.
     """
 
     source: PreTrainedModel

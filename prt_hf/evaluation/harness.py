@@ -32,12 +32,7 @@ _METHODS = ("pretrained", "prt")  # those that are a model that generates
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task.
-
-    Attributes:
-        estimate ([`~evaluation.tally.Estimate`]): The harness's value, plus and minus 1.96 of its standard errors.
-        is_lower_better (`bool`): Whether lower values are better.
-    """
+    """One metric of one task: the harness's value, plus and minus 1.96 of its standard errors."""
 
     estimate: Estimate
     is_lower_better: bool = False

@@ -53,19 +53,14 @@ def folder_to_read(folder: Path) -> Path:
 
 @contextmanager
 def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder to write a reward or recipe into.
+    """Yield an empty folder to write a reward or recipe (`kind`) into.
 
     On success, its files replace the earlier save in `folder`; everything else there (checkpoints, notes) is kept. If
     the process is killed at any moment, the earlier or the new save is complete, see [`folder_to_read`]. Threads save
     one after another; several processes must not save to the same folder at the same time.
 
-    Args:
-        folder: The folder to save to.
-        kind: `REWARD` or `RECIPE`.
-        subfolders: The folders that a recipe is about to write.
-
-    Raises:
-        RewardFileError: `folder` or one of the subfolders holds something else, or the disk is full.
+    If `folder`, or one of the `subfolders` that a recipe is about to write, holds something else, or the disk is full,
+    `RewardFileError` is raised.
     """
     folder = Path(folder)
     with _SAVING:

@@ -50,10 +50,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class Pass:
-    """A forward pass of one network.
-
-    Args:
-        network: the network, with or without an adapter.
+    """A forward pass of one network, with or without an adapter.
 
     Attributes:
         model (`PreTrainedModel`): has the weights, and the configuration of the cache.

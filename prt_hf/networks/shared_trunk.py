@@ -19,9 +19,6 @@ class SharedTrunk:
 
     A pass within `recorded()` stores their output; a pass of the same inputs within `reused()` starts from it, and
     gradients end there.
-
-    Args:
-        layers: the shared layers, lowest first.
     """
 
     def __init__(self, layers: list[nn.Module]):
