@@ -152,7 +152,7 @@ def _decode(args: argparse.Namespace) -> None:
             f"{timing.limit:.3f}; {timing.acceptance:.0%} of the drafts accepted, text "
             f"{'identical' if timing.is_same_text else 'NOT identical'}",
             *_table(
-                {"tokens/s": ".1f", "/ bare": ".2f"},
+                [("tokens/s", ".1f"), ("/ bare", ".2f")],
                 {row: (timing.speed(row), timing.ratio(row)) for row in timing.rows},
                 {text: timing.figures[name] for name, text in DECODE_FIGURES.items()},
             ),
@@ -184,12 +184,12 @@ def _train(args: argparse.Namespace) -> None:
     timings = found[""]
     for row in tqdm(ROWS, "measuring memory", unit="row"):
         timings.memory[row] = peak_memory(row, settings)
-    steps = {"s/step": ".3f", "/ plain": ".2f"}
+    steps = [("s/step", ".3f"), ("/ plain", ".2f")]
     lines = [
         ", ".join(f"{name} {value}" for name, value in vars(settings).items()),
         "",
         *_table(
-            steps | {"peak MB": ".0f", "/ plain ": ".2f"},
+            [*steps, ("peak MB", ".0f"), ("/ plain", ".2f")],
             {
                 row: (timings.seconds(row), timings.ratio(row), timings.memory[row] / 1e6, timings.memory_ratio(row))
                 for row in ROWS
@@ -238,7 +238,7 @@ def _vision(args: argparse.Namespace) -> None:
             "",
             f"{timing.dtype}: limits of PRT t_b / (t_b + t_r) = {timing.limit:.3f}, of EFT {timing.eft_limit:.3f}",
             *_table(
-                {"images/s": ".2f", "/ bare": ".3f"},
+                [("images/s", ".2f"), ("/ bare", ".3f")],
                 {row: (timing.speed(row), timing.ratio(row)) for row in timing.rows},
                 {text: timing.figures[name] for name, text in VISION_FIGURES.items()},
             ),
@@ -259,7 +259,7 @@ def _serve(args: argparse.Namespace) -> None:
     lines = [
         f"{args.requests} requests of {args.new_tokens} tokens, fastest of {args.rounds} rounds",
         "",
-        *_table({"tokens/s": ".1f", "/ bare": ".2f"}, {row: (speeds[row], ratios[row]) for row in speeds}),
+        *_table([("tokens/s", ".1f"), ("/ bare", ".2f")], {row: (speeds[row], ratios[row]) for row in speeds}),
     ]
     _print(args, settings, {"tokens_per_second": speeds, "figures": figures}, lines, vllm=__version__)
 
@@ -284,15 +284,15 @@ def _print(args: argparse.Namespace, settings: dict, figures: dict, lines: list[
 
 
 def _table(
-    heads: dict[str, str], rows: dict[str, Sequence[float]], ratios: dict[str, float] | None = None
+    heads: list[tuple[str, str]], rows: dict[str, Sequence[float]], ratios: dict[str, float] | None = None
 ) -> list[str]:
-    """Return a table with the heads and formats of its columns; `ratios` have a number in the last one only."""
-    *_, last = heads.values()
-    rows = {name: [f"{value:{form}}" for value, form in zip(rows[name], heads.values(), strict=True)] for name in rows}
-    rows |= {name: [f"{value:{last}}"] for name, value in (ratios or {}).items()}
-    width = max(len(name) - 10 * (len(heads) - len(cells)) for name, cells in rows.items()) + 10 * len(heads)
-    rows = {"": heads} | rows
-    return [name + "".join(f"{cell:>10}" for cell in cells).rjust(width - len(name)) for name, cells in rows.items()]
+    """Return a table with a head and a format for each column; `ratios` have a number in the last one only."""
+    names, formats = zip(*heads, strict=True)
+    cells = {"": names}
+    for name, values in (rows | {name: [ratio] for name, ratio in (ratios or {}).items()}).items():
+        cells[name] = [f"{value:{form}}" for value, form in zip(values, formats[-len(values) :], strict=True)]
+    width = max(len(name) + 10 * len(row) for name, row in cells.items())
+    return [name + "".join(f"{cell:>10}" for cell in row).rjust(width - len(name)) for name, row in cells.items()]
 
 
 def _has_own_models(args: argparse.Namespace, *names: str) -> bool:
