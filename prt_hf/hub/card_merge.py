@@ -59,10 +59,8 @@ def merged_or_new(old: str | None, new: str) -> str:
 
     So a save never fails because of a card.
     """
-    if old is None:
-        return new
     try:
-        return merge_cards(old, new)
+        return new if old is None else merge_cards(old, new)
     except RewardFileError as error:
         logger.warning(f"A new card is written. {error}")
         return new
@@ -142,7 +140,7 @@ def _unreadable(found: str) -> RewardFileError:
 
 
 def _merged_body(old: str, new: str) -> str:
-    before, now = _blocks(old), _blocks(new)
+    before, now = ({found["name"]: found for found in _BLOCK.finditer(body)} for body in (old, new))
 
     def chosen(found: re.Match) -> str:
         ours, theirs = now.get(found["name"]), before.get(found["name"])
@@ -159,10 +157,6 @@ def _merged_body(old: str, new: str) -> str:
     if (words := _outside(new)) and words != _outside(old):
         logger.warning(f"The card was edited in two places; text of one {CARD_NAME} is not in the other: see both.")
     return _BLOCK.sub(chosen, old)
-
-
-def _blocks(body: str) -> dict[str, re.Match]:
-    return {found["name"]: found for found in _BLOCK.finditer(body)}
 
 
 def _has_edits(body: str) -> bool:

@@ -45,13 +45,10 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
 
 def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:
     """Return whether a folder, or a repository that can be reached, holds a file."""
-    if Path(path_or_repo).is_dir():
-        return (folder_to_read(Path(path_or_repo)) / name).is_file()
     try:
-        hf_hub_download(path_or_repo, name, token=token)
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+        return local_file(path_or_repo, name, token).is_file()
+    except (HfHubHTTPError, LocalEntryNotFoundError, RewardFileError):
         return False  # loading the repository will report what is wrong with it
-    return True
 
 
 def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
