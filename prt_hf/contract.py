@@ -29,7 +29,7 @@ TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
 SHOWN = 5  # differences that an error shows
-MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
+_MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
 _MOST_TOKENS = 2**31
 _MOST_LETTERS, _MOST_BYTES_OF_NAME = 4096, 255  # of a path, and of each name in it
 
@@ -337,7 +337,7 @@ class RewardConfig:
                 found=", ".join(names[:10]) or "no such folder, or an empty one",
             )
         try:
-            if path.stat().st_size > MOST_BYTES:
+            if path.stat().st_size > _MOST_BYTES:
                 raise ValueError(f"{path.stat().st_size} bytes")
             return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
         except RewardFileError:
