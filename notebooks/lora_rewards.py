@@ -25,7 +25,7 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from real_models import MILD, cifar10, hardware, resnets, story_models, text_rows, versions
+from real_models import MILD, cifar10, resnets, story_models, text_rows
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
@@ -34,6 +34,7 @@ from prt_hf import RewardModel, combine, default_peft_config, prt_loss
 from prt_hf.demo import prose
 from prt_hf.demo.text import TextSettings, bullet_lists, collator_of, llama
 from prt_hf.demo.training import Steps, fit
+from prt_hf.evaluation.machine import hardware, versions
 from prt_hf.networks.adapters import wrap
 
 IGNORED = -100

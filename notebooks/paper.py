@@ -24,7 +24,7 @@ import torch
 import transformers
 from datasets import Array3D, Dataset, Features, Value, concatenate_datasets
 from paper_tables import PLACES, draw_all, tables
-from real_models import MILD, STRONG, cifar10, hardware, resnets, story_models, text_rows, versions
+from real_models import MILD, STRONG, cifar10, resnets, story_models, text_rows
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel, default_data_collator, set_seed
 
@@ -32,6 +32,7 @@ from prt_hf import EFTLogitsProcessor, PRTConfig, PRTLogitsProcessor, PRTTrainer
 from prt_hf.demo.images import ImageSettings, turned_digits
 from prt_hf.demo.training import Steps, fine_tune
 from prt_hf.evaluation import portability_report
+from prt_hf.evaluation.machine import hardware, versions
 from prt_hf.hub.folder import replace_file
 from prt_hf.training.collators import TokenCollator
 

@@ -1,14 +1,11 @@
-"""The real models and data of the studies here, from the folder that `--assets` names, and what they ran on."""
+"""The real models and data of the studies here, from the folder that `--assets` names."""
 
 import importlib.util
 import json
-import platform
 from pathlib import Path
 from types import ModuleType
 
-import peft
 import torch
-import transformers
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -46,22 +43,8 @@ def text_rows(assets: Path, tokenizer: PreTrainedTokenizerBase, name: str) -> li
     return [[*ids, tokenizer.eos_token_id][:TEXT_LENGTH] for ids in tokenizer(texts)["input_ids"]]
 
 
-def hardware() -> dict:
-    return {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "python": platform.python_version()}
-
-
-def versions() -> dict[str, str]:
-    return {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-
-
 def _cifar(assets: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("cifar_resnet", assets / "cifar_resnet.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())

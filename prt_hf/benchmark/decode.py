@@ -114,9 +114,6 @@ def time_decoding(
         new_tokens: The number of tokens that are generated after each prompt.
         rounds: The number of rounds.
         progress: Wraps the rounds.
-
-    Raises:
-        PRTValueError: The reward is not an adapter, or there is nothing to time.
     """
     if not reward.config.is_adapter or not prompts or new_tokens < 2 or rounds < 1:
         raise PRTValueError(

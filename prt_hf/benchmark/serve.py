@@ -27,19 +27,8 @@ def time_serving(recipe: str | Path, *, requests: int, new_tokens: int, rounds: 
     """Return the tokens per second of a batch of greedy requests, by row, in the fastest round.
 
     Rows are the backbone, the PRT model, and, if its rewards are adapters of the same base, the backbone with rewards
-    that requests name in turn.
-
-    Args:
-        recipe: The folder of a PRT model whose backbone's tokenizer and weights are on this machine.
-        requests: The number of requests.
-        new_tokens: The number of tokens of each answer.
-        rounds: The number of rounds.
-        dtype: The precision of the models.
-
-    Raises:
-        UnsupportedError: vLLM is not installed.
-        PRTValueError: The folder holds no recipe.
-        RuntimeError: An engine does not start; its messages are on standard error.
+    that requests name in turn. Tokenizer and weights of the recipe's backbone have to be on this machine. An engine
+    that does not start reports why on standard error.
     """
     if find_spec("vllm") is None:
         raise UnsupportedError("vLLM is not installed.", expected="vllm 0.32", found="none", remedy="pip install vllm")

@@ -105,13 +105,7 @@ class TrainTimings:
 def time_training(
     settings: TrainSettings, *, rounds: int = 5, progress: Callable[[Iterable], Iterable] = iter
 ) -> TrainTimings:
-    """Time a step of every row.
-
-    Args:
-        settings: The shapes.
-        rounds: The number of rounds.
-        progress: Wraps the rounds.
-    """
+    """Time a step of every row; `progress` wraps the rounds."""
     with tempfile.TemporaryDirectory() as folder:
         trainers = {name: _trainer(name, settings, Path(folder)) for name in ROWS}
         steps = {name: _step(trainer) for name, trainer in trainers.items()}

@@ -86,9 +86,6 @@ def time_vision(
         inputs: The pixels of backbone and reward, as `model.processing_class` makes them.
         rounds: The number of rounds.
         progress: Wraps the rounds.
-
-    Raises:
-        PRTValueError: The model has several rewards, which EFT cannot combine.
     """
     if len(model.rewards) != 1 or rounds < 1:
         raise PRTValueError(
@@ -131,16 +128,7 @@ def random_model(seed: int) -> PRTForImageClassification:
 
 
 def pixels_for(model: PRTForImageClassification, count: int, seed: int) -> dict[str, torch.Tensor]:
-    """Return the pixels of random images, in the sizes of backbone and reward; their values do not matter.
-
-    Args:
-        model: The PRT model.
-        count: The number of images.
-        seed: Of the images.
-
-    Raises:
-        PRTValueError: The size of the backbone's images is unknown.
-    """
+    """Return the pixels of random images, in the sizes of backbone and reward; their values do not matter."""
     generator = np.random.default_rng(seed)
     if model.processing_class is not None:
         images = [Image.fromarray(generator.integers(0, 256, (256, 256, 3), dtype=np.uint8)) for _ in range(count)]

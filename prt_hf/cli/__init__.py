@@ -14,16 +14,9 @@ COMMANDS = (demo, train, generate, evaluate, check, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a sub-command.
+    """Run a sub-command; return the exit status: 0 after success, 1 after an error, 130 after an interrupt.
 
-    Args:
-        argv: arguments; by default those of the process.
-
-    Returns:
-        The exit status: 0 after success, 1 after an error, 130 after an interrupt.
-
-    Raises:
-        SystemExit: with status 2 for wrong arguments, with 0 after `--help` and `--version`.
+    Wrong arguments raise `SystemExit` with status 2, `--help` and `--version` with 0.
     """
     parser = argparse.ArgumentParser(
         prog="prt-hf",
@@ -59,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _is_expected(error: Exception) -> bool:
-    """Whether users can mend the error, so that its message is enough."""
+    """Return whether users can mend the error, so that its message is enough."""
     if isinstance(error, PRTError | OSError) or _is_missing_extra(error):
         return True
     from huggingface_hub.errors import HFValidationError
@@ -71,5 +64,5 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _is_missing_extra(error: Exception) -> bool:
-    """Whether an option needs a library that is not installed; a missing part of this package is a bug."""
+    """Return whether an option needs a library that is not installed; a missing part of this package is a bug."""
     return isinstance(error, ImportError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]

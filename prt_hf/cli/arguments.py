@@ -17,18 +17,21 @@ DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = ("text", "image", "label")
 
 
+def add_command(
+    commands: argparse._SubParsersAction, name: str, help: str, description: str, examples: str
+) -> argparse.ArgumentParser:
+    """Add the parser of a command; description and examples keep their lines."""
+    raw = argparse.RawDescriptionHelpFormatter
+    return commands.add_parser(name, help=help, description=description, epilog=examples, formatter_class=raw)
+
+
 def add_option(parser: argparse._ActionsContainer, name: str, **kwargs: Any) -> None:
     """Add `--max_new_tokens`, and `--max-new-tokens` as well, as transformers' own parser has it."""
     parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **kwargs)
 
 
 def add_counts(parser: argparse._ActionsContainer, **counts: tuple[int, str]) -> None:
-    """Add options that are positive integers.
-
-    Args:
-        parser: the command's.
-        counts: default and help text of each.
-    """
+    """Add options that are positive integers, each with a default and a help text."""
     for name, (default, text) in counts.items():
         add_option(parser, name, type=positive(int), default=default, metavar="N", help=with_default(text))
 
@@ -68,11 +71,7 @@ def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> Non
 
 
 def evaluation_rows(args: argparse.Namespace) -> Dataset:
-    """Return as many rows of the data as `--samples` says, the same in every run.
-
-    Raises:
-        PRTValueError: the data cannot be loaded, or have no such split or column.
-    """
+    """Return as many rows of the data as `--samples` says, the same in every run."""
     from ..training.data import load_data, require_column, require_split
 
     parts = load_data(args.data)
@@ -102,11 +101,7 @@ def load_kwargs(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def chosen_device(args: argparse.Namespace) -> str | None:
-    """Return the device for models that were loaded; None if `device_map` has placed them.
-
-    Raises:
-        PRTValueError: there is no such device.
-    """
+    """Return the device for models that were loaded; None if `device_map` has placed them."""
     import torch
 
     if args.device == "auto":

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import PRTValueError
 from .arguments import DTYPES, StrictParser, add_counts, add_json, add_option, seed, with_default
@@ -21,10 +21,7 @@ TRAIN_FIGURES = {
     "step_cached_second_epoch": "step, own base, states stored / plain",
     "memory_vs_plain": "peak memory of the step, another backbone / plain",
 }
-VISION_FIGURES = {
-    "prt_of_limit": "PRT / bare, of its limit t_b / (t_b + t_r)",
-    "prt_vs_eft": "PRT / EFT",
-}
+VISION_FIGURES = {"prt_of_limit": "PRT / bare, of its limit t_b / (t_b + t_r)", "prt_vs_eft": "PRT / EFT"}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -114,24 +111,62 @@ def _add_common(parser: argparse.ArgumentParser, measure: Callable[[argparse.Nam
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure and print the figures of one kind.
+    """Measure and print the figures of one kind."""
+    from transformers.utils import logging
 
-    Raises:
-        PRTValueError: only some of the user's own models are given.
-    """
+    logging.set_verbosity_error()  # the same warnings in every row
     args.measure(args)
+
+
+def _decode(args: argparse.Namespace) -> None:
+    import torch
+
+    from ..benchmark.decode import time_decoding
+
+    backbone, source, reward, tokenizer, prompts = _models(args)
+    found = []
+    for name in args.dtype:
+        for part in (backbone, source, reward):
+            part.to(dtype=getattr(torch, name), device=args.device)
+        prompts = [prompt.to(args.device) for prompt in prompts]
+        lengths = {"new_tokens": args.new_tokens, "rounds": args.rounds}
+        found.append(time_decoding(backbone, source, reward, tokenizer, prompts, **lengths, progress=_bar(name)))
+    settings = {
+        "backbone_parameters": backbone.num_parameters(),
+        "source_parameters": source.num_parameters(),
+        "new_tokens": args.new_tokens,
+        "prompts": len(prompts),
+        "rounds": args.rounds,
+        "device": args.device,
+    }
+    timings = [vars(timing) | {"c": timing.c, "limit": timing.limit, "figures": timing.figures} for timing in found]
+    lines = [
+        f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, source and reward base "
+        f"{settings['source_parameters'] / 1e6:.1f} M; {args.new_tokens} new tokens, {len(prompts)} prompts, "
+        f"fastest of {args.rounds} rounds"
+    ]
+    for timing in found:
+        lines += [
+            "",
+            f"{timing.dtype}: c = t_reward / t_backbone = {timing.c:.3f}, limit of sequential PRT 1 / (1 + c) = "
+            f"{timing.limit:.3f}; {timing.acceptance:.0%} of the drafts accepted, text "
+            f"{'identical' if timing.is_same_text else 'NOT identical'}",
+            *_table(
+                [("tokens/s", ".1f"), ("/ bare", ".2f")],
+                {row: (timing.speed(row), timing.ratio(row)) for row in timing.rows},
+                {text: timing.figures[name] for name, text in DECODE_FIGURES.items()},
+            ),
+        ]
+    _print(args, settings, {"timings": timings, "figures": found[0].figures}, lines)
 
 
 def _train(args: argparse.Namespace) -> None:
     from dataclasses import asdict, replace
 
     from tqdm.auto import tqdm
-    from transformers.utils import logging
 
     from ..benchmark.train import ROWS, TrainSettings, peak_memory, time_training
-    from ..evaluation.machine import hardware, versions
 
-    logging.set_verbosity_error()
     settings = TrainSettings(
         hidden_size=args.hidden_size,
         num_hidden_layers=args.layers,
@@ -143,92 +178,125 @@ def _train(args: argparse.Namespace) -> None:
         seed=args.seed,
     )
     shapes = {"": settings}
-    if args.growth:
-        shapes |= {
-            f"{name} x 2": replace(settings, **{name: 2 * getattr(settings, name)})
-            for name in ("length", "vocab_size", "batch_size")
-        }
-    found = {
-        name: time_training(
-            shape, rounds=args.rounds, progress=lambda rounds, name=name: tqdm(rounds, f"timing {name}", unit="round")
-        )
-        for name, shape in shapes.items()
-    }
+    for name in ("length", "vocab_size", "batch_size") if args.growth else ():
+        shapes[f"{name} x 2"] = replace(settings, **{name: 2 * getattr(settings, name)})
+    found = {name: time_training(shape, rounds=args.rounds, progress=_bar(name)) for name, shape in shapes.items()}
     timings = found[""]
     for row in tqdm(ROWS, "measuring memory", unit="row"):
         timings.memory[row] = peak_memory(row, settings)
-    record = {"hardware": hardware(), "versions": versions(), "settings": asdict(settings)}
-    if args.json:
-        raw = {name: {"rows": each.rows, "figures": each.figures} for name, each in found.items()}
-        print(json.dumps(record | {"timings": raw, "memory": timings.memory, "figures": timings.figures}))
-        return
-    lines = [_machine(record), ", ".join(f"{name} {value}" for name, value in record["settings"].items())]
-    lines += ["", f"{'':<46}{'s/step':>8}{'/ plain':>9}{'peak MB':>9}{'/ plain':>9}"]
-    lines += [
-        f"{row:<46}{timings.seconds(row):>8.3f}{timings.ratio(row):>9.2f}"
-        f"{timings.memory[row] / 1e6:>9.0f}{timings.memory_ratio(row):>9.2f}"
-        for row in ROWS
+    steps = [("s/step", ".3f"), ("/ plain", ".2f")]
+    lines = [
+        ", ".join(f"{name} {value}" for name, value in vars(settings).items()),
+        "",
+        *_table(
+            [*steps, ("peak MB", ".0f"), ("/ plain", ".2f")],
+            {
+                row: (timings.seconds(row), timings.ratio(row), timings.memory[row] / 1e6, timings.memory_ratio(row))
+                for row in ROWS
+            },
+            {text: timings.figures[name] for name, text in TRAIN_FIGURES.items()},
+        ),
     ]
-    lines += [f"{text:<63}{timings.figures[name]:>9.2f}" for name, text in TRAIN_FIGURES.items()]
     for name, each in list(found.items())[1:]:
-        lines += ["", f"{name:<46}{'s/step':>8}{'/ plain':>9}"]
-        lines += [f"{row:<46}{each.seconds(row):>8.3f}{each.ratio(row):>9.2f}" for row in ROWS]
-    print("\n".join(lines))
+        lines += ["", name, *_table(steps, {row: (each.seconds(row), each.ratio(row)) for row in ROWS})]
+    raw = {name: {"rows": each.rows, "figures": each.figures} for name, each in found.items()}
+    _print(args, asdict(settings), {"timings": raw, "memory": timings.memory, "figures": timings.figures}, lines)
 
 
-def _decode(args: argparse.Namespace) -> None:
+def _vision(args: argparse.Namespace) -> None:
     import torch
-    from tqdm.auto import tqdm
-    from transformers.utils import logging
 
-    from ..benchmark.decode import time_decoding
-    from ..evaluation.machine import hardware, versions
+    from ..benchmark.vision import pixels_for, random_model, time_vision
+    from ..inference import PRTForImageClassification
 
-    logging.set_verbosity_error()  # the same warnings in every row
-    backbone, source, reward, tokenizer, prompts = _models(args)
+    if _has_own_models(args, "reward", "backbone"):
+        model = PRTForImageClassification.from_parts(args.backbone, [args.reward])
+    else:
+        model = random_model(args.seed)
+    inputs = pixels_for(model, args.batch_size, args.seed)
     found = []
     for name in args.dtype:
-        where = {"dtype": getattr(torch, name), "device": args.device}
-        for part in (backbone, source, reward):
-            part.to(**where)
-        found.append(
-            time_decoding(
-                backbone,
-                source,
-                reward,
-                tokenizer,
-                [prompt.to(args.device) for prompt in prompts],
-                new_tokens=args.new_tokens,
-                rounds=args.rounds,
-                progress=lambda rounds, name=name: tqdm(rounds, desc=f"timing in {name}", unit="round"),
-            )
-        )
+        model.to(dtype=getattr(torch, name), device=args.device)
+        found.append(time_vision(model, inputs, rounds=args.rounds, progress=_bar(name)))
     settings = {
-        "backbone_parameters": backbone.num_parameters(),
-        "source_parameters": source.num_parameters(),
-        "new_tokens": args.new_tokens,
-        "prompts": len(prompts),
+        "backbone_parameters": model.backbone.num_parameters(),
+        "reward_parameters": model.reward_networks[0].num_parameters(),
+        "batch_size": args.batch_size,
+        "pixels": {name: list(pixels.shape[1:]) for name, pixels in inputs.items()},
         "rounds": args.rounds,
         "device": args.device,
     }
-    record = {"hardware": hardware(), "versions": versions(), "settings": settings}
+    timings = [vars(timing) | {"limit": timing.limit, "figures": timing.figures} for timing in found]
+    pixels = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in settings["pixels"].items())
+    lines = [
+        f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, reward "
+        f"{settings['reward_parameters'] / 1e6:.1f} M; {args.batch_size} images, {pixels}, "
+        f"fastest of {args.rounds} rounds"
+    ]
+    for timing in found:
+        lines += [
+            "",
+            f"{timing.dtype}: limits of PRT t_b / (t_b + t_r) = {timing.limit:.3f}, of EFT {timing.eft_limit:.3f}",
+            *_table(
+                [("images/s", ".2f"), ("/ bare", ".3f")],
+                {row: (timing.speed(row), timing.ratio(row)) for row in timing.rows},
+                {text: timing.figures[name] for name, text in VISION_FIGURES.items()},
+            ),
+        ]
+    _print(args, settings, {"timings": timings, "figures": found[0].figures}, lines)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from ..benchmark.serve import BARE, NAMED, PRT, time_serving
+
+    settings = {name: getattr(args, name) for name in ("requests", "new_tokens", "rounds", "dtype")}
+    speeds = time_serving(args.recipe, **settings)
+    from vllm import __version__  # its distribution has several names
+
+    ratios = {row: speed / speeds[BARE] for row, speed in speeds.items()}
+    keys = {PRT: "prt_vs_bare", NAMED: "prt_named_vs_bare"}
+    figures = {key: ratios[row] for row, key in keys.items() if row in speeds}
+    lines = [
+        f"{args.requests} requests of {args.new_tokens} tokens, fastest of {args.rounds} rounds",
+        "",
+        *_table([("tokens/s", ".1f"), ("/ bare", ".2f")], {row: (speeds[row], ratios[row]) for row in speeds}),
+    ]
+    _print(args, settings, {"tokens_per_second": speeds, "figures": figures}, lines, vllm=__version__)
+
+
+def _bar(name: str) -> Callable[[Iterable], Iterable]:
+    """Return a function that shows the progress of rounds."""
+    from tqdm.auto import tqdm
+
+    return lambda rounds: tqdm(rounds, f"timing {name}", unit="round")
+
+
+def _print(args: argparse.Namespace, settings: dict, figures: dict, lines: list[str], **packages: str) -> None:
+    """Print everything as one JSON object, or the lines below a description of the machine."""
+    from ..evaluation.machine import hardware, versions
+
+    machine = {"hardware": hardware(), "versions": versions() | packages}
     if args.json:
-        timings = [vars(timing) | {"c": timing.c, "limit": timing.limit, "figures": timing.figures} for timing in found]
-        print(json.dumps(record | {"timings": timings, "figures": found[0].figures}))
+        print(json.dumps(machine | {"settings": settings} | figures))
     else:
-        print(_describe(record, found))
+        described = machine["hardware"] | machine["versions"]
+        print(", ".join(f"{name} {value}" for name, value in described.items()), *lines, sep="\n")
 
 
-def _machine(record: dict) -> str:
-    return ", ".join(f"{name} {value}" for name, value in (record["hardware"] | record["versions"]).items())
+def _table(
+    heads: list[tuple[str, str]], rows: dict[str, Sequence[float]], ratios: dict[str, float] | None = None
+) -> list[str]:
+    """Return a table with a head and a format for each column; `ratios` have a number in the last one only."""
+    names, formats = zip(*heads, strict=True)
+    cells = {"": names}
+    for name, values in (rows | {name: [ratio] for name, ratio in (ratios or {}).items()}).items():
+        cells[name] = [f"{value:{form}}" for value, form in zip(values, formats[-len(values) :], strict=True)]
+    width = max(len(name) + 10 * len(row) for name, row in cells.items())
+    return [name + "".join(f"{cell:>10}" for cell in row).rjust(width - len(name)) for name, row in cells.items()]
 
 
 def _has_own_models(args: argparse.Namespace, *names: str) -> bool:
-    """Whether the user gives models.
-
-    Raises:
-        PRTValueError: only some of the options are given.
-    """
+    """Return whether the user gives models; raise `PRTValueError` if only some of the options are given."""
     given = [f"--{name}" for name in names if getattr(args, name)]
     if 0 < len(given) < len(names):
         *others, last = (f"--{name}" for name in names)
@@ -254,111 +322,3 @@ def _models(args: argparse.Namespace) -> tuple:
 
     task = timing_task(TimingSettings(), args.seed)
     return task.backbone, task.source, task.reward, task.tokenizer, task.prompts
-
-
-def _describe(record: dict, found: list) -> str:
-    settings = record["settings"]
-    lines = [
-        _machine(record),
-        f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, source and reward base "
-        f"{settings['source_parameters'] / 1e6:.1f} M; {settings['new_tokens']} new tokens, "
-        f"{settings['prompts']} prompts, fastest of {settings['rounds']} rounds",
-    ]
-    for timing in found:
-        lines += [
-            "",
-            f"{timing.dtype}: c = t_reward / t_backbone = {timing.c:.3f}, limit of sequential PRT 1 / (1 + c) = "
-            f"{timing.limit:.3f}; {timing.acceptance:.0%} of the drafts accepted, text "
-            f"{'identical' if timing.is_same_text else 'NOT identical'}",
-            f"{'':<44}{'tokens/s':>10}{'/ bare':>9}",
-        ]
-        lines += [f"{row:<44}{timing.speed(row):>10.1f}{timing.ratio(row):>9.2f}" for row in timing.rows]
-        lines += [f"{text:<53}{timing.figures[name]:>10.2f}" for name, text in DECODE_FIGURES.items()]
-    return "\n".join(lines)
-
-
-def _vision(args: argparse.Namespace) -> None:
-    import torch
-    from tqdm.auto import tqdm
-    from transformers.utils import logging
-
-    from ..benchmark.vision import pixels_for, time_vision
-    from ..evaluation.machine import hardware, versions
-
-    logging.set_verbosity_error()
-    model = _image_model(args)
-    inputs = pixels_for(model, args.batch_size, args.seed)
-    found = []
-    for name in args.dtype:
-        found.append(
-            time_vision(
-                model.to(dtype=getattr(torch, name), device=args.device),
-                inputs,
-                rounds=args.rounds,
-                progress=lambda rounds, name=name: tqdm(rounds, desc=f"timing in {name}", unit="round"),
-            )
-        )
-    settings = {
-        "backbone_parameters": model.backbone.num_parameters(),
-        "reward_parameters": model.reward_networks[0].num_parameters(),
-        "batch_size": args.batch_size,
-        "pixels": {name: list(pixels.shape[1:]) for name, pixels in inputs.items()},
-        "rounds": args.rounds,
-        "device": args.device,
-    }
-    record = {"hardware": hardware(), "versions": versions(), "settings": settings}
-    if args.json:
-        timings = [vars(timing) | {"limit": timing.limit, "figures": timing.figures} for timing in found]
-        print(json.dumps(record | {"timings": timings, "figures": found[0].figures}))
-    else:
-        print(_describe_vision(record, found))
-
-
-def _serve(args: argparse.Namespace) -> None:
-    from ..benchmark.serve import BARE, NAMED, PRT, time_serving
-    from ..evaluation.machine import hardware, versions
-
-    settings = {name: getattr(args, name) for name in ("requests", "new_tokens", "rounds", "dtype")}
-    speeds = time_serving(args.recipe, **settings)
-    from vllm import __version__  # its distribution has several names
-
-    record = {"hardware": hardware(), "versions": versions() | {"vllm": __version__}, "settings": settings}
-    if args.json:
-        keys = {PRT: "prt_vs_bare", NAMED: "prt_named_vs_bare"}
-        figures = {key: speeds[row] / speeds[BARE] for row, key in keys.items() if row in speeds}
-        print(json.dumps(record | {"tokens_per_second": speeds, "figures": figures}))
-        return
-    print(_machine(record))
-    print(f"{args.requests} requests of {args.new_tokens} tokens, fastest of {args.rounds} rounds\n")
-    print(f"{'':<16}{'tokens/s':>10}{'/ bare':>9}")
-    for row, speed in speeds.items():
-        print(f"{row:<16}{speed:>10.1f}{speed / speeds[BARE]:>9.2f}")
-
-
-def _image_model(args: argparse.Namespace):
-    from ..benchmark.vision import random_model
-    from ..inference import PRTForImageClassification
-
-    if not _has_own_models(args, "reward", "backbone"):
-        return random_model(args.seed)
-    return PRTForImageClassification.from_parts(args.backbone, [args.reward])
-
-
-def _describe_vision(record: dict, found: list) -> str:
-    settings = record["settings"]
-    pixels = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in settings["pixels"].items())
-    lines = [
-        _machine(record),
-        f"backbone {settings['backbone_parameters'] / 1e6:.1f} M parameters, reward "
-        f"{settings['reward_parameters'] / 1e6:.1f} M; {settings['batch_size']} images, {pixels}, "
-        f"fastest of {settings['rounds']} rounds",
-    ]
-    for timing in found:
-        lines += [
-            "",
-            f"{timing.dtype}: limits of PRT t_b / (t_b + t_r) = {timing.limit:.3f}, of EFT {timing.eft_limit:.3f}",
-            f"{'':<24}{'images/s':>10}{'/ bare':>9}",
-        ]
-        lines += [f"{row:<24}{timing.speed(row):>10.2f}{timing.ratio(row):>9.3f}" for row in timing.rows]
-        lines += [f"{text:<34}{timing.figures[name]:>9.3f}" for name, text in VISION_FIGURES.items()]
-    return "\n".join(lines)

@@ -5,6 +5,7 @@ import json
 
 from ..errors import PRTError
 from .arguments import (
+    add_command,
     add_evaluation_data,
     add_json,
     add_loading_options,
@@ -27,17 +28,12 @@ _WAYS = {
     "with the reward": ("prt_source", "prt_target"),
     "reward by itself": ("reward_only", "reward_only"),
 }
-_VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "check",
-        help="check whether a reward fits a backbone, and what it gains there",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "check", "check whether a reward fits a backbone, and what it gains there", DESCRIPTION, EXAMPLES
     )
     parser.add_argument("reward", help="Hub id or folder of a reward")
     parser.add_argument("backbone", help="Hub id or folder of a backbone")
@@ -148,6 +144,7 @@ def _contract(fit) -> str:
 
 def _describe(found, skipped: int) -> list[str]:
     from ..contract import TEXT_GENERATION
+    from ..evaluation.results import VERDICTS
 
     is_text = found.task == TEXT_GENERATION
     worth, reasons = found.verdict()
@@ -171,7 +168,7 @@ def _describe(found, skipped: int) -> list[str]:
             for text, ways in _WAYS.items():
                 cells = "".join(f"{scale * values[way]:>9.{digits}f}" for way in ways)
                 lines.append(f"  {text:<24}{cells}")
-    lines += ["", f"worth porting: {_VERDICTS[worth]}"]
+    lines += ["", f"worth porting: {VERDICTS[worth]}"]
     return lines + [f"  {reason}" for reason in reasons]
 
 

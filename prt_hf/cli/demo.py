@@ -29,11 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Run the demo and print its tables.
-
-    Raises:
-        PRTValueError: models and data of the user's are incomplete, or `--task` is missing.
-    """
+    """Run the demo and print its tables."""
     from ..demo import OwnModels, run_demo
     from ..demo.report import describe
     from ..demo.training import Steps

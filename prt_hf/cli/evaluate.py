@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..errors import PRTValueError
 from .arguments import (
+    add_command,
     add_evaluation_data,
     add_json,
     add_loading_options,
@@ -34,12 +35,8 @@ after an interruption the same command continues, and with more --targets it mea
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="measure a reward on several backbones, beside EFT and fine-tuning",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = add_command(
+        commands, "evaluate", "measure a reward on several backbones, beside EFT and fine-tuning", DESCRIPTION, EXAMPLES
     )
     parser.add_argument("reward", help="Hub id or folder of a reward")
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
@@ -63,11 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure a reward and print the reports.
-
-    Raises:
-        PRTValueError: options do not go together.
-    """
+    """Measure a reward and print the reports."""
     if args.finetuned and len(args.finetuned) != len(args.targets):
         raise PRTValueError(
             "The fine-tuned models do not pair with the targets.",

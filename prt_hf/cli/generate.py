@@ -9,6 +9,7 @@ from time import perf_counter
 
 from ..errors import ContextLengthError, PRTValueError
 from .arguments import (
+    add_command,
     add_json,
     add_loading_options,
     add_option,
@@ -45,13 +46,7 @@ _NUMBERS = {
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "generate",
-        help="generate text with a backbone and rewards",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "generate", "generate text with a backbone and rewards", DESCRIPTION, EXAMPLES)
     parser.add_argument("backbone", help="Hub id or folder of the backbone, or of a recipe")
     many = {"nargs": "+", "action": "extend", "default": []}
     add_option(
@@ -110,12 +105,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Generate a text for each prompt and print it.
-
-    Raises:
-        PRTValueError: there is no prompt, or options do not go together.
-        ContextLengthError: a prompt leaves no room for a text.
-    """
+    """Generate a text for each prompt and print it."""
     if given := [name for name in _SAMPLING if getattr(args, name) is not None]:
         if args.do_sample is False:
             raise PRTValueError(
@@ -181,11 +171,9 @@ def _prompts(args) -> list[str | list[dict]]:
     if args.prompt and args.file:
         raise PRTValueError("Prompts are given twice.", expected="--prompt or --file", found="both")
     if args.file:
-        prompts = _read(args.file)
+        prompts = _prompts_in(args.file)
     else:
-        prompts = args.prompt or [_standard_input().removesuffix("\n")]
-        if prompts == [""] and not args.prompt:
-            prompts = []
+        prompts = args.prompt or [text for text in [_read(None).removesuffix("\n")] if text]
     if not prompts:
         raise PRTValueError(
             "There is no prompt.", expected="--prompt, --file with at least one line, or text on standard input"
@@ -195,19 +183,17 @@ def _prompts(args) -> list[str | list[dict]]:
     return prompts
 
 
-def _standard_input() -> str:
+def _read(file: Path | None) -> str:
+    """Return the text of a file, or of standard input."""
     try:
-        return sys.stdin.read()
-    except UnicodeDecodeError as error:
-        raise PRTValueError("Standard input cannot be read.", expected="text in UTF-8", found=str(error)) from error
-
-
-def _read(file: Path) -> list[str | list[dict]]:
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        return sys.stdin.read() if file is None else file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise PRTValueError(f"{file} cannot be read.", expected="a text file", found=str(error)) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+        problem = f"{file or 'Standard input'} cannot be read."
+        raise PRTValueError(problem, expected="text in UTF-8", found=str(error)) from error
+
+
+def _prompts_in(file: Path) -> list[str | list[dict]]:
+    numbered = [(number, line) for number, line in enumerate(_read(file).split("\n"), 1) if line.strip()]
     if file.suffix.lower() != ".jsonl":
         return [line for _, line in numbered]
     prompts = []
@@ -228,8 +214,8 @@ def _read(file: Path) -> list[str | list[dict]]:
 
 
 def _is_chat(prompt) -> bool:
-    is_list = isinstance(prompt, list) and len(prompt) > 0
-    return is_list and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in prompt)
+    turns = prompt if isinstance(prompt, list) and prompt else [None]
+    return all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
 
 
 def _load(args):

@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from .arguments import add_json, add_option
+from .arguments import add_command, add_json, add_option
 
 DESCRIPTION = """\
 Push the folder of a reward, or of a recipe (a saved PRT model), to the Hugging Face Hub, in one commit and without
@@ -24,13 +24,7 @@ Log in first with `hf auth login`, or set HF_TOKEN."""
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "push",
-        help="share a saved reward or recipe on the Hub",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = add_command(commands, "push", "share a saved reward or recipe on the Hub", DESCRIPTION, EXAMPLES)
     parser.add_argument("folder", type=Path, help="folder that `save_pretrained` or `prt-hf train` wrote")
     parser.add_argument("repo_id", help="user/name; created if it does not exist")
     add_option(parser, "private", action="store_true", default=None, help="make a new repository private")
@@ -45,17 +39,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Push a folder and print the address of the commit or pull request."""
-    from ..hub.folder import RECIPE, folder_to_read, what_lies_in
-    from ..hub.publishing import push_reward, reward_files_to_push
-    from ..inference.recipe import push_recipe, recipe_files_to_push
+    from ..hub.folder import RECIPE, folder_to_read, kind_of
+    from ..hub.publishing import push_reward
+    from ..inference.recipe import push_recipe
 
-    folder = folder_to_read(args.folder)
-    names = {file.name for file in folder.iterdir()} if folder.is_dir() else ()
-    kind = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8"))
-    push, files = (push_recipe, recipe_files_to_push) if kind == RECIPE else (push_reward, reward_files_to_push)
-    print(f"Pushing to {args.repo_id}:", *files(folder, args.include), sep="\n  ", file=sys.stderr)
+    push = push_recipe if kind_of(folder_to_read(args.folder)) == RECIPE else push_reward
     info = push(
-        folder,
+        args.folder,
         args.repo_id,
         args.include,
         private=args.private,
@@ -63,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
         commit_message=args.commit_message,
         token=args.token,
         create_pr=args.create_pr,
+        announce=lambda names: print(f"Pushing to {args.repo_id}:", *names, sep="\n  ", file=sys.stderr),
     )
     url = info.pr_url or info.commit_url
     print(json.dumps({"repo_id": args.repo_id, "commit": info.oid, "url": url}) if args.json else url)

@@ -29,11 +29,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Tune a reward, save it with its card, and print the figures and the next commands.
-
-    Raises:
-        PRTValueError: options do not go together, or do not fit the model or the data.
-    """
+    """Tune a reward, save it with its card, and print the figures and the next commands."""
     if {"-h", "--help"} & set(args.rest):
         print_help()
         return
@@ -131,19 +127,12 @@ def _check_output(folder: Path, is_resumed: bool) -> None:
         raise PRTValueError("The output directory is a file.", expected="a folder", found=str(folder))
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
     is_run = PRT_CONFIG_NAME in names or any(name.startswith("checkpoint-") for name in names)
-    if names and not is_run:
+    if names and not (is_run and is_resumed):
         raise PRTValueError(
-            f"{folder} holds files that do not belong to a reward.",
+            f"{folder} holds {'an earlier run' if is_run else 'files that do not belong to a reward'}.",
             expected="a new or empty folder, or one with checkpoints to resume from",
             found=", ".join(names[:5]),
-            remedy="choose another one: --output_dir",
-        )
-    if is_run and not is_resumed:
-        raise PRTValueError(
-            f"{folder} holds an earlier run.",
-            expected="a new or empty folder, or a run to resume",
-            found=", ".join(names[:5]),
-            remedy="--resume_from_checkpoint true, or another --output_dir",
+            remedy="choose another one: --output_dir" + ("; or --resume_from_checkpoint true" if is_run else ""),
         )
 
 

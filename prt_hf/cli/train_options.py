@@ -50,8 +50,7 @@ class ModelOptions:
     model_name_or_path: str = _option("Hub id or folder of a pretrained model, or of a saved reward to tune further.")
     model_revision: str | None = _option("Branch, tag or commit of the model.", default=None)
     dtype: str | None = _option(
-        f"Type of its weights: {', '.join(DTYPES)}. Default: as stored, and float32 with --full.",
-        default=None,
+        f"Type of its weights: {', '.join(DTYPES)}. Default: as stored, and float32 with --full.", default=None
     )
     attn_implementation: str | None = _option("Attention implementation, as transformers names it.", default=None)
     backbone: list[str] | None = _option(
@@ -130,17 +129,12 @@ class AdapterOptions:
 class Options:
     """The options of one call: those that any model has, and those of the trainer once the model's task is known.
 
-    Args:
-        arguments: those of the command line.
+    Wrong arguments raise `SystemExit` with status 2, after a message.
 
     Attributes:
         model ([`ModelOptions`]), data ([`DataOptions`]), adapter ([`AdapterOptions`])
-        trust_remote_code (`bool`): run code from the model's repository.
-        json (`bool`): report as JSON.
-
-    Raises:
-        PRTValueError: the YAML file cannot be read, or options exclude each other.
-        SystemExit: with status 2, after a message, for wrong arguments.
+        trust_remote_code (`bool`): Run code from the model's repository.
+        json (`bool`): Report as JSON.
     """
 
     def __init__(self, arguments: list[str]):
@@ -153,11 +147,8 @@ class Options:
 
         Args:
             config_class: [`PRTConfig`] or [`PRTSFTConfig`].
-            task: of the model, for messages.
-            defaults: take the place of the class's own.
-
-        Raises:
-            SystemExit: with status 2, after a message, for wrong or unknown arguments.
+            task: The model's task, for messages.
+            defaults: Take the place of the class's own.
         """
         parser = _parser(config_class)
         parser.set_defaults(**defaults)

@@ -28,11 +28,8 @@ TASKS = ("text", "images")
 class OwnModels:
     """The user's models and data, instead of those that the demo makes: ids on the Hub, or paths.
 
-    Args:
-        source (`str`): The old model.
-        target (`str`): The new model.
-        dataset (`str`): Data with a column `text`, or columns `image` and `label`.
-        tuning ([`Steps`]): The length of all tuning: of the reward, of EFT's model, and of the oracle.
+    The data has a column `text`, or columns `image` and `label`. `tuning` is the length of all tuning: of the reward,
+    of EFT's model, and of the oracle.
     """
 
     source: str

@@ -31,12 +31,7 @@ Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Contenders:
     """An old and a new pretrained model, and models tuned from them, all on the same data for as many steps.
 
-    Attributes:
-        source (`PreTrainedModel`): The old, frozen backbone.
-        target (`PreTrainedModel`): The new, frozen backbone.
-        reward ([`RewardModel`]): The reward that was tuned on the source backbone.
-        finetuned_source (`nn.Module`): The fine-tuned source, for EFT.
-        finetuned_target (`nn.Module`): The fine-tuned target, the oracle.
+    `source` and `target` are the frozen backbones; `finetuned_source` is for EFT, `finetuned_target` is the oracle.
     """
 
     source: PreTrainedModel
@@ -120,31 +115,19 @@ def tune_all(
         processing_class: Saved with the reward.
         reward_folder: The folder to save the reward to.
     """
-    reward = tune_reward(
-        task.source,
-        task.train,
-        steps,
-        seed,
-        f"tuning the reward on the old {kind}",
-        data_collator,
-        adapter=adapter,
-        processing_class=processing_class,
-    )
+    how = task.train, steps, seed
+    text = f"tuning the reward on the old {kind}"
+    reward = tune_reward(task.source, *how, text, data_collator, adapter=adapter, processing_class=processing_class)
     reward.save_pretrained(reward_folder)
     finetuned = [
-        fine_tune(model, task.train, steps, seed, f"fine-tuning the {which}", data_collator, adapter=adapter)
+        fine_tune(model, *how, f"fine-tuning the {which}", data_collator, adapter=adapter)
         for model, which in ((task.source, f"old {kind} (for EFT)"), (task.target, f"new {kind} (oracle)"))
     ]
     return Contenders(task.source, task.target, reward, *finetuned)
 
 
 def token_losses(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Return -log pi(next token), nats, where the next label is not ignored.
-
-    Args:
-        log_probs (`torch.FloatTensor` of shape `(batch_size, sequence_length, vocab_size)`): log pi.
-        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`): The tokens, -100 at padding.
-    """
+    """Return -log pi(next token), nats, for labels `(batch_size, sequence_length)` other than -100."""
     log_probs, labels = log_probs[:, :-1], labels[:, 1:]
     kept = labels != -100
     return -log_probs[kept].gather(-1, labels[kept][:, None])[:, 0]

@@ -12,16 +12,7 @@ MOST_TEST_ROWS = 200
 
 
 def load(auto_class: type, place: str, **kwargs: Any) -> Any:
-    """Return `auto_class.from_pretrained(place)`.
-
-    Args:
-        auto_class: One of the Auto classes of transformers.
-        place: An id on the Hub, or a folder.
-        **kwargs: Other arguments of `from_pretrained`.
-
-    Raises:
-        PRTValueError: It cannot be loaded.
-    """
+    """Return `auto_class.from_pretrained(place)`; raise `PRTValueError` if it cannot be loaded."""
     try:
         return auto_class.from_pretrained(place, **kwargs)
     except (OSError, ValueError, KeyError) as error:
@@ -33,11 +24,7 @@ def load(auto_class: type, place: str, **kwargs: Any) -> Any:
 
 
 def load_splits(dataset: str, seed: int) -> tuple[Dataset, Dataset]:
-    """Return rows for tuning and rows for evaluation; the latter are a split of that name, or a tenth of the rows.
-
-    Raises:
-        PRTValueError: The dataset cannot be loaded, or has too few rows.
-    """
+    """Return rows for tuning and rows for evaluation; the latter are a split of that name, or a tenth of the rows."""
     train, test = _split(load_data(dataset), seed)
     test = test.select(range(min(len(test), MOST_TEST_ROWS)))
     return train, test

@@ -14,11 +14,7 @@ MADE_BY = "prt-hf demo"
 
 
 def claim(folder: Path) -> None:
-    """Create the folder, or use one that an earlier demo wrote.
-
-    Raises:
-        PRTValueError: The folder holds something else, or is a file.
-    """
+    """Create the folder, or use one that an earlier demo wrote; refuse any other."""
     if folder.exists() and not folder.is_dir():
         raise PRTValueError("The output directory is a file.", expected="a folder", found=str(folder))
     others = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -34,13 +30,7 @@ def claim(folder: Path) -> None:
 
 
 def write_result(folder: Path, result: Result, **circumstances: Any) -> None:
-    """Put the figures of a task into `results.json`, in place of those of an earlier run.
-
-    Args:
-        folder: The folder of the demo.
-        result: The figures.
-        **circumstances: Other entries of the task.
-    """
+    """Put the figures of a task, and other entries, into `results.json`, in place of those of an earlier run."""
     circumstances |= {"versions": versions(), "hardware": hardware()}
     _write(folder, _read(folder) | {result.task: result.to_dict() | circumstances})
 

@@ -88,12 +88,7 @@ def turned_digits(folder: Path, settings: ImageSettings, seed: int) -> ImageTask
 
 
 def own_images(source: str, target: str, dataset: str, seed: int) -> ImageTask:
-    """Return the user's classifiers and rows of the columns `image` and `label` of the user's data.
-
-    Raises:
-        LabelMismatchError: The two models have different labels.
-        PRTValueError: A column is missing, or the models do not have a label.
-    """
+    """Return the user's classifiers and rows of the columns `image` and `label` of the user's data."""
     models = [load(AutoModelForImageClassification, place) for place in (source, target)]
     LabelContract.from_model_config(models[0].config).match(LabelContract.from_model_config(models[1].config))
     image_processor = load(AutoImageProcessor, source)

@@ -1,12 +1,12 @@
 """Report the results of a task of the demo: numbers, a table and a figure."""
 
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 
+from ..evaluation import figure
+from ..hub import card
 from .comparison import FORWARDS, METHODS, PLACES, gain_recovered
-
-REMARKS = {"reward only": "\n(control)", "fine-tuned": "\n(oracle)"}
-COLOURS = {"source": "#9db4c8", "target": "#1f4e79"}
 
 
 @dataclass
@@ -88,25 +88,14 @@ def describe(outcome: Outcome) -> str:
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw grouped bars: five methods, each at the source and at the target."""
-    # Not pyplot: a figure of its own needs no display, and leaves the caller's settings alone.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.38
-    for offset, place in ((-width / 2, "source"), (width / 2, "target")):
-        heights = [result.scores[name][place] for name in METHODS]
-        label = "source (old model)" if place == "source" else "target (new model)"
-        positions = [index + offset for index in range(len(METHODS))]
-        bars = axes.bar(positions, heights, width, label=label, color=COLOURS[place])
-        axes.bar_label(bars, fmt="%.2f" if result.task == "text" else "%.1f", padding=2, fontsize=9)
-    axes.set_xticks(range(len(METHODS)), [name + REMARKS.get(name, "") for name in METHODS])
-    axes.set_ylabel(result.measure.replace(" (", "\n(", 1))
-    axes.margins(y=0.12)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
-    figure.savefig(path, dpi=150)
+    """Draw the paper's bar chart: five methods at the source, and at the target."""
+    names = dict(zip(card.METHODS, METHODS, strict=True))
+    groups = [
+        (head, {key: figure.Bar(result.scores[name][place], -inf, inf) for key, name in names.items()})
+        for place, head in (("source", "source (old model)"), ("target", "target (new model)"))
+    ]
+    del names[figure.CONTROL]  # a line
+    figure.draw(groups, names, result.measure.replace(" (", "\n(", 1), path)
 
 
 def _indented(lines: str) -> str:

@@ -87,11 +87,7 @@ def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dic
 
 
 def own_text(source: str, target: str, dataset: str, settings: TextSettings, seed: int) -> TextTask:
-    """Return the user's models and rows of the column `text` of the user's data.
-
-    Raises:
-        VocabularyMismatchError: The two models have different vocabularies.
-    """
+    """Return the user's models and rows of the column `text` of the user's data."""
     tokenizer, other = (load(AutoTokenizer, place) for place in (source, target))
     VocabularyContract.from_tokenizer(tokenizer).check(VocabularyContract.from_tokenizer(other))
     if tokenizer.pad_token is None:

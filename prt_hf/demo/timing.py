@@ -76,16 +76,8 @@ def timing_task(settings: TimingSettings, seed: int) -> TimingTask:
             ("new", settings.new, settings.new_pretraining),
         )
     )
-    reward = tune_reward(
-        source,
-        lists,
-        settings.tuning,
-        seed,
-        "tuning the reward on the old model",
-        collator,
-        adapter=True,
-        processing_class=tokenizer,
-    )
+    how = lists, settings.tuning, seed, "tuning the reward on the old model", collator
+    reward = tune_reward(source, *how, adapter=True, processing_class=tokenizer)
     prompts = [torch.tensor([row["input_ids"][:12]]) for row in held_out]
     for model in (source, target):
         model.config.use_cache = True

@@ -47,20 +47,16 @@ def fit(
 
 
 def fine_tune(
-    model: PreTrainedModel,
-    rows: Sequence[dict],
-    steps: Steps,
-    seed: int,
-    description: str,
-    data_collator: Callable,
-    *,
-    adapter: bool,
+    model: PreTrainedModel, rows: Sequence[dict], steps: Steps, seed: int, *how: Any, adapter: bool
 ) -> nn.Module:
-    """Return a fine-tuned copy of a model, or the model with a LoRA on the layers that a reward adapts."""
+    """Return a fine-tuned copy of a model, or the model with a LoRA on the layers that a reward adapts.
+
+    The arguments are those of [`fit`].
+    """
     set_seed(seed)
     # LoRA's usual scale: with that of a reward, EFT works worse at the target.
     network = wrap(model, default_peft_config(model, lora_alpha=32)) if adapter else copy.deepcopy(model)
-    return fit(network, rows, steps, seed, description, data_collator)
+    return fit(network, rows, steps, seed, *how)
 
 
 def tune_reward(
@@ -68,30 +64,21 @@ def tune_reward(
     rows: Sequence[dict],
     steps: Steps,
     seed: int,
-    description: str,
-    data_collator: Callable,
-    *,
+    *how: Any,
     adapter: bool,
     processing_class: Any,
 ) -> RewardModel:
-    """Return a reward tuned on a source backbone, which does not change; a reward adapter shares its weights."""
+    """Return a reward tuned on a source backbone, which does not change; a reward adapter shares its weights.
+
+    The arguments are those of [`fit`].
+    """
     set_seed(seed)
     if adapter:
         network, kwargs = model, {"peft_config": default_peft_config(model)}
     else:
         network, kwargs = copy.deepcopy(model), {"backbone": model}
-    trainer = _train(
-        PRTTrainer,
-        PRTConfig,
-        network,
-        rows,
-        steps,
-        seed,
-        description,
-        data_collator,
-        processing_class=processing_class,
-        **kwargs,
-    )
+    kwargs["processing_class"] = processing_class
+    trainer = _train(PRTTrainer, PRTConfig, network, rows, steps, seed, *how, **kwargs)
     trainer.reward.network.eval()
     return trainer.reward
 

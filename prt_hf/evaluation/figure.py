@@ -24,13 +24,9 @@ class Bar(NamedTuple):
 def draw(
     groups: Sequence[tuple[str, Mapping[str, Bar]]], names: Mapping[str, str], label: str, path: str | Path
 ) -> None:
-    """Draw grouped bars with error bars, and the reward by itself as a line across each group.
+    """Draw grouped bars with error bars, and the reward by itself as a line across each group, into a PNG file.
 
-    Args:
-        groups: The name of each backbone, with its bars by method.
-        names: The names of the methods that have bars, in their order.
-        label: The label of the y axis.
-        path: The PNG file to write.
+    `groups` are the backbones with their bars by method; `names` those of the methods that have bars, in order.
     """
     # Not pyplot: a figure of its own needs no display, and leaves the caller's settings alone.
     from matplotlib.figure import Figure

@@ -32,12 +32,7 @@ _METHODS = ("pretrained", "prt")  # those that are a model that generates
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one task.
-
-    Attributes:
-        estimate ([`~evaluation.tally.Estimate`]): The harness's value, plus and minus 1.96 of its standard errors.
-        is_lower_better (`bool`): Whether lower values are better.
-    """
+    """One metric of one task: the harness's value, plus and minus 1.96 of its standard errors."""
 
     estimate: Estimate
     is_lower_better: bool = False
@@ -193,11 +188,7 @@ def _scores(
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(
-        pretrained=model,
-        tokenizer=tokenizer,
-        backend="causal",
-        device=str(model.device),
-        batch_size=batch_size,
+        pretrained=model, tokenizer=tokenizer, backend="causal", device=str(model.device), batch_size=batch_size
     )
     with redirect_stdout(sys.stderr):  # it prints its progress; stdout is the caller's
         results = simple_evaluate(model=harness, tasks=[task], task_manager=manager, limit=limit, log_samples=False)

@@ -1,9 +1,9 @@
 """The clock, and a description of this machine."""
 
-import os
 import platform
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -37,18 +37,10 @@ def time_in_turn(
     model: PreTrainedModel,
     progress: Callable[[Iterable], Iterable] = iter,
 ) -> dict[str, list[float]]:
-    """Time calls in turn, for several rounds after one that warms up.
+    """Return the seconds of each call in each of several rounds, after one that warms up; all calls run in turn.
 
-    Take the fastest round of each: other programs only ever add time.
-
-    Args:
-        calls: The calls by name.
-        rounds: The number of rounds that are timed.
-        model: A model on the device that the calls use.
-        progress: Wraps the rounds.
-
-    Returns:
-        The seconds of each call, by name and round.
+    Take the fastest round of each: other programs only ever add time. `model` names the device, `progress` wraps the
+    rounds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for index in progress(range(rounds + 1)):
@@ -61,9 +53,6 @@ def time_in_turn(
 
 
 def _processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    return platform.processor()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())

@@ -22,11 +22,7 @@ WAYS = {
     "prt_target": TERMS[TARGET]["prt"],
     "reward_only": TERMS[TARGET]["reward_only"],
 }
-RIVALS = {
-    "target": "the target by itself",
-    "prt_source": "the source with it",
-    "reward_only": "the reward by itself",
-}
+RIVALS = {"target": "the target by itself", "prt_source": "the source with it", "reward_only": "the reward by itself"}
 _ERRORS = 2  # standard errors that a difference has to be away from 0
 
 
@@ -149,11 +145,7 @@ def measure_portability(
 
 @torch.no_grad()
 def counted(reading: Reading, batches: Iterable[dict[str, torch.Tensor]], strength: float) -> Tally:
-    """Read all batches and add up the figures.
-
-    Raises:
-        PRTValueError: Nothing is supervised.
-    """
+    """Read all batches and add up the figures; raise `PRTValueError` if nothing is supervised."""
     tally = Tally(strength)
     for part in reading.parts(batches):
         tally.add(part)

@@ -153,21 +153,10 @@ def portability_report(
 
 
 class _Run:
-    """The passes over the data with one target.
-
-    Args:
-        reward: The reward.
-        report: The report, which is filled.
-        place: The target's place in the report.
-        networks: Name -> backbone, or None if there is no such network.
-    """
+    """The passes over the data with one target, which fill its place in the report."""
 
     def __init__(
-        self,
-        reward: RewardModel,
-        report: PortabilityReport,
-        place: Place,
-        networks: Mapping[str, Backbone | None],
+        self, reward: RewardModel, report: PortabilityReport, place: Place, networks: Mapping[str, Backbone | None]
     ):
         self._reward, self._report, self._place = reward, report, place
         self._networks = {name: backbone for name, backbone in networks.items() if backbone is not None}
@@ -185,11 +174,7 @@ class _Run:
         return [each for each in ((at_target, at_source), (alone, {})) if any(each)]
 
     def measure(
-        self,
-        at_target: Keys,
-        at_source: Keys,
-        read: Callable[[Sequence[Backbone]], DataLoader],
-        progress: Progress,
+        self, at_target: Keys, at_source: Keys, read: Callable[[Sequence[Backbone]], DataLoader], progress: Progress
     ) -> None:
         """Read all batches once and put the figures into the report."""
         reward, report = self._reward, self._report
@@ -265,11 +250,7 @@ def _named_targets(targets: Any) -> dict[str, str | PreTrainedModel]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Check the names of targets.
-
-    Raises:
-        PRTValueError: There are no targets, or two of one name.
-    """
+    """Raise `PRTValueError` if there are no targets, or two of one name."""
     if not names:
         raise PRTValueError("There are no targets.", expected="at least one backbone", found="0")
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -23,7 +23,7 @@ _CONCLUSIONS = {
     "prt_source": "the source with the reward does as well: the target adds nothing",
     "reward_only": "the reward does as well without a backbone: nothing is carried over",
 }
-_VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
+VERDICTS = {True: "yes", False: "no", None: "cannot tell"}
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ class Place:
     keys: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def forget(self, known: Mapping[str, str]) -> None:
-        """Drop figures that were measured on other networks.
-
-        Args:
-            known: Network -> its key now.
-        """
+        """Drop figures that were measured on other networks than the `known` ones: network -> its key now."""
         for method, keys in list(self.keys.items()):
             if any(known.get(name, key) != key for name, key in keys.items()):
                 del self.keys[method], self.figures[method]
@@ -213,14 +209,9 @@ class PortabilityReport:
         save_results(Path(folder) / REPORT, self.to_dict())
 
     def write_to_card(self, reward: str | Path | RewardModel) -> None:
-        """Put the figures into the card of the reward that was measured; text of users is kept.
+        """Put the figures into the card of the reward that was measured, see [`write_measurements`].
 
-        Args:
-            reward: Its folder, whose `README.md` is written; or the reward, whose `card` is changed.
-
-        Raises:
-            RewardFileError: The folder holds no reward.
-            PRTValueError: It is another reward.
+        Another reward raises `PRTValueError`.
         """
         config = _config_of(reward)
         if config != self.config:
@@ -239,15 +230,7 @@ class PortabilityReport:
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: RewardConfig) -> "PortabilityReport | None":
-        """Read `report.json`; None if there is none.
-
-        Args:
-            folder: The folder that [`save`] wrote to.
-            config: The reward's configuration.
-
-        Raises:
-            RewardFileError: It cannot be read.
-        """
+        """Read the `report.json` that [`save`] wrote for a reward; None if there is none."""
 
         def parsed(entries: dict) -> "PortabilityReport":
             del entries["verdict"]
@@ -281,7 +264,7 @@ class PortabilityReport:
         lines = ["## Worth porting?", ""]
         for place, head in zip(self.targets.values(), self._heads()[1:], strict=True):
             worth, reasons = self.verdict()[place.name]
-            lines += [f"- {head}: {_VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
+            lines += [f"- {head}: {VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
     def _heads(self) -> list[str]:

@@ -15,13 +15,7 @@ T = TypeVar("T")
 def load_results(path: Path, parse: Callable[[Any], T], expected: str) -> T | None:
     """Return what `parse` makes of the JSON in a file, None if there is no file.
 
-    Args:
-        path: The file.
-        parse: Turns the decoded JSON into results.
-        expected: What the file should hold, for the error.
-
-    Raises:
-        RewardFileError: The file cannot be read.
+    What cannot be read raises `RewardFileError`, which names what is `expected`.
     """
     if not path.is_file():
         return None

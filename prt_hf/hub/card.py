@@ -76,10 +76,7 @@ class Measurement:
 
 
 def render_card(
-    config: RewardConfig,
-    name: str,
-    training: TrainingRecord | None = None,
-    measurements: Sequence[Measurement] = (),
+    config: RewardConfig, name: str, training: TrainingRecord | None = None, measurements: Sequence[Measurement] = ()
 ) -> str:
     """Return the card of a reward.
 
@@ -137,11 +134,7 @@ def render_card(
 def render_recipe_card(name: str, task: str, backbone: ModelReference, rewards: Sequence[tuple[str, float]]) -> str:
     """Return the card of a recipe.
 
-    Args:
-        name: The repository id or folder of the recipe.
-        task: `"text-generation"`, `"text-classification"` or `"image-classification"`.
-        backbone: The backbone that the recipe names.
-        rewards: The id on the Hub, or the folder in the recipe, of each reward, and its strength.
+    `name` is its repository id or folder. Each reward has an id on the Hub, or a folder in the recipe, and a strength.
     """
     on_hub = [place for place, _ in rewards if "/" in place and _hub_id(place)]
     parts = [place for place in [_hub_id(backbone.id), *on_hub] if place]
@@ -189,10 +182,7 @@ def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
 
 
 def _results(
-    task: str,
-    sources: list[ModelReference],
-    training: TrainingRecord | None,
-    measurements: Sequence[Measurement],
+    task: str, sources: list[ModelReference], training: TrainingRecord | None, measurements: Sequence[Measurement]
 ) -> list[EvalResult]:
     """Return the finite figures of the PRT model on data of the Hub; measurements override the trainer's evaluation."""
     found = {}

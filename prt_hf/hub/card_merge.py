@@ -59,10 +59,8 @@ def merged_or_new(old: str | None, new: str) -> str:
 
     So a save never fails because of a card.
     """
-    if old is None:
-        return new
     try:
-        return merge_cards(old, new)
+        return new if old is None else merge_cards(old, new)
     except RewardFileError as error:
         logger.warning(f"A new card is written. {error}")
         return new
@@ -82,13 +80,9 @@ def read_card(folder: Path) -> str | None:
 
 
 def write_card(folder: Path, card: str, earlier: str | None = None) -> None:
-    """Write a card atomically.
+    """Write a card atomically, merged into an earlier one that users may have edited.
 
-    Args:
-        folder: The folder to write to.
-        card: The new card.
-        earlier (*optional*): A card that users may have edited, into which `card` is merged. If it cannot be read, it
-            is kept as `README.old.md`.
+    If that cannot be read, it is kept as `README.old.md`.
     """
     try:
         card = card if earlier is None else merge_cards(earlier, card)
@@ -103,11 +97,7 @@ def _card(entries: dict[str, Any], body: str) -> str:
 
 
 def _parsed(card: str) -> tuple[dict[str, Any], str]:
-    """Return the metadata and the body of a card, with plain line ends.
-
-    Raises:
-        RewardFileError: The metadata cannot be read, or merging the card would take too long.
-    """
+    """Return the metadata and the body of a card; raise `RewardFileError` if it is unreadable or too large."""
     if len(card) > _MOST_CHARACTERS or card.count("<!-- prt_hf:") > _MOST_BLOCKS:
         raise _unreadable(f"{len(card)} characters, {card.count('<!-- prt_hf:')} parts")
     card = card.removeprefix("\ufeff").replace("\r\n", "\n")
@@ -150,7 +140,7 @@ def _unreadable(found: str) -> RewardFileError:
 
 
 def _merged_body(old: str, new: str) -> str:
-    before, now = _blocks(old), _blocks(new)
+    before, now = ({found["name"]: found for found in _BLOCK.finditer(body)} for body in (old, new))
 
     def chosen(found: re.Match) -> str:
         ours, theirs = now.get(found["name"]), before.get(found["name"])
@@ -167,10 +157,6 @@ def _merged_body(old: str, new: str) -> str:
     if (words := _outside(new)) and words != _outside(old):
         logger.warning(f"The card was edited in two places; text of one {CARD_NAME} is not in the other: see both.")
     return _BLOCK.sub(chosen, old)
-
-
-def _blocks(body: str) -> dict[str, re.Match]:
-    return {found["name"]: found for found in _BLOCK.finditer(body)}
 
 
 def _has_edits(body: str) -> bool:

@@ -45,13 +45,10 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
 
 def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:
     """Return whether a folder, or a repository that can be reached, holds a file."""
-    if Path(path_or_repo).is_dir():
-        return (folder_to_read(Path(path_or_repo)) / name).is_file()
     try:
-        hf_hub_download(path_or_repo, name, token=token)
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
+        return local_file(path_or_repo, name, token).is_file()
+    except (HfHubHTTPError, LocalEntryNotFoundError, RewardFileError):
         return False  # loading the repository will report what is wrong with it
-    return True
 
 
 def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
@@ -65,20 +62,12 @@ def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = N
 
 
 def local_folder(
-    path_or_repo: str | Path,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    subfolder: str | None = None,
+    path_or_repo: str | Path, revision: str | None = None, token: str | bool | None = None, subfolder: str | None = None
 ) -> Path:
     """Return the folder of a reward or recipe, after downloading it if it is on the Hub.
 
-    Errors of the Hub (missing repository, wrong revision, no access) are passed on.
-
-    Args:
-        path_or_repo: A folder, or an id on the Hub.
-        revision: A branch, tag or commit.
-        token: A token for the Hub.
-        subfolder: A folder in it: a checkpoint, or a reward of a recipe.
+    Errors of the Hub (missing repository, wrong revision, no access) are passed on. `subfolder` is a folder in it: a
+    checkpoint, or a reward of a recipe.
     """
     if not Path(path_or_repo).is_dir():
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]
@@ -137,8 +126,7 @@ def open_branch(
 ) -> Branch:
     """Create the repository and the branch if they do not exist, and return the state of the branch.
 
-    Raises:
-        PRTValueError: `private=True`, but the repository is already public.
+    A repository that is public already is refused with `private=True`.
     """
     api = HfApi(token=token)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -53,25 +53,21 @@ def folder_to_read(folder: Path) -> Path:
 
 @contextmanager
 def replacing_files(folder: str | Path, kind: str, subfolders: Collection[str] = ()) -> Iterator[Path]:
-    """Yield an empty folder to write a reward or recipe into.
+    """Yield an empty folder to write a reward or recipe (`kind`) into.
 
     On success, its files replace the earlier save in `folder`; everything else there (checkpoints, notes) is kept. If
     the process is killed at any moment, the earlier or the new save is complete, see [`folder_to_read`]. Threads save
     one after another; several processes must not save to the same folder at the same time.
 
-    Args:
-        folder: The folder to save to.
-        kind: `REWARD` or `RECIPE`.
-        subfolders: The folders that a recipe is about to write.
-
-    Raises:
-        RewardFileError: `folder` or one of the subfolders holds something else, or the disk is full.
+    If `folder`, or one of the `subfolders` that a recipe is about to write, holds something else, or the disk is full,
+    `RewardFileError` is raised.
     """
     folder = Path(folder)
     with _SAVING:
         _put_in_place(folder)
-        check_place(folder, kind)
-        _check_unclaimed(folder, subfolders)
+        check_kind(folder, kind_of(folder), kind)
+        named = reward_folders(_text(folder / MODEL_CONFIG)) if subfolders else set()
+        check_unclaimed(folder, {name for name in subfolders if (folder / name).exists()} - named)
         staging = folder / _STAGING
         _remove(staging)  # of a saver that was killed
         staging.mkdir(parents=True)
@@ -155,15 +151,7 @@ def is_reward_folder(name: object) -> bool:
 
 
 def check_unclaimed(place: str | Path, taken: Collection[str]) -> None:
-    """Raise if a recipe would overwrite folders that belong to something else.
-
-    Args:
-        place: The folder or repository.
-        taken: The names of such folders.
-
-    Raises:
-        RewardFileError: `taken` is not empty.
-    """
+    """Raise `RewardFileError` if a recipe would overwrite folders (`taken`) that belong to something else."""
     if taken:
         raise RewardFileError(
             f"{place} holds {min(taken)}, which the recipe would overwrite.",
@@ -173,11 +161,6 @@ def check_unclaimed(place: str | Path, taken: Collection[str]) -> None:
         )
 
 
-def _check_unclaimed(folder: Path, subfolders: Collection[str]) -> None:
-    named = reward_folders(_text(folder / MODEL_CONFIG)) if subfolders else set()
-    check_unclaimed(folder, {name for name in subfolders if (folder / name).exists()} - named)
-
-
 def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
@@ -185,9 +168,7 @@ def _text(path: Path) -> str | None:
 def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | None:
     """Return what a folder or repository holds: `REWARD`, `RECIPE`, something that a save would spoil, or None.
 
-    Args:
-        names: The names of its files.
-        read: Returns the text of a file.
+    `names` are those of its files; `read` returns the text of one.
     """
     if PRT_CONFIG_NAME in names:
         return REWARD
@@ -202,32 +183,26 @@ def what_lies_in(names: Container[str], read: Callable[[str], str]) -> str | Non
     return None
 
 
-def check_place(folder: Path, kind: str) -> None:
-    """Check that a reward or recipe (`kind`) can be saved to a folder.
+def kind_of(folder: Path) -> str | None:
+    """Return [`what_lies_in`] a folder; `"a file"` if it is one."""
+    if not folder.is_dir():
+        return "a file" if folder.exists() else None
+    return what_lies_in({path.name for path in folder.iterdir()}, lambda name: _text(folder / name) or "")
 
-    Raises:
-        RewardFileError: `folder` is a file, or the save would spoil what it holds.
-    """
-    if folder.is_dir():
-        names = {path.name for path in folder.iterdir()}
-        found = what_lies_in(names, lambda name: (folder / name).read_text(encoding="utf-8", errors="replace"))
-    else:
-        found = "a file" if folder.exists() else None
+
+def check_kind(place: str | Path, found: str | None, kind: str) -> None:
+    """Raise `RewardFileError` if saving a reward or recipe (`kind`) would spoil what is found at a place."""
     if found not in (None, kind):
         raise RewardFileError(
-            f"{folder} {'holds' if folder.is_dir() else 'is'} {found}; saving {kind} there would spoil it.",
-            expected=f"an empty folder, or one with {kind} that was saved earlier",
+            f"{place} {'is' if found == 'a file' else 'holds'} {found}; saving {kind} there would spoil it.",
+            expected=f"an empty folder or new repository, or one that holds {kind}",
             found=found,
-            remedy="choose another folder",
+            remedy="choose another place",
         )
 
 
 def check_files(folder: Path, config: RewardConfig) -> None:
-    """Check that all weights are present, complete and in safetensors files.
-
-    Raises:
-        RewardFileError: A file is missing, damaged or pickled.
-    """
+    """Raise `RewardFileError` unless all weights are present, complete and in safetensors files."""
     required = (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if config.is_adapter else (MODEL_CONFIG,)
     weights = weight_files(folder, config)
     for name in dict.fromkeys([*required, *weights]):
@@ -295,21 +270,13 @@ def reward_digest(folder: Path, config: RewardConfig) -> str:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a safetensors file.
-
-    Raises:
-        RewardFileError: The file is truncated, or not a safetensors file.
-    """
+    """Return the tensors of a safetensors file; raise `RewardFileError` if it is damaged."""
     with _opened(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def read_shapes(path: Path) -> dict[str, list[int]]:
-    """Return the shapes of the tensors of a safetensors file, without reading them.
-
-    Raises:
-        RewardFileError: The file is truncated, or not a safetensors file.
-    """
+    """Return the shapes of the tensors of a safetensors file without reading them, see [`read_weights`]."""
     with _opened(path) as file:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
@@ -336,11 +303,7 @@ def _remove(path: Path) -> None:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Check that files can be written into a folder, which need not exist yet. Nothing is created.
-
-    Raises:
-        PRTValueError: It cannot be written.
-    """
+    """Raise `PRTValueError` unless files can be written into a folder, which need not exist yet; create nothing."""
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
@@ -352,15 +315,17 @@ def check_writable(folder: str | Path) -> None:
         )
 
 
-def replace_file(path: Path, content: str | bytes | Callable[[Path], object]) -> None:
+def replace_file(path: Path, content: str | bytes | Callable[[Path], object], staged_name: str | None = None) -> None:
     """Write a file atomically; missing folders are created.
 
     Args:
         path: The file.
         content: Text (written as UTF-8), bytes, or a function that writes the file to the path that it gets.
+        staged_name: The name of the unfinished file, which the next run takes as well if this one is killed. By
+            default each process has its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{os.getpid()}.{path.name}")
+    staged = path.with_name(staged_name or f".{os.getpid()}.{path.name}")
     try:
         if callable(content):
             content(staged)

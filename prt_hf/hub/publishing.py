@@ -21,6 +21,7 @@ from .folder import (
     NETWORK_FILES,
     REWARD,
     check_files,
+    check_kind,
     folder_to_read,
     known_files,
     weight_files,
@@ -85,16 +86,17 @@ def push_reward(
         repo_id: The repository.
         include: Names of other files in the folder that are pushed as well.
         checkpoint: A folder in the repository that gets a copy of the reward in the same commit.
-        **where: `private`, `revision`, `commit_message`, `token` and `create_pr` of [`Shareable.push_to_hub`].
+        **where: `private`, `revision`, `commit_message`, `token` and `create_pr` of [`Shareable.push_to_hub`], and
+            `announce` of [`publish`].
 
     Raises:
         RewardFileError: The folder holds no complete reward, or the repository holds something else.
     """
     folder = folder_to_read(Path(folder))
-    files = {name: folder / name for name in reward_files_to_push(folder, include)}
+    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    files = {name: folder / name for name in reward_files_to_push(folder, include, config)}
     if checkpoint is not None:
         files |= {f"{checkpoint}/{name}": path for name, path in files.items()}
-    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     warn_of_local_base(config.reward_base, "base_model=")
     return publish(
         REWARD,
@@ -107,17 +109,12 @@ def push_reward(
     )
 
 
-def reward_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]:
-    """Return the names of the files of a saved reward that [`push_reward`] pushes.
+def reward_files_to_push(folder: Path, include: Sequence[str] = (), config: RewardConfig | None = None) -> list[str]:
+    """Return the names of the files of a saved reward, and of those to `include`, for [`push_reward`].
 
-    Args:
-        folder: The folder that it was saved to.
-        include: Names of other files in the folder.
-
-    Raises:
-        RewardFileError: The reward is incomplete, or one of the files is a link.
+    An incomplete reward or a link raises `RewardFileError`. `config` is the reward's, if it has been read.
     """
-    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
+    config = config or RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
     check_files(folder, config)
     weights = weight_files(folder, config)
     names = [name for name in known_files(folder) if name in weights or not name.endswith(".safetensors")]
@@ -154,6 +151,7 @@ def publish(
     replaced: Callable[[Branch], Iterable[str]],
     commit_message: str | None = None,
     create_pr: bool = False,
+    announce: Callable[[Iterable[str]], object] = lambda names: None,
     **where: Any,
 ) -> CommitInfo:
     """Push files and the card, merged with the edited cards in `folder` and in the repository, in one commit.
@@ -167,45 +165,32 @@ def publish(
         replaced: Returns patterns of the files of an earlier push that the commit deletes.
         commit_message: By default `"Upload reward"` or `"Upload recipe"`.
         create_pr: Whether to open a pull request instead.
+        announce: Called with the paths of the files before any is sent.
         **where: `private`, `revision` and `token` of [`Shareable.push_to_hub`].
 
     Raises:
         RewardFileError: The repository holds something else.
     """
+    announce(files)
     branch = open_branch(repo_id, create_pr=create_pr, **where)
     found = what_lies_in(branch.files, branch.read) or _foreign_weights(branch.files)
-    if found not in (None, kind):
-        raise RewardFileError(
-            f"{branch.repo_id} holds {found}; {kind} would spoil it.",
-            expected=f"a new repository, or one that holds {kind}",
-            found=found,
-            remedy="choose another name, or another branch",
-        )
+    check_kind(branch.repo_id, found, kind)
     card = render(branch.repo_id)
     for earlier in (read_card(folder), branch.read(CARD_NAME)):
         card = card if earlier is None else merge_cards(earlier, card)
     patterns = list(replaced(branch))
-    stale = [
-        name
-        for name in branch.files
-        if found == kind and name not in files and any(_matches(name, pattern) for pattern in patterns)
-    ]
+    earlier_files = branch.files - files.keys() if found == kind else ()
     return commit_files(
         branch,
-        {name: path for name, path in files.items() if name != CARD_NAME} | {CARD_NAME: card},
+        {**files, CARD_NAME: card},
         commit_message or f"Upload {kind.removeprefix('a ')}",
-        removed=sorted(stale),
+        removed=sorted(name for name in earlier_files if any(_matches(name, pattern) for pattern in patterns)),
         create_pr=create_pr,
     )
 
 
 def warn_of_local_base(reference: ModelReference, argument: str) -> None:
-    """Log a warning if a model is not on the Hub.
-
-    Args:
-        reference: The model.
-        argument: What users have to pass instead, for the message.
-    """
+    """Warn if a model is not on the Hub, so that users have to pass `argument` instead."""
     if reference.id is None or Path(reference.id).is_dir():
         logger.warning(f"{reference} is not on the Hub: users have to pass `{argument}` to load what is pushed.")
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import MISSING, fields
-from math import isfinite
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from ..contract import PRT_CONFIG_NAME, is_name
+from ..contract import PRT_CONFIG_NAME, _is_number, is_name
 from ..errors import PRTError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from .checkpoints import read_entries
@@ -19,19 +18,7 @@ from .checkpoints import read_entries
 # prompts), on a task's id (Poly), or on values that each load draws anew (VeRA, FourierFT, OSF and similar), or run a
 # compiler (BOFT).
 _LAYER_KINDS = {
-    "ADALORA",
-    "C3A",
-    "DELORA",
-    "HIRA",
-    "HRA",
-    "IA3",
-    "LN_TUNING",
-    "LOHA",
-    "LOKR",
-    "LORA",
-    "MISS",
-    "OFT",
-    "ROAD",
+    *("ADALORA", "C3A", "DELORA", "HIRA", "HRA", "IA3", "LN_TUNING", "LOHA", "LOKR", "LORA", "MISS", "OFT", "ROAD"),
     "TRAINABLE_TOKENS",
 }
 # LoRA's options of the same nature; options that a later PEFT adds are refused until they are known.
@@ -73,10 +60,10 @@ def check_is_of_layers(peft_config: PeftConfig, *, beside_base: bool = False) ->
         others = [entry for entry in fields(peft_config) if entry.name not in _LORA_OPTIONS]
         options = [entry.name for entry in others if getattr(peft_config, entry.name) not in (None, _default(entry))]
     if kind not in _LAYER_KINDS or options:
+        is_prompt = peft_config.is_prompt_learning
+        effect = "puts tokens of its own before the text" if is_prompt else "does not change layers in a fixed way"
         raise UnsupportedError(
-            ("The adapter puts tokens of its own before the text" if peft_config.is_prompt_learning else "The adapter")
-            + (", so it " if peft_config.is_prompt_learning else " does not change layers in a fixed way, so it ")
-            + "cannot be switched on and off side by side.",
+            f"The adapter {effect}, so it cannot be switched on and off side by side.",
             expected="an adapter of layers: LoRA, or one of " + ", ".join(sorted(_LAYER_KINDS - {"LORA"})),
             found=f"{kind}{' with ' if options else ''}{', '.join(options)}",
             remedy="distil the fine-tuned model into a reward" if options else "fine-tune a LoRA adapter",
@@ -99,7 +86,7 @@ def check_is_of_layers(peft_config: PeftConfig, *, beside_base: bool = False) ->
 
 
 def changes_base(peft_config: PeftConfig) -> bool:
-    """Whether the model with the adapter switched off differs from the one that the adapter was tuned from."""
+    """Return whether the model with the adapter switched off differs from the one that the adapter was tuned from."""
     return (
         getattr(peft_config, "bias", "none") != "none"
         or getattr(peft_config, "init_lora_weights", True) not in _INITIALISATIONS
@@ -147,11 +134,7 @@ def read_peft_config(folder: Path, base_id: str | None = None, *, beside_base: b
 
 
 def _check_entries(entries: dict[str, Any]) -> None:
-    """Check the entries of a file before PEFT reads them.
-
-    Raises:
-        ValueError: PEFT would import a module or repeat layers of the base, or an entry is missing.
-    """
+    """Raise `ValueError` if PEFT would import a module or repeat layers of the base, or an entry is missing."""
     if entries.get("megatron_config") is not None:  # PEFT would import the module that it names
         raise ValueError(f"it is for Megatron: megatron_config = {str(entries['megatron_config'])[:80]}")
     if entries.get("layer_replication"):
@@ -161,11 +144,7 @@ def _check_entries(entries: dict[str, Any]) -> None:
 
 
 def _check_values(peft_config: PeftConfig) -> None:
-    """Check the types of the values.
-
-    Raises:
-        ValueError: a value is not the boolean, number or name that it should be.
-    """
+    """Raise `ValueError` if a value is not the boolean, number or name that it should be."""
     for entry in fields(peft_config):
         name, value, default = entry.name, getattr(peft_config, entry.name), _default(entry)
         if name in ("base_model_name_or_path", "revision"):
@@ -183,11 +162,7 @@ def _check_values(peft_config: PeftConfig) -> None:
 
 
 def _name_targets(peft_config: PeftConfig, shapes: dict[str, list[int]] | None) -> None:
-    """Replace regular expressions, which could take for ever, by the names of the layers in the file of weights.
-
-    Raises:
-        ValueError: there is no such file.
-    """
+    """Replace regular expressions, which could take for ever, by the names of the layers in the file of weights."""
     if not any(isinstance(getattr(peft_config, name, None), str) for name in _PATTERNS):
         return
     if shapes is None:
@@ -199,12 +174,9 @@ def _name_targets(peft_config: PeftConfig, shapes: dict[str, list[int]] | None) 
 
 
 def _check_ranks(path: Path, peft_config: PeftConfig, shapes: dict[str, list[int]]) -> None:
-    """Check that the weights are as large as described.
+    """Raise `RewardFileError` if the configuration describes larger weights than there are.
 
     LoRA's ranks are dimensions of its weights. AdaLoRA's rank_pattern holds masks over `init_r`, not ranks.
-
-    Raises:
-        RewardFileError: the configuration describes larger weights than there are.
     """
     sizes = [
         value
@@ -233,7 +205,7 @@ def _default(entry) -> Any:
 
 
 def _are_names(value) -> bool:
-    """Whether a value has names of layers, and for each a number or AdaLoRA's mask if it is a pattern.
+    """Return whether a value has names of layers, and for each a number or AdaLoRA's mask if it is a pattern.
 
     No name may be a regular expression, because PEFT takes some names for these. Tokens to be trained are numbers.
     """
@@ -243,7 +215,3 @@ def _are_names(value) -> bool:
         all(type(each) in (bool, int) for each in number) if isinstance(number, list) else _is_number(number)
         for number in numbers
     )
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

@@ -23,10 +23,7 @@ ADAPTER = "default"  # the one adapter of a reward
 def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None = None) -> PeftModel:
     """Return a PEFT model on the weights of `model`, which itself stays without an adapter.
 
-    Args:
-        model: the base.
-        peft_config: the adapter.
-        device: `"meta"` makes the adapter without memory for its weights.
+    The device `"meta"` makes an adapter without memory for its weights.
     """
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(peft_config.task_type, PeftModel)
     with warnings.catch_warnings(), nullcontext() if device is None else torch.device(device):
@@ -71,11 +68,7 @@ def adapted_layers(network: PeftModel) -> Iterator[tuple[str, nn.Module]]:
 
 
 def check_not_merged(layer: nn.Module) -> None:
-    """Check that PEFT has not added an adapter to the base's own weights.
-
-    Raises:
-        UnsupportedError: it has.
-    """
+    """Raise `UnsupportedError` if PEFT has added an adapter to the base's own weights."""
     if getattr(layer, "merged", False):
         raise UnsupportedError(
             "The adapter is merged into weights that its base, the backbone or other rewards share.",
@@ -85,7 +78,7 @@ def check_not_merged(layer: nn.Module) -> None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is plain LoRA, or a fully trained copy, and switched on."""
+    """Return whether a layer is plain LoRA, or a fully trained copy, and switched on."""
     # FSDP2 derives a class from the layer's and from FSDPModule.
     kind = type(layer).__mro__[2] if isinstance(layer, FSDPModule) else type(layer)
     if kind is ModulesToSaveWrapper:
@@ -101,11 +94,7 @@ def is_plain(layer: nn.Module) -> bool:
 
 
 def check_bare(model: PreTrainedModel) -> None:
-    """Check that a model has no adapter.
-
-    Raises:
-        PRTValueError: it has one.
-    """
+    """Raise `PRTValueError` if a model has an adapter."""
     if isinstance(model, PeftModel) or getattr(model, "peft_config", None):
         raise PRTValueError(
             "The base carries an adapter, so it is no longer the pretrained model.",
@@ -118,9 +107,7 @@ def check_bare(model: PreTrainedModel) -> None:
 def share_weights(model: PreTrainedModel, device: str | None = None) -> PreTrainedModel:
     """Return a second model on the same weights, so that an adapter of one leaves the other unchanged.
 
-    Args:
-        model: the first.
-        device: `"meta"` for a model without weights.
+    The device `"meta"` makes a model without weights.
     """
 
     def shared(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..contract import _MOST_BYTES
 from ..errors import PRTError, PRTValueError, RewardFileError
 
-_MOST_BYTES = 2**26  # in a JSON file; 100,000 labels with long names take some 10 MB
 # Limits on parts that configurations and networks create in memory before any weights are read.
 _MOST = {"label": 2**20, "layer": 2**13, "expert": 2**13, "block": 2**20, "depth": 2**13}
 # transformers takes other names for repositories, and downloads and runs their kernels.
@@ -59,11 +59,7 @@ def load_whole(
 
 
 def check_attention(config: PreTrainedConfig | dict, place: str | Path, kind: type[PRTError] = PRTValueError) -> None:
-    """Check that a downloaded configuration names only attention implementations of transformers, at any depth.
-
-    Raises:
-        PRTError: it names kernels that would be downloaded.
-    """
+    """Raise `kind` if a downloaded configuration names, at any depth, kernels that would be downloaded."""
     entries = config if isinstance(config, dict) else _entries(config)
     for name, value in walk(entries):
         named = (value.values() if isinstance(value, dict) else [value]) if name in _CHOICES else ()
@@ -77,11 +73,7 @@ def check_attention(config: PreTrainedConfig | dict, place: str | Path, kind: ty
 
 
 def check_counts(entries: dict[str, Any], place: str | Path, kind: type[PRTError] = PRTValueError) -> None:
-    """Check that a downloaded configuration has no more layers and labels than any network has.
-
-    Raises:
-        PRTError: it has more, which would take all memory.
-    """
+    """Raise `kind` if a downloaded configuration has more layers or labels than any network, which take all memory."""
     for name, value in walk(entries):
         most = min((most for part, most in _MOST.items() if part in str(name)), default=None)
         if most is not None and isinstance(value, int) and value > most:
@@ -118,12 +110,8 @@ def walk(entries: dict | list, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def unreadable(path: Path, error: BaseException) -> RewardFileError:
     """Return the error for a file of a reward that a library cannot read."""
-    text = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    return RewardFileError(
-        f"{path} cannot be used.",
-        expected="the files of a reward, as they were saved",
-        found=text,
-        remedy="download or save the reward again",
+    return RewardFileError.unreadable(
+        path, error, expected="the files of a reward, as they were saved", remedy="download or save the reward again"
     )
 
 

@@ -25,11 +25,7 @@ _COMMIT = "_commit_hash"
 
 
 def weights_digest_of_files(folder: str | Path) -> str:
-    """Return the SHA-256 of a local model: `config.json` and all safetensors files, by name and content.
-
-    Raises:
-        BackboneCacheError: there are none.
-    """
+    """Return the SHA-256 of a local model: `config.json` and all safetensors files, by name and content."""
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
@@ -44,12 +40,9 @@ def weights_digest_of_files(folder: str | Path) -> str:
 
 
 def weights_digest_of_model(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of a model in memory.
+    """Return the SHA-256 of a model in memory; raise `BackboneCacheError` if some of it is offloaded.
 
     It covers all parameters and buffers by name, shape, dtype and value, the configuration, and adapters' scales.
-
-    Raises:
-        BackboneCacheError: some of them are offloaded.
     """
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise BackboneCacheError(
@@ -82,20 +75,12 @@ def origin_of(path_or_repo: str | Path, folder: Path) -> ModelReference:
 
 
 def check_same_model(expected: ModelReference, model: PreTrainedModel) -> None:
-    """Check that a model is the expected one, by its weights if they can be read, else by id and revision.
-
-    Raises:
-        BaseModelMismatchError: it is another model, or another revision.
-    """
+    """Raise `BaseModelMismatchError` unless a model is the expected one, see [`check_same_reference`]."""
     check_same_reference(expected, reference_to(model))
 
 
 def check_same_reference(expected: ModelReference, found: ModelReference) -> None:
-    """Check two references as [`check_same_model`] does.
-
-    Raises:
-        BaseModelMismatchError: they stand for different models.
-    """
+    """Raise `BaseModelMismatchError` if two references differ: in weights if both are known, else in id or revision."""
     if found.weights and expected.weights:
         same = found.weights == expected.weights
     else:
@@ -116,11 +101,7 @@ def remember_commit(model: PreTrainedModel, commit: str | None) -> None:
 
 
 def reference_to(network: nn.Module) -> ModelReference:
-    """Return id, commit, class and weights of a network without its adapters.
-
-    Raises:
-        UnsupportedError: DeepSpeed has sharded it already.
-    """
+    """Return id, commit, class and weights of a network without adapters; DeepSpeed must not have sharded it."""
     model = unwrap_adapter(network)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UnsupportedError(
@@ -178,5 +159,5 @@ def digest(network: nn.Module) -> str:
     values = get_peft_model_state_dict(network, save_embedding_layers=False) if is_adapter else network.state_dict()
     digest = hashlib.sha256()
     for value in values.values():
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(as_bytes(value.reshape(-1)))
     return digest.hexdigest()

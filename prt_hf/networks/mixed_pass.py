@@ -50,10 +50,7 @@ def evaluating(network: nn.Module) -> Iterator[None]:
 
 
 class Pass:
-    """A forward pass of one network.
-
-    Args:
-        network: the network, with or without an adapter.
+    """A forward pass of one network, with or without an adapter.
 
     Attributes:
         model (`PreTrainedModel`): has the weights, and the configuration of the cache.
@@ -147,11 +144,7 @@ class MixedPass(Pass):
 
     @property
     def is_current(self) -> bool:
-        """Whether the adapters are still switched on.
-
-        Raises:
-            UnsupportedError: one was merged into the shared weights.
-        """
+        """Whether the adapters are still switched on; one that is merged into the shared weights is refused."""
         for layer in self._witnesses:
             check_not_merged(layer)
         return all(is_plain(layer) for layer in self._witnesses)
@@ -202,7 +195,7 @@ def replaced_forwards(forwards: Collection[tuple[nn.Module, Callable]]) -> Itera
 
 
 def can_mix(network: nn.Module) -> bool:
-    """Whether an adapter's changes can be applied to some rows only: plain LoRA, and fully trained copies of layers.
+    """Return whether an adapter's changes can be applied to some rows only: plain LoRA, and trained copies of layers.
 
     Experts do not see whole batches, so the blocks of their rows are unknown.
     """

@@ -95,25 +95,19 @@ class PRTImageProcessor(BaseImageProcessor):
 
 
 def is_same_pixels(ours: BaseImageProcessor | None, theirs: BaseImageProcessor | None) -> bool:
-    """Whether two image processors make the same pixels of an image; None is taken for an equal one."""
+    """Return whether two image processors make the same pixels of an image; None is taken for an equal one."""
     return ours is None or theirs is None or _settings(ours) == _settings(theirs)
 
 
 def is_saved_apart(processor: object) -> bool:
-    """Whether an image processor is saved in the model's configuration only, which adapters do not have: timm's."""
+    """Return whether an image processor is saved in the model's configuration, which adapters do not have: timm's."""
     return isinstance(getattr(processor, _TIMM, None), dict)
 
 
 def split_inputs(inputs: dict, role: str, count: int) -> tuple[dict, list[dict]]:
     """Return the inputs of all models, and those of each of `count` models alone, without their prefix.
 
-    Args:
-        inputs: of a batch.
-        role: the prefix, `"backbone"` or `"reward"`.
-        count: number of models.
-
-    Raises:
-        PRTValueError: some belong to a model that does not exist.
+    The `role` in the prefix is `"backbone"` or `"reward"`. Inputs of a model that does not exist raise `PRTValueError`.
     """
     shared, own = {}, [{} for _ in range(count)]
     for name, value in inputs.items():
@@ -137,11 +131,11 @@ def missing_pixels(
     """Return the error for a model that would read another's pixels.
 
     Args:
-        role: of the model that lacks pixels, `"backbone"` or `"reward"`.
-        index: its place among those of its role.
-        ours: image processor of the pixels in the batch.
-        theirs: image processor of the model that lacks pixels.
-        remedy: for the message.
+        role: The kind of the model that lacks pixels, `"backbone"` or `"reward"`.
+        index: Its place among those of its role.
+        ours: The image processor of the pixels in the batch.
+        theirs: The image processor of the model that lacks pixels.
+        remedy: What to do.
     """
     ours, theirs = _settings(ours), _settings(theirs)
     differing = [name for name in ours if ours[name] != theirs[name]]

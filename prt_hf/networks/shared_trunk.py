@@ -19,9 +19,6 @@ class SharedTrunk:
 
     A pass within `recorded()` stores their output; a pass of the same inputs within `reused()` starts from it, and
     gradients end there.
-
-    Args:
-        layers: the shared layers, lowest first.
     """
 
     def __init__(self, layers: list[nn.Module]):
@@ -82,12 +79,9 @@ class SharedTrunk:
     def is_enough(
         self, network: PeftModel, pretrained: AbstractContextManager, inputs: dict[str, torch.Tensor]
     ) -> bool:
-        """Whether a pass from the trunk's output equals the whole pass: some upper layers read more of lower ones.
+        """Return whether a pass from the trunk's output equals the whole pass; some upper layers read more of it.
 
-        Args:
-            network: the reward's.
-            pretrained: switches the adapter off.
-            inputs: a batch.
+        `pretrained` switches the adapter of the reward's network off.
         """
         with pretrained:  # the reward's own logits may all be zero
             with self.recorded():
@@ -101,6 +95,6 @@ class SharedTrunk:
 
 
 def _has_noise(model: nn.Module) -> bool:
-    """Whether dropout, or jitter of routers, makes training passes differ."""
+    """Return whether dropout, or jitter of routers, makes training passes differ."""
     values = model.config.get_text_config().to_dict()
     return any(value for name, value in values.items() if isinstance(value, float) and re.search("drop|jitter", name))

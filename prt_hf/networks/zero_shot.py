@@ -5,7 +5,8 @@ and the image encoder is tuned (Sec. 4).
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -103,16 +104,7 @@ class ZeroShotForImageClassification(PreTrainedModel):
     def forward(
         self, pixel_values: torch.FloatTensor, labels: torch.LongTensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput:
-        """Classify images.
-
-        Args:
-            pixel_values: of shape `(batch_size, channels, height, width)`.
-            labels: of shape `(batch_size,)`, for `loss`.
-            kwargs: for the image encoder.
-
-        Returns:
-            `ImageClassifierOutput`: with logits of shape `(batch_size, num_labels)`.
-        """
+        """Classify images `(batch_size, channels, height, width)`; labels `(batch_size,)` give `loss`."""
         output = self.vision_model(pixel_values, **kwargs)
         features = output.pooler_output
         if self.visual_projection is not None:
@@ -219,13 +211,12 @@ def _text_features(model: PreTrainedModel, tokenizer, prompts: list[str]) -> tor
     """Return normalised features of prompts, `(len(prompts), features)`, in float32."""
     context = model.config.text_config.max_position_embeddings
     # SigLIP reads the last position, and was trained on texts that are padded to full length.
-    padding = {"padding": True}
-    if hasattr(model, "logit_bias"):
-        padding = {"padding": "max_length", "max_length": context}
+    padding = {"padding": "max_length", "max_length": context} if hasattr(model, "logit_bias") else {"padding": True}
     was_training = model.training
     model.eval()
     features = []
-    for batch in _batches(prompts):
+    for start in range(0, len(prompts), _PROMPTS_PER_BATCH):
+        batch = prompts[start : start + _PROMPTS_PER_BATCH]
         inputs = tokenizer(batch, **padding, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
         if length > context:
@@ -239,11 +230,6 @@ def _text_features(model: PreTrainedModel, tokenizer, prompts: list[str]) -> tor
         features.append(_normalised(output.pooler_output.float()))
     model.train(was_training)
     return torch.cat(features)
-
-
-def _batches(prompts: list[str]) -> Iterator[list[str]]:
-    for start in range(0, len(prompts), _PROMPTS_PER_BATCH):
-        yield prompts[start : start + _PROMPTS_PER_BATCH]
 
 
 def _normalised(features: torch.Tensor) -> torch.Tensor:
@@ -262,26 +248,24 @@ def _checked_names(class_names: Sequence[str]) -> list[str]:
             expected="a list of two names or more, none of them empty",
             found=repr(class_names)[:200],
         )
-    same: dict[str, list[str]] = {}
-    for name in names:
-        same.setdefault(_spoken(name).casefold(), []).append(name)
-    if colliding := [group for group in same.values() if len(group) > 1]:
+    counts = Counter(_spoken(name).casefold() for name in names)
+    if same := [name for name in names if counts[_spoken(name).casefold()] > 1]:
         raise PRTValueError(
             "Some classes have the same prompts, so they cannot be distinguished.",
             expected="names that differ in more than case, spaces and underscores",
-            found="; ".join(" = ".join(map(repr, group)) for group in colliding),
+            found=", ".join(map(repr, same)),
             remedy="name the difference ('crane (bird)', 'crane (machine)')",
         )
     return names
 
 
 def _checked_templates(templates: Sequence[str]) -> list[str]:
-    checked = [] if isinstance(templates, str) else list(templates)
-    if not checked or not all(isinstance(template, str) and "{}" in template for template in checked):
+    is_right = not isinstance(templates, str) and all(isinstance(each, str) and "{}" in each for each in templates)
+    if not templates or not is_right:
         raise PRTValueError(
             "`templates` is not usable.",
             expected="a list of prompts, each with {} for the class's name",
             found=repr(templates)[:200],
             remedy="TEMPLATES['default']",
         )
-    return checked
+    return list(templates)

@@ -1,6 +1,7 @@
 """How a reward starts: the layers that its LoRA adapts, and its first values."""
 
 import copy
+import re
 
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
@@ -119,7 +120,8 @@ def add_adapter(model: PreTrainedModel, peft_config: PeftConfig, base: ModelRefe
         peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), head]))
     network = wrap(model, peft_config)
     _check_saved(network)
-    _check_fixed(network, head, has_fixed_head(model))
+    if has_fixed_head(model):
+        _check_fixed(network, head)
     if zero:
         zero_(network.get_submodule(f"base_model.model.{head}.modules_to_save.default"))
     return network
@@ -138,10 +140,10 @@ def _check_saved(network: PeftModel) -> None:
         )
 
 
-def _check_fixed(network: PeftModel, head: str, is_fixed: bool) -> None:
+def _check_fixed(network: PeftModel, head: str) -> None:
     """Refuse an adapter of a head that is fixed."""
     found = network.get_base_model().get_submodule(head)
-    if is_fixed and not isinstance(found, FixedLinear):
+    if not isinstance(found, FixedLinear):
         raise PRTValueError(
             "The adapter changes a head that is fixed.",
             expected=f"an adapter of other layers than {head!r}, as `default_peft_config(model)` has",
@@ -163,11 +165,10 @@ def zero_head(model: PreTrainedModel) -> None:
 
 
 def check_zero(model: PreTrainedModel) -> None:
-    """Check that a reward of this model can start at zero.
+    """Raise `PRTValueError` if a reward of this model cannot start at zero.
 
-    Raises:
-        PRTValueError: the logits are the mean of two heads (DeiT, LeViT with a teacher), of which one would not be
-            zero; or the head is fixed, and would stay zero.
+    The logits of DeiT and LeViT with a teacher are the mean of two heads, of which one would not be zero; a fixed head
+    would stay zero.
     """
     if has_fixed_head(model):
         raise PRTValueError(
@@ -205,7 +206,8 @@ def _prefixes_of_top(model: PreTrainedModel, count: int) -> tuple[str, ...]:
 def _shorten(model: nn.Module, targets: list[str]) -> list[str]:
     """Shorten the layers' names to the part that repeats from block to block, if that names the same layers."""
     wanted = set(targets)
-    short = {".".join(_suffix(name.split("."))) for name in targets}
+    # The last name of a path, with the numbers behind it.
+    short = {re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)[0] for name in targets}
     matched = {
         name for name, _ in model.named_modules() if name in short or any(name.endswith(f".{end}") for end in short)
     }
@@ -220,9 +222,3 @@ def _takes_lora(model: PreTrainedModel, name: str, module: nn.Module) -> bool:
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return False
     return not (model.config.model_type in _FUSED_MODELS and name.rpartition(".")[2] in _FUSED_LAYERS)
-
-
-def _suffix(parts: list[str]) -> list[str]:
-    """Return the last name of a path, with the numbers behind it."""
-    named = max(index for index, part in enumerate(parts) if not part.isdigit())
-    return parts[named:]

@@ -59,12 +59,7 @@ class TunedModel(Backbone):
         return {"adapter": file_digest(*self._files)} | Backbone(self._reward, self.base, **self._base_kwargs).identity
 
     def load(self) -> None:
-        """Load the model, unless it is in memory.
-
-        Raises:
-            VocabularyMismatchError, LabelMismatchError: it does not fit the reward.
-            BaseModelMismatchError, RewardFileError: an adapter does not fit its base, or its weights are damaged.
-        """
+        """Load the model, unless it is in memory, and check that it fits the reward, and an adapter its base."""
         if self.network is not None or self._adapter is None:
             return super().load()
         base = self._base_in_memory() or load_pretrained(self.base, **self._base_kwargs)
@@ -174,11 +169,7 @@ def teacher_of(
 
 
 def check_finetuned(network: PeftModel | PreTrainedModel) -> None:
-    """Check that an adapter changes layers, and does so independently of the text.
-
-    Raises:
-        UnsupportedError: an adapter of prompts, or one that depends on the text.
-    """
+    """Raise `UnsupportedError` for an adapter of prompts, or one that depends on the text."""
     for peft_config in network.peft_config.values() if isinstance(network, PeftModel) else ():
         check_is_of_layers(peft_config)
 

@@ -28,22 +28,14 @@ _ONLY_NUMBERS = ("theta", "position", "token", "length", "window", "seed", "step
 def load_full(
     folder: Path, config: RewardConfig, base_model: PreTrainedModel | None, load_kwargs: dict
 ) -> PreTrainedModel:
-    """Load a full reward, of the class of `base_model` where that is given. No code of its folder is run.
-
-    Raises:
-        RewardFileError: as raised by [`check_full`]; or some weights are missing or left over.
-    """
+    """Load a full reward that [`check_full`] accepts, of the class of `base_model` if given; run none of its code."""
     check_full(folder, config, base_model)
     kwargs = load_kwargs | {"trust_remote_code": False, "use_safetensors": True}
     return load_whole(_class_of(config, base_model), folder, kind=RewardFileError, exactly=True, **kwargs)
 
 
 def check_full(folder: Path, config: RewardConfig, base_model: PreTrainedModel | None = None) -> None:
-    """Check that the configuration of a full reward describes one network, and no larger one than the weights are of.
-
-    Raises:
-        RewardFileError: it does not, its class is not known, or transformers would load more than the reward.
-    """
+    """Raise `RewardFileError` unless the configuration describes one network that is no larger than the weights."""
     weights, path = weight_files(folder, config), folder / MODEL_CONFIG
     for kind, pattern in (("an adapter", ADAPTER_CONFIG), ("other weights", "*.safetensors")):
         # Which transformers would load on top of the weights, or in their place.

@@ -56,10 +56,7 @@ def read_ordinary_adapter(
 ) -> PeftConfig:
     """Read the configuration of a PEFT adapter that was not made as a reward, once its weights can be loaded.
 
-    Args:
-        place: folder or Hub id of the adapter.
-        token: for the Hub.
-        beside_base: see [`~prt_hf.networks.adapter_config.check_is_of_layers`].
+    For `beside_base` see [`~prt_hf.networks.adapter_config.check_is_of_layers`].
 
     Raises:
         PRTValueError: it is a reward.
@@ -125,11 +122,7 @@ def load_ordinary_adapter(
 
 
 def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
-    """Check that an adapter can be switched off.
-
-    Raises:
-        UnsupportedError: without its adapted layers the network is not the base.
-    """
+    """Raise `UnsupportedError` if the network without its adapted layers is not the base."""
     off = bare_base(network)
     kinds = [[(name, type(module)) for name, module in model.named_modules()] for model in (off, base)]
     weights = [{name: value.data_ptr() for name, value in model.named_parameters()} for model in (off, base)]

@@ -83,7 +83,10 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
         model.model, model.revision = parts_of(model.hf_config).backbone, None
         lora = vllm_config.lora_config
         if lora is None:
-            _forget_adapters(model.hf_config)
+            if getattr(model.hf_config, ADAPTER_BASE, None) is not None:
+                problem = f"`{ADAPTER_BASE}` is for rewards that requests name."
+                raise PRTValueError(problem, expected="--enable-lora", found="an engine without")
+            getattr(model.hf_config, PARTS)["adapter_base"] = None
         parts = parts_of(model.hf_config)
         _, *others = network_configs(model.hf_config)
         check_engine(vllm_config, others, has_adapter_base=parts.adapter_base is not None)
@@ -112,16 +115,3 @@ def parts_of(config: PreTrainedConfig) -> ServedParts:
     return ServedParts.from_dict(
         {name: value for name, value in getattr(config, PARTS).items() if name != "backbone_config"}
     )
-
-
-def _forget_adapters(config: PreTrainedConfig) -> None:
-    """Drop the base of rewards that requests name, for an engine without LoRA.
-
-    Raises:
-        PRTValueError: a base for adapters was given.
-    """
-    if getattr(config, ADAPTER_BASE, None) is not None:
-        raise PRTValueError(
-            f"`{ADAPTER_BASE}` is for rewards that requests name.", expected="--enable-lora", found="an engine without"
-        )
-    getattr(config, PARTS)["adapter_base"] = None

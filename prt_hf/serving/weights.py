@@ -13,11 +13,8 @@ from ..reward.model import RewardModel
 def merged_weights(adapter: str, base: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield names and tensors as in a checkpoint of a reward's base, with the adapter added to them; float32.
 
-    The reward is loaded as everywhere, with all its checks, and freed when the last tensor is taken.
-
-    Args:
-        adapter: folder of the reward.
-        base: folder of its base.
+    The reward is loaded from its folder with all checks, on the base in its own, and freed when the last tensor is
+    taken.
     """
     network = RewardModel.from_pretrained(adapter, base_model=base, dtype=torch.float32).network
     _untie(network.get_base_model())

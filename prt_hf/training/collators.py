@@ -38,11 +38,7 @@ class TokenCollator:
         length = max(len(row["input_ids"]) for row in rows)
         batch = {
             name: torch.full((len(rows), length), value)
-            for name, value in {
-                "input_ids": self.pad_token_id,
-                "attention_mask": 0,
-                "labels": IGNORE_INDEX,
-            }.items()
+            for name, value in {"input_ids": self.pad_token_id, "attention_mask": 0, "labels": IGNORE_INDEX}.items()
         }
         for index, row in enumerate(rows):
             ids = torch.as_tensor(row["input_ids"])
@@ -82,21 +78,13 @@ class PixelCollator:
 
 
 def check_not_empty(name: str, dataset: Dataset | IterableDataset | Sequence | None) -> None:
-    """Check that a data set of a known length has examples.
-
-    Raises:
-        PRTValueError: it has none.
-    """
+    """Raise `PRTValueError` if a data set of a known length has no examples."""
     if dataset is not None and has_length(dataset) and len(dataset) == 0:
         raise PRTValueError(f"`{name}` is empty.", expected="at least one example", found="0 examples")
 
 
 def check_tokenized(*datasets: Dataset | IterableDataset | Sequence | None) -> None:
-    """Check that [`TokenCollator`] can make batches of data sets.
-
-    Raises:
-        PRTValueError: a data set has no token ids, or is packed.
-    """
+    """Raise `PRTValueError` if a data set has no token ids for [`TokenCollator`], or is packed."""
     for dataset in datasets:
         columns = getattr(dataset, "column_names", None)
         if not isinstance(columns, list):

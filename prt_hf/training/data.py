@@ -26,29 +26,22 @@ SHOWN = 10
 
 
 def load_data(dataset: str, config: str | None = None) -> DatasetDict:
-    """Load all splits of a data set: an id of the Hub, a folder, or a file.
+    """Load all splits of a data set: an id of the Hub, a folder, or a file."""
 
-    Raises:
-        PRTValueError: it cannot be loaded.
-    """
+    def refusal(found: str) -> PRTValueError:
+        expected = f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})"
+        return PRTValueError(f"The dataset {dataset} cannot be loaded.", expected=expected, found=found)
+
     path = Path(dataset)
     suffix = path.suffix.lower()
     if path.is_file() != (suffix in FORMATS) and not path.is_dir():
-        raise PRTValueError(
-            f"The dataset {dataset} cannot be loaded.",
-            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
-            found=f"a file with the suffix {suffix!r}" if path.is_file() else "no such file",
-        )
+        raise refusal(f"a file with the suffix {suffix!r}" if path.is_file() else "no such file")
     try:
         if path.is_file():
             return load_dataset(FORMATS[suffix], data_files=str(path))
         return load_dataset(dataset, config)
     except Exception as error:  # the datasets library raises what its many back ends raise
-        raise PRTValueError(
-            f"The dataset {dataset} cannot be loaded.",
-            expected=f"a dataset of the Hub, a folder, or a file ({', '.join(FORMATS)})",
-            found=first_line(_innermost(error)),
-        ) from error
+        raise refusal(first_line(_innermost(error))) from error
 
 
 def prepare_rows(
@@ -67,65 +60,37 @@ def prepare_rows(
     """Load splits of a data set, and make the rows that a trainer takes.
 
     Rows of language models are checked only. Of classifiers, texts become token ids, images become pixels, and labels
-    become the model's ids.
-
-    Args:
-        dataset: id of the Hub, folder, or file.
-        dataset_config: the configuration of a data set that has several.
-        splits: names of the splits.
-        config: of the trainer; `max_length` is set to what the model can read, and `remove_unused_columns` to `False`
-            for images.
-        network: the model that is tuned.
-        processing_class: its tokenizer or image processor.
-        backbones: id and revision of each source backbone; the id of the model itself is None.
-        text_column: texts, of classifiers.
-        image_column: images.
-        label_column: labels.
-
-    Raises:
-        PRTValueError: a split or column is missing, or its content cannot be used.
+    become the model's ids. In `config`, `max_length` is set to what the model can read, and `remove_unused_columns` to
+    `False` for images. `backbones` are id and revision of each source backbone; the id of the model itself is None.
     """
     parts = load_data(dataset, dataset_config)
     parts = [require_split(parts, split, dataset) for split in splits]
-    task, limit, id2label = task_of(network), context_length(network), unwrap_adapter(network).config.id2label
-    if task == IMAGE_CLASSIFICATION:
-        config.remove_unused_columns = False  # it would remove the images before they are read
-        pixels = pixel_makers(
-            processing_class,
-            unwrap_adapter(network).config,
-            [
-                (None, None)
-                if name is None
-                else (load_processing_class(name, task, revision=revision), load_config(name, revision=revision))
-                for name, revision in backbones
-            ],
-        )
-
-    def prepare(rows: Dataset) -> Dataset:
-        if task == TEXT_GENERATION:
-            has_template = bool(processing_class.chat_template or config.chat_template_path)
+    task, limit, model_config = task_of(network), context_length(network), unwrap_adapter(network).config
+    if task == TEXT_GENERATION:
+        has_template = bool(processing_class.chat_template or config.chat_template_path)
+        for rows in parts:
             check_language_rows(rows, config.dataset_text_field, has_template, dataset)
-            return rows
-        labels = {"label_column": label_column, "id2label": id2label}
-        if task == IMAGE_CLASSIFICATION:
-            is_lazy = not config.precompute_backbone
-            return classified_images(rows, dataset, image_column=image_column, pixels=pixels, is_lazy=is_lazy, **labels)
-        return classified_texts(
-            rows, dataset, text_column=text_column, tokenizer=processing_class, length=limit, **labels
-        )
-
-    prepared = [prepare(rows) for rows in parts]
-    if task == TEXT_GENERATION and config.max_length is not None and limit is not None:
-        config.max_length = min(config.max_length, limit)  # TRL's default is longer than some models can read
-    return prepared
+        if config.max_length is not None and limit is not None:
+            config.max_length = min(config.max_length, limit)  # TRL's default is longer than some models can read
+        return parts
+    labels = {"label_column": label_column, "id2label": model_config.id2label}
+    if task != IMAGE_CLASSIFICATION:
+        texts = {"text_column": text_column, "tokenizer": processing_class, "length": limit}
+        return [classified_texts(rows, dataset, **texts, **labels) for rows in parts]
+    config.remove_unused_columns = False  # it would remove the images before they are read
+    others = [
+        (None, None)
+        if name is None
+        else (load_processing_class(name, task, revision=revision), load_config(name, revision=revision))
+        for name, revision in backbones
+    ]
+    pixels = pixel_makers(processing_class, model_config, others)
+    images = {"image_column": image_column, "pixels": pixels, "is_lazy": not config.precompute_backbone}
+    return [classified_images(rows, dataset, **images, **labels) for rows in parts]
 
 
 def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
-    """Return a split.
-
-    Raises:
-        PRTValueError: the split is missing or empty.
-    """
+    """Return a split; raise `PRTValueError` if it is missing or empty."""
     if split not in parts:
         raise PRTValueError(f"The dataset {dataset} has no split {split!r}.", expected=split, found=", ".join(parts))
     if len(parts[split]) == 0:
@@ -136,11 +101,7 @@ def require_split(parts: DatasetDict, split: str, dataset: str) -> Dataset:
 
 
 def require_column(rows: Dataset, name: str, dataset: str) -> None:
-    """Check that a data set has a column.
-
-    Raises:
-        PRTValueError: the column is missing.
-    """
+    """Raise `PRTValueError` if a data set lacks a column."""
     if name not in rows.column_names:
         raise PRTValueError(
             f"The dataset {dataset} has no column {name!r}.",
@@ -151,11 +112,7 @@ def require_column(rows: Dataset, name: str, dataset: str) -> None:
 
 
 def require_texts(rows: Dataset, column: str, dataset: str) -> None:
-    """Check that a column has a text in every row.
-
-    Raises:
-        PRTValueError: the column is missing, or has something else than texts.
-    """
+    """Raise `PRTValueError` unless a column has a text in every row."""
     require_column(rows, column, dataset)
     for index, value in enumerate(rows[column]):
         if not isinstance(value, str):
@@ -208,19 +165,13 @@ def label_ids(rows: Dataset, column: str, id2label: dict) -> list[int]:
 
 
 def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool, dataset: str) -> None:
-    """Check that TRL can make token rows of a language model's data: text, prompt and completion, or messages.
-
-    Raises:
-        PRTValueError: a column is missing, or messages have no chat template.
-    """
+    """Raise `PRTValueError` unless TRL can make token rows of the data: text, prompt and completion, or messages."""
     columns = set(rows.column_names)
     if "input_ids" in columns:
         return
     is_prompted = "prompt" in columns
-    if (
-        is_prompted
-        and "completion" not in columns
-        or not columns & {text_column, "messages", "conversations", "prompt"}
+    if not (
+        columns >= {"prompt", "completion"} if is_prompted else columns & {text_column, "messages", "conversations"}
     ):
         raise PRTValueError(
             f"The dataset {dataset} has no columns that a language model is tuned on.",
@@ -251,11 +202,7 @@ def classified_texts(
     tokenizer: PreTrainedTokenizerBase,
     length: int | None,
 ) -> Dataset:
-    """Return the rows of a text classifier: token ids, cut off at `length`, and `labels`.
-
-    Raises:
-        PRTValueError: a column is missing, the classifier does not have a label, or the tokenizer no padding token.
-    """
+    """Return the rows of a text classifier: token ids, cut off at `length`, and `labels`."""
     require_texts(rows, text_column, dataset)
     require_column(rows, label_column, dataset)
     if tokenizer.pad_token is None:
@@ -284,17 +231,8 @@ def classified_images(
 ) -> Dataset:
     """Return the rows of an image classifier: pixels and `labels`.
 
-    Args:
-        rows: the data.
-        dataset: its name in messages.
-        image_column: images, or paths to them.
-        label_column: names or numbers of labels.
-        id2label: the classifier's labels.
-        pixels: name -> function that makes a column of pixels, see [`pixel_makers`].
-        is_lazy: make pixels whenever a row is read, instead of once.
-
-    Raises:
-        PRTValueError: a column is missing, holds no images, or a label that the classifier does not have.
+    Images may be paths. `pixels` maps columns to functions that make them, see [`pixel_makers`]; `is_lazy` makes them
+    whenever a row is read, instead of once.
     """
     require_column(rows, image_column, dataset)
     require_column(rows, label_column, dataset)
@@ -318,11 +256,7 @@ def classified_images(
 
 
 def pixel_values(image: PILImage.Image, image_processor: BaseImageProcessor, config: PreTrainedConfig) -> torch.Tensor:
-    """Return the pixels of a Pillow image, `(channels, height, width)`, in as many colours as the classifier sees.
-
-    Raises:
-        PRTValueError: floating-point or 32-bit pixels.
-    """
+    """Return the pixels of a Pillow image, `(channels, height, width)`, in as many colours as the classifier sees."""
     colours = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
     if image.mode.startswith("I;16"):
         image = PILImage.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # `convert` would cut off at 255
@@ -340,12 +274,8 @@ def pixel_makers(
 ) -> dict[str, Callable[[PILImage.Image], torch.Tensor]]:
     """Return functions that make the columns of pixels of an image.
 
-    These are `pixel_values`, and `backbone_0_pixel_values`, ... of the backbones that need others.
-
-    Args:
-        image_processor: makes `pixel_values`.
-        config: of the model that reads `pixel_values`.
-        backbones: image processor and configuration of each; None for those that read `pixel_values`.
+    These are `pixel_values`, for the model of `config`, and `backbone_0_pixel_values`, ... of the backbones that need
+    others. Each backbone has an image processor and a configuration; None for those that read `pixel_values`.
     """
     made = {PIXELS: partial(pixel_values, image_processor=image_processor, config=config)}
     for index, (theirs, their_config) in enumerate(backbones):

@@ -12,11 +12,7 @@ from ..reward.backbones import Batch
 
 
 class RunningMeans:
-    """Running means of [`~prt_hf.functional.prt_statistics`] over batches and devices, for training and evaluation.
-
-    Args:
-        accelerator: the trainer's.
-    """
+    """Running means of [`~prt_hf.functional.prt_statistics`] over batches and devices, for training and evaluation."""
 
     def __init__(self, accelerator: Accelerator):
         self._accelerator = accelerator
@@ -27,13 +23,7 @@ class RunningMeans:
         self._sums[phase].clear()
 
     def add(self, phase: str, statistics: dict[str, torch.Tensor], batch: Batch) -> None:
-        """Add the statistics of a batch.
-
-        Args:
-            phase: `"train"` or `"eval"`.
-            statistics: tensors of shape `(n,)`, at the batch's supervised positions.
-            batch: tells to which rows these belong.
-        """
+        """Add the statistics of a batch, of shape `(n,)` at its supervised positions, to `"train"` or `"eval"`."""
         values = torch.stack(list(statistics.values()), -1)
         placed = values.new_zeros(*batch.labels.shape, len(statistics))
         placed[batch.supervised] = values
@@ -44,11 +34,7 @@ class RunningMeans:
             self._sums[phase][name] += value
 
     def take(self, phase: str) -> dict[str, float]:
-        """Return the means since the last call, and forget them.
-
-        Raises:
-            PRTValueError: no position was supervised.
-        """
+        """Return the means since the last call, and forget them."""
         sums = self._sums[phase]
         if not sums:
             return {}
@@ -63,7 +49,7 @@ class RunningMeans:
 
 
 def is_step_logged(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether the Trainer logs after the step that it computes now."""
+    """Return whether the Trainer logs after the step that it computes now."""
     if args.logging_strategy != IntervalStrategy.STEPS:
         return args.logging_strategy == IntervalStrategy.EPOCH
     step = state.global_step + 1

@@ -76,12 +76,10 @@ class RewardSaver(Trainer):
         license: str | None = None,
         tags: str | list[str] | None = None,
         model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
+        *,
         dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
         dataset_name: str | list[str] | None = None,
+        **known: Any,
     ) -> None:
         """Write the reward's card to `output_dir`, and keep what users have written into it.
 
@@ -90,12 +88,9 @@ class RewardSaver(Trainer):
             license: metadata.
             tags: metadata.
             model_name: name in the lines that load the reward; by default the repository's, or the folder's.
-            finetuned_from: not used, because the reward knows its base.
-            tasks: not used, because the reward knows its task.
             dataset_tags: ids of data sets on the Hub, by default those that the data sets themselves name.
-            dataset: not used: a data set's name for people.
-            dataset_args: not used.
             dataset_name: TRL's name for `dataset_tags`; files are left out.
+            known: the Trainer's other arguments, which are not used: the reward knows its base and task.
         """
         if not self.is_world_process_zero():
             return
@@ -168,15 +163,12 @@ class RewardSaver(Trainer):
                 f"from {self.args.output_dir} only."
             )
         staged = self._staged(checkpoint_folder)
-        place = {
-            HubStrategy.CHECKPOINT: "last-checkpoint",
-            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
-        }.get(strategy)
+        places = {HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name}
         job = run_as_future(
             _push_staged,
             staged,
             self.hub_model_id,
-            checkpoint=place,
+            checkpoint=places.get(strategy),
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, step {self.state.global_step}",
@@ -214,18 +206,14 @@ class RewardSaver(Trainer):
 def checkpoint_to_resume(given: str | bool | None, output_dir: str | Path) -> str | None:
     """Return the checkpoint that `resume_from_checkpoint` stands for; None if training starts anew.
 
-    Args:
-        given: a folder; true, or `"true"`, for the last complete checkpoint in `output_dir`; false, `"false"` or None.
-        output_dir: folder of the run.
-
-    Raises:
-        PRTValueError: there is no such checkpoint, or it is incomplete.
+    `given` is a folder, which must be complete; true, or `"true"`, for the last complete checkpoint in `output_dir`;
+    false, `"false"` or None.
     """
     wish = str(given or False).lower()
     if wish == "false":
         return None
     found = last_checkpoint(Path(output_dir)) if wish == "true" else str(given)
-    if found is None or not Path(found, TRAINER_STATE_NAME).is_file():
+    if _state_in(found) is None:
         raise PRTValueError(
             "There is no checkpoint to resume from.",
             expected=f"a complete {_PREFIX}* folder{f' in {output_dir}' if wish == 'true' else ''}",
@@ -237,8 +225,16 @@ def checkpoint_to_resume(given: str | bool | None, output_dir: str | Path) -> st
 
 def trained_steps(checkpoint: str | None) -> int:
     """Return the steps that a checkpoint has; 0 without one."""
-    state = None if checkpoint is None else Path(checkpoint, TRAINER_STATE_NAME)
-    return 0 if state is None or not state.is_file() else TrainerState.load_from_json(str(state)).global_step
+    state = _state_in(checkpoint)
+    return 0 if state is None else state.global_step
+
+
+def _state_in(checkpoint: str | Path | None) -> TrainerState | None:
+    """Return the state in a checkpoint, whose file is written last; None if there is none or a part of it."""
+    try:
+        return None if checkpoint is None else TrainerState.load_from_json(str(Path(checkpoint, TRAINER_STATE_NAME)))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -249,11 +245,9 @@ def last_checkpoint(folder: Path) -> str | None:
         if path.name.removeprefix(_PREFIX).isdecimal() and path.is_dir()
     ]
     for _, path in sorted(numbered, reverse=True):
-        try:
-            TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))  # which is written last
+        if _state_in(path) is not None:
             return str(path)
-        except (OSError, ValueError, TypeError):
-            logger.warning(f"Skipping the incomplete checkpoint {path}.")
+        logger.warning(f"Skipping the incomplete checkpoint {path}.")
     return None
 
 

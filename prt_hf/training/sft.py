@@ -17,11 +17,7 @@ from .trainer import PRTTrainer
 
 @dataclass
 class PRTSFTConfig(SFTConfig, PRTConfig):
-    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`].
-
-    Raises:
-        PRTValueError: a value is outside its range, or not usable for rewards.
-    """
+    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`]."""
 
     def __post_init__(self):
         super().__post_init__()

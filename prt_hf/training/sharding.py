@@ -20,11 +20,7 @@ _ACCELERATE = Version("1.15")
 
 
 def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
-    """Check that FSDP runs as it is configured, and that rewards can be saved and resumed under it.
-
-    Raises:
-        UnsupportedError: FSDP 1, FSDP that would not run, sharded checkpoints, or an old version of accelerate.
-    """
+    """Raise `UnsupportedError` unless FSDP runs as configured, and rewards can be saved and resumed under it."""
     is_wanted = args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if is_wanted and not accelerator.is_fsdp2:
@@ -51,12 +47,12 @@ def check_fsdp(args: TrainingArguments, accelerator: Accelerator) -> None:
 
 
 def is_sharding(accelerator: Accelerator) -> bool:
-    """Whether the networks that the accelerator prepares are sharded."""
+    """Return whether the networks that the accelerator prepares are sharded."""
     return accelerator.is_fsdp2 or is_zero3(accelerator)
 
 
 def is_zero3(accelerator: Accelerator) -> bool:
-    """Whether DeepSpeed shards parameters."""
+    """Return whether DeepSpeed shards parameters."""
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     return plugin is not None and plugin.zero_stage == 3
 
@@ -93,11 +89,7 @@ def name_blocks(network: PreTrainedModel | PeftModel, accelerator: Accelerator) 
 
 
 def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
-    """Shard a frozen network in the same way as the network that is trained.
-
-    Raises:
-        UnsupportedError: some parameters would stay whole on every device.
-    """
+    """Shard a frozen network like the one that is trained; raise `UnsupportedError` if some parameters stay whole."""
     if is_zero3(accelerator):
         return prepare_deepspeed(network, accelerator).module
     plugin = accelerator.state.fsdp_plugin

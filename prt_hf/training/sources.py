@@ -23,17 +23,9 @@ def reward_and_backbones(
     peft_config: PeftConfig | None,
     args: PRTConfig,
 ) -> tuple[RewardModel, list[Backbone]]:
-    """Return the reward and its source backbones.
+    """Return the reward and its source backbones, by the arguments of [`PRTTrainer`].
 
-    Args:
-        model: what the reward starts from, as for [`PRTTrainer`].
-        backbone: the source backbones, as for [`PRTTrainer`].
-        processing_class: the model's tokenizer or image processor; by default that in its folder.
-        peft_config: the reward's adapter.
-        args: the trainer's.
-
-    Raises:
-        PRTValueError: the arguments do not go together.
+    Arguments that do not go together raise `PRTValueError`.
     """
     given = backbone if isinstance(backbone, list | tuple) else [backbone]
     if isinstance(model, str) and has_file(model, PRT_CONFIG_NAME):

@@ -13,7 +13,6 @@ runs read them and never run the backbone. Every file is written whole or not at
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -27,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from ..errors import BackboneCacheError
+from ..hub.folder import replace_file
 
 logger = logging.get_logger(__name__)
 
@@ -63,28 +63,21 @@ class BackboneCache:
         return None if plan is None or _missing_blocks(folder, plan) else cls(folder, plan)
 
     def read(self, rows: torch.LongTensor, labels: torch.LongTensor) -> torch.Tensor:
-        """Return the states of some rows, one row after another.
+        """Return a copy of the states of some rows, one row after another: `(num_positions, width)`, on the CPU.
 
         Args:
             rows (`torch.LongTensor` of shape `(batch_size,)`): positions in the data set, in any order.
-            labels (`torch.LongTensor` of shape `(num_positions,)`): the supervised labels that the batch has in these
-                rows, without the -100.
-
-        Returns:
-            `torch.Tensor` of shape `(num_positions, width)`: a copy, on the CPU.
-
-        Raises:
-            BackboneCacheError: the batch has other labels than when the states were computed.
+            labels (`torch.LongTensor` of shape `(num_positions,)`): the supervised labels of these rows in the batch;
+                others than when the states were computed are refused.
         """
         rows, found = rows.tolist(), labels.cpu().numpy()
+        problem = "The batch is not what was cached."
         if not all(0 <= row < self.num_rows for row in rows):
-            raise BackboneCacheError(
-                "The batch is not what was cached.", expected=f"rows 0 ... {self.num_rows - 1}", found=f"rows {rows}"
-            )
+            raise BackboneCacheError(problem, expected=f"rows 0 ... {self.num_rows - 1}", found=f"rows {rows}")
         expected = np.concatenate([self._labels[self._offsets[row] : self._offsets[row + 1]] for row in rows])
         if not np.array_equal(expected, found):
             raise BackboneCacheError(
-                "The batch is not what was cached.",
+                problem,
                 expected=f"{len(expected)} supervised labels in rows {rows}: {_shortened(expected)}",
                 found=f"{len(found)}: {_shortened(found)}",
                 remedy="train without stored states if the data set or its collator gives other labels every time",
@@ -122,7 +115,7 @@ def precompute(
 
     Args:
         folder: the cache's own.
-        key (`dict`): all that the states depend on, as JSON.
+        key: all that the states depend on, as JSON.
         num_rows: rows of the data set.
         supervised: returns the supervised labels of each of the given rows, without the -100. One process calls it for
             all rows before `states`, so that the size is known and reported before anything large is written.
@@ -132,15 +125,11 @@ def precompute(
         dtype: of the states.
         tensors: stored with the states.
         facts: stored with the states, as JSON.
-        batch_size (`int`): rows that `states` is given at a time.
-        rank: of this process among those that share the work.
+        batch_size: rows that `states` is given at a time.
+        rank: of this process among the `world_size` that share the work.
         world_size: number of these processes.
         barrier: returns when all of them have called it.
         disable_tqdm: shows no progress.
-
-    Raises:
-        BackboneCacheError: the folder belongs to another key, the disk is too small, no position is supervised, or
-            `states` returns another shape or dtype.
     """
     folder = Path(folder)
     if (cache := BackboneCache.open(folder, key)) is not None:
@@ -220,11 +209,7 @@ def _start(folder: Path, plan: dict, supervised, tensors, batch_size: int, disab
 
 
 def _check_space(folder: Path, plan: dict, offsets: np.ndarray) -> None:
-    """Report the size of the states.
-
-    Raises:
-        BackboneCacheError: the disk has no space for those that are missing.
-    """
+    """Report the size of the states; raise `BackboneCacheError` if the disk has no space for those that are missing."""
     size = plan["width"] * getattr(torch, plan["dtype"]).itemsize
     blocks = [_block_rows(plan, block) for block in _missing_blocks(folder, plan)]
     missing = size * int(sum(offsets[rows.stop] - offsets[rows.start] for rows in blocks))
@@ -271,8 +256,8 @@ def _batches(rows: range, batch_size: int) -> list[list[int]]:
 
 
 def _missing_blocks(folder: Path, plan: dict) -> list[int]:
-    blocks = range(len(range(0, plan["num_rows"], plan["rows_per_block"])))
-    return [block for block in blocks if not _block_file(folder, block).exists()]
+    blocks = -(-plan["num_rows"] // plan["rows_per_block"])
+    return [block for block in range(blocks) if not _block_file(folder, block).exists()]
 
 
 def _read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -281,17 +266,10 @@ def _read_labels(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a whole file or none.
-
-    Raises:
-        BackboneCacheError: the disk is full, or cannot be written to.
-    """
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    """Write a whole file or none."""
     try:
-        unfinished.write_bytes(content)
-        os.replace(unfinished, path)
+        replace_file(path, content, f"{path.name}.unfinished")
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise BackboneCacheError(
             f"{path} cannot be written.",
             expected=f"{len(content) / 1e9:.3g} GB of space in a folder of your own",
@@ -301,11 +279,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _read_plan(folder: Path, key: dict) -> dict | None:
-    """Return `plan.json`; None if there is none.
-
-    Raises:
-        BackboneCacheError: it has another key.
-    """
+    """Return `plan.json`, None if there is none; raise `BackboneCacheError` if it has another key."""
     if not (folder / PLAN).is_file():
         return None
     plan = json.loads((folder / PLAN).read_bytes())

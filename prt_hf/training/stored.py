@@ -69,22 +69,14 @@ class StoredBackbone(Backbone):
         return ModelReference(**self.caches[0].facts["reference"])
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Return a classifier's logits, `(batch_size, num_labels)`, in the reward's order; 0 where there is no label.
-
-        Raises:
-            BackboneCacheError: the batch has no row numbers, or other labels than when the states were stored.
-        """
+        """Return a classifier's logits, `(batch_size, num_labels)`, in the reward's order; 0 where no label is."""
         states = self._read(batch)
         logits = states.new_zeros(*batch.labels.shape, states.shape[-1])
         logits[batch.supervised] = states
         return self.order.take(logits)
 
     def projection(self, batch: Batch) -> Projection:
-        """Return a language model's logits at the supervised positions, as states and head.
-
-        Raises:
-            BackboneCacheError: the batch has no row numbers, or other labels than when the states were stored.
-        """
+        """Return a language model's logits at the supervised positions, as states and head."""
         states = self._read(batch)
         weights = tuple(weight.to(states.device) for weight in self._head.weights)
         bias = None if self._head.bias is None else self._head.bias.to(states.device)
@@ -95,6 +87,7 @@ class StoredBackbone(Backbone):
         """Return None: [`stored_states`] has checked it."""
 
     def _read(self, batch: Batch) -> torch.Tensor:
+        """Return the states; refuse a batch that has no row numbers, or other labels than when they were stored."""
         if batch.rows is None:
             raise BackboneCacheError(
                 "The batch does not name the rows of the data set that it is made of.",
@@ -148,11 +141,6 @@ def stored_states(
         place: loads a backbone on its device.
         batch_size: rows in a forward pass.
         disable_tqdm: shows no progress.
-
-    Raises:
-        UnsupportedError: a language model's logits are not its last hidden state times its head; or states are missing
-            and the networks are sharded.
-        BackboneCacheError: the states cannot be written, or the folder holds others.
     """
     precision = accelerator.mixed_precision
     key = {"task": source.task, "backbone": source.identity, "precision": precision, "data": data}
@@ -208,52 +196,43 @@ def dataset_key(dataset: Dataset, collator: Callable) -> str:
     """Return a key of a data set and its collator that is the same in any process.
 
     It joins the fingerprints of both and a digest of the batch for a few rows, because two results of a random `map`
-    have the same fingerprint.
-
-    Args:
-        dataset: as the data loader reads it, without the columns that the collator does not take.
-        collator: the data collator.
-
-    Raises:
-        BackboneCacheError: the data set is streamed or has no fingerprint, or its batches are not the same every time.
+    have the same fingerprint. The data set is as the data loader reads it, without columns that the collator does not
+    take. Streamed data, and batches that are not the same every time, raise `BackboneCacheError`.
     """
-    if isinstance(dataset, IterableDataset):
-        raise BackboneCacheError(
-            "The states of a streamed data set cannot be stored: it has no rows to number.",
-            expected="a datasets.Dataset",
-            found=type(dataset).__name__,
-            remedy="load it without streaming, or train without stored states",
-        )
+
+    def refusal(problem: str, expected: str, found: str, remedy: str) -> BackboneCacheError:
+        problem, remedy = f"The states of {problem}.", f"{remedy}, or train without stored states"
+        return BackboneCacheError(problem, expected=expected, found=found, remedy=remedy)
+
     if not isinstance(dataset, Dataset):
-        raise BackboneCacheError(
-            "The states of this data set cannot be stored: it has no fingerprint.",
-            expected="a datasets.Dataset",
-            found=type(dataset).__name__,
-            remedy="Dataset.from_list(rows), or train without stored states",
-        )
+        kind = "a datasets.Dataset", type(dataset).__name__
+        if isinstance(dataset, IterableDataset):
+            problem = "a streamed data set cannot be stored: it has no rows to number"
+            raise refusal(problem, *kind, "load it without streaming")
+        raise refusal("this data set cannot be stored: it has no fingerprint", *kind, "Dataset.from_list(rows)")
     if dataset.format["type"] == "custom":
-        raise BackboneCacheError(
-            "The states of this data set cannot be stored: its rows may be augmented differently in every epoch.",
-            expected="a data set without a transform on the fly",
-            found="`set_transform` or `with_transform`",
-            remedy="dataset.map(transform), or train without stored states",
+        raise refusal(
+            "this data set cannot be stored: its rows may be augmented differently in every epoch",
+            "a data set without a transform on the fly",
+            "`set_transform` or `with_transform`",
+            "dataset.map(transform)",
         )
     try:
         collator_key = Hasher.hash(collator)
     except Exception as error:  # of any kind: pickling runs code of the collator
-        raise BackboneCacheError(
-            f"The states of this data set cannot be stored: its collator has no fingerprint ({error}).",
-            expected="a data collator that can be pickled",
-            found=type(collator).__name__,
-            remedy="a collator without open files, locks or generators, or train without stored states",
+        raise refusal(
+            f"this data set cannot be stored: its collator has no fingerprint ({error})",
+            "a data collator that can be pickled",
+            type(collator).__name__,
+            "a collator without open files, locks or generators",
         ) from error
     sample = np.linspace(0, len(dataset) - 1, min(len(dataset), _SAMPLED_ROWS), dtype=int).tolist()
     batch, again = (Hasher.hash(dict(collator([dataset[row] for row in sample]))) for _ in range(2))
     if batch != again:
-        raise BackboneCacheError(
-            "The states of this data set cannot be stored: its collator gives another batch every time.",
-            expected="the same batch for the same rows",
-            found=type(collator).__name__,
-            remedy="a collator without randomness, or train without stored states",
+        raise refusal(
+            "this data set cannot be stored: its collator gives another batch every time",
+            "the same batch for the same rows",
+            type(collator).__name__,
+            "a collator without randomness",
         )
     return f"{dataset._fingerprint}-{collator_key}-{batch}"

@@ -228,14 +228,14 @@ def test_what_is_to_be_private_is_not_pushed_where_all_can_read(hub, reward):
 )
 def test_a_name_that_is_taken(hub, reward, files, found):
     hub.put("me/taken", files)
-    with pytest.raises(RewardFileError, match=f"me/taken holds {found}; a reward would spoil it"):
+    with pytest.raises(RewardFileError, match=f"me/taken holds {found}; saving a reward there would spoil it"):
         reward.push_to_hub("me/taken")
     assert hub.files("me/taken") == files
 
 
 def test_a_recipe_does_not_replace_a_reward(hub, base, reward):
     reward.push_to_hub("me/reward")
-    with pytest.raises(RewardFileError, match="me/reward holds a reward; a recipe would spoil it"):
+    with pytest.raises(RewardFileError, match="me/reward holds a reward; saving a recipe there would spoil it"):
         PRTForCausalLM.from_parts(base, rewards=["me/reward"]).push_to_hub("me/reward")
     assert set(hub.files("me/reward")) == FILES
 

@@ -547,7 +547,7 @@ def test_damaged_recipes(recipe, damage):
 )
 def test_damaged_generation_configurations(recipe, content):
     (recipe / "generation_config.json").write_text(content)
-    with pytest.raises(PRTError, match="generation_config.json cannot be used"):
+    with pytest.raises(PRTError, match="generation_config.json cannot be read"):
         PRTForCausalLM.from_pretrained(recipe)
 
 

@@ -310,7 +310,7 @@ def test_rewards_port_between_architectures(config, source, target, peft_config)
         (["cat"], "(?s)two names or more, none of them empty.*'cat'"),
         (["cat", " _"], "none of them empty"),
         (["cat", 3], "`class_names` is not usable"),
-        (["Red_fox", "cat", "red  fox", "Cat"], "(?s)'Red_fox' = 'red  fox'; 'cat' = 'Cat'.*crane .bird."),
+        (["Red_fox", "cat", "red  fox", "Cat"], "(?s)found: 'Red_fox', 'cat', 'red  fox', 'Cat'\n.*crane .bird."),
     ],
 )
 def test_class_names(names, message):

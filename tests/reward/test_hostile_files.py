@@ -587,7 +587,7 @@ def test_ids_that_are_too_long_for_the_hub(adapter):
 def test_tokenizers_that_cannot_be_used(adapter, full, content):
     for folder in (adapter, full):
         (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(RewardFileError, match="tokenizer(?s:.)*cannot be used"):
+        with pytest.raises(RewardFileError, match="tokenizer(?s:.)*cannot be read"):
             RewardModel.from_pretrained(folder, base_model=tiny.llama(1) if folder == adapter else None)
 
 
