@@ -344,8 +344,9 @@ def _same_roles(
         for old in old_tokens.values()
         if theirs.get(new.encode()) == ours.get(old.encode())
     ]
+    of_one_role = [(new, old_tokens[role]) for role, new in new_tokens.items() if role in old_tokens]
     renamed: dict[str, str] = {}
-    for new, old in [*((new_tokens[role], old_tokens[role]) for role in new_tokens.keys() & old_tokens), *at_one_id]:
+    for new, old in of_one_role + at_one_id:
         is_free = new.encode() not in ours and old.encode() not in theirs
         if is_free and new not in renamed and old not in renamed.values():
             renamed[new] = old
