@@ -6,11 +6,11 @@ ordinary text: every other token means the same, and the reward acts on it. The 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from json.encoder import encode_basestring_ascii
 from typing import Any, ClassVar
 
 import torch
@@ -116,7 +116,7 @@ class VocabularyMatch:
 
 @dataclass(frozen=True)
 class VocabularyContract:
-    """The token -> id map that a language model's logits are indexed by.
+    """The tokens that a language model's logits are indexed by.
 
     Args:
         size (`int`): largest token id plus one; model heads may be padded beyond it.
@@ -149,16 +149,16 @@ class VocabularyContract:
             raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
         has_two_names = len(set(ids.values())) < len(ids)  # for one id
         in_order = sorted(ids, key=(lambda token: (ids[token], token)) if has_two_names else ids.get)
-        tokens = {token: ids[token] for token in in_order}
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
-        fingerprint = hashlib.sha256(json.dumps(list(tokens.items())).encode()).hexdigest()
+        listed = ", ".join([f"[{encode_basestring_ascii(token)}, {ids[token]}]" for token in in_order])
+        fingerprint = hashlib.sha256(f"[{listed}]".encode()).hexdigest()  # of JSON
         added = {str(token): index for index, token in sorted(tokenizer.added_tokens_decoder.items())}
-        as_bytes = _spelling(tokenizer, tokens)
+        as_bytes = _spelling(tokenizer, ids)
         # An added token hides an ordinary one of its name or id: the tokenizer decodes to it.
         hidden = set(added.values())
         ordinary = {
-            as_bytes(token): index for token, index in tokens.items() if token not in added and index not in hidden
+            as_bytes(token): ids[token] for token in in_order if token not in added and ids[token] not in hidden
         }
         digest = hashlib.sha256(b"".join([len(token).to_bytes(4, "big") + token for token in ordinary])).hexdigest()
         return cls(max(ids.values()) + 1, fingerprint, special, digest, added, ordinary)
