@@ -355,15 +355,16 @@ def _same_roles(
     reward: VocabularyContract, backbone: VocabularyContract, ours: Mapping[bytes, int], theirs: Mapping[bytes, int]
 ) -> dict[str, str]:
     """Return the backbone's end, beginning and padding tokens -> the reward's, where these have no namesake."""
+    # A tokenizer may name a token that it does not have.
     old_tokens, new_tokens = (
-        {role: tokens[role] for role in _ROLES if role in tokens}
-        for tokens in (reward.special_tokens, backbone.special_tokens)
+        {role: token for role in _ROLES if (token := contract.special_tokens.get(role, "")).encode() in tokens}
+        for contract, tokens in ((reward, ours), (backbone, theirs))
     )
     at_one_id = [
         (new, old)
         for new in new_tokens.values()
         for old in old_tokens.values()
-        if theirs.get(new.encode()) == ours.get(old.encode())
+        if theirs[new.encode()] == ours[old.encode()]
     ]
     same_role = [(new, old_tokens[role]) for role, new in new_tokens.items() if role in old_tokens]
     renamed: dict[str, str] = {}

@@ -269,6 +269,17 @@ def test_a_token_of_one_id_is_the_same_whatever_its_role():
     assert ours.match(theirs).renamed == {"<c>": "<a>"}
 
 
+def test_roles_of_tokens_that_a_tokenizer_does_not_have(warnings):
+    """As after `tokenizer.pad_token = "[PAD]"`, which adds no token."""
+    reward, backbone = qwen(QWEN2), qwen(["<|end|>"], "<|end|>", "<|end|>")
+    for tokenizer in (reward, backbone):
+        tokenizer.pad_token = tokenizer.bos_token = "[PAD]"
+        assert "[PAD]" not in tokenizer.get_vocab()
+    assert contract(reward).check(contract(backbone)).renamed == {"<|end|>": "<|im_end|>"}
+    backbone.eos_token = "[END]"
+    assert contract(reward).check(contract(backbone)).renamed == {}
+
+
 def test_other_names_are_told(warnings):
     contract(qwen(QWEN2_5)).check(contract(deepseek()))
     assert len(warnings) == 1 and f"{EOS!r} = '<|im_end|>'" in warnings[0] and "other names" in warnings[0]
