@@ -29,7 +29,7 @@ class ContractError(PRTError, ValueError):
 
 
 class VocabularyMismatchError(ContractError):
-    """The token -> id maps of reward and backbone differ."""
+    """The backbone's vocabulary is not the reward's, nor an update of it; or a tokenizer is not its model's."""
 
 
 class LabelMismatchError(ContractError):

@@ -6,11 +6,11 @@ ordinary text: every other token means the same, and the reward acts on it. The 
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from json.encoder import encode_basestring_ascii
 from typing import Any, ClassVar
 
 import torch
@@ -91,9 +91,9 @@ class VocabularyMatch:
             names = ", ".join(f"{new!r} = {old!r}" for new, old in self.renamed.items())
             parts.append(f"of them by another name {names}")
         if self.neutral:
-            parts.append(f"{self.neutral:,} keep the backbone's probability")
+            parts.append(f"{self.neutral:,} {'keeps' if self.neutral == 1 else 'keep'} the backbone's probability")
         if self.dropped:
-            parts.append(f"{self.dropped:,} of the reward's are not used")
+            parts.append(f"{self.dropped:,} of the reward's {'is' if self.dropped == 1 else 'are'} not used")
         return "; ".join(parts)
 
     @cached_property
@@ -116,7 +116,7 @@ class VocabularyMatch:
 
 @dataclass(frozen=True)
 class VocabularyContract:
-    """The token -> id map that a language model's logits are indexed by.
+    """The tokens that a language model's logits are indexed by.
 
     Args:
         size (`int`): largest token id plus one; model heads may be padded beyond it.
@@ -124,7 +124,8 @@ class VocabularyContract:
         special_tokens (`dict`): role (`"eos_token"`, ...) -> token.
         ordinary (`str`): SHA-256 of the ordinary tokens in the order of their ids, as bytes of text.
         added (`dict`): added token -> id.
-        vocabulary (`Mapping[bytes, int]`, *optional*): the map of all tokens, as bytes of text; not written to files.
+        vocabulary (`Mapping[bytes, int]`, *optional*): ordinary token, as bytes of text -> id, in the order of ids; not
+            written to files.
     """
 
     kind: ClassVar[str] = "vocabulary"
@@ -143,24 +144,24 @@ class VocabularyContract:
         Raises:
             PRTValueError: it has no tokens.
         """
-        tokens = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0])))
-        if not tokens:
+        ids = tokenizer.get_vocab()
+        if not ids:
             raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
+        has_two_names = len(set(ids.values())) < len(ids)  # for one id
+        in_order = sorted(ids, key=(lambda token: (ids[token], token)) if has_two_names else ids.get)
         roles = ("bos_token", "eos_token", "unk_token", "pad_token")
         special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
-        fingerprint = hashlib.sha256(json.dumps(list(tokens.items())).encode()).hexdigest()
+        listed = ", ".join([f"[{encode_basestring_ascii(token)}, {ids[token]}]" for token in in_order])
+        fingerprint = hashlib.sha256(f"[{listed}]".encode()).hexdigest()  # of JSON
         added = {str(token): index for index, token in sorted(tokenizer.added_tokens_decoder.items())}
-        as_bytes = _spelling(tokenizer)
+        as_bytes = _spelling(tokenizer, ids)
         # An added token hides an ordinary one of its name or id: the tokenizer decodes to it.
         hidden = set(added.values())
         ordinary = {
-            as_bytes(token, tokens): index
-            for token, index in tokens.items()
-            if token not in added and index not in hidden
+            as_bytes(token): ids[token] for token in in_order if token not in added and ids[token] not in hidden
         }
-        digest = hashlib.sha256(b"".join(len(token).to_bytes(4, "big") + token for token in ordinary)).hexdigest()
-        vocabulary = ordinary | {token.encode(): index for token, index in added.items()}
-        return cls(max(tokens.values()) + 1, fingerprint, special, digest, added, vocabulary)
+        digest = hashlib.sha256(b"".join([len(token).to_bytes(4, "big") + token for token in ordinary])).hexdigest()
+        return cls(max(ids.values()) + 1, fingerprint, special, digest, added, ordinary)
 
     def match(
         self,
@@ -185,45 +186,42 @@ class VocabularyContract:
         """
         if not token_map and (self.fingerprint, self.size) == (backbone.fingerprint, backbone.size):
             return VocabularyMatch(IDENTICAL, backbone.size, self.size)
-        ours, theirs = self._tokens_beside(backbone), backbone._tokens_beside(self)
-        if ours is None or theirs is None:
+        ordinary = self._ordinary_beside(backbone), backbone._ordinary_beside(self)
+        if None in ordinary:
             found = f"{backbone.size:,} tokens, in which at least one ordinary token differs"
             return VocabularyMatch(OTHER, backbone.size, self.size, difference=found)
-        common = ours.keys() & theirs.keys()
-        pairs = {token: token for token in common}  # the backbone's token -> the reward's
-        if problem := self._conflict(backbone, ours, theirs):
+        # The tokenizer encodes to an added token where an ordinary one stands for the same text.
+        ours, theirs = (
+            tokens | {token.encode(): index for token, index in contract.added.items()}
+            for contract, tokens in zip((self, backbone), ordinary, strict=True)
+        )
+        if problem := self._conflict(backbone, ordinary, (ours, theirs)):
             return VocabularyMatch(OTHER, backbone.size, self.size, difference=problem)
-        mapped = dict(token_map or {})
-        for new, old in mapped.items():
-            _check_mapped(new, theirs, "backbone")
-            _check_mapped(old, ours, "reward")
-        if len(set(mapped.values())) < len(mapped):
-            raise PRTValueError(
-                "`token_map` maps two tokens onto one.",
-                expected="another token of the reward for each of the backbone's",
-                found=str(mapped),
-            )
-        same_role = _same_roles(self, backbone, ours, theirs).items()
-        taken = {*mapped, *mapped.values()}
-        renamed = {new: old for new, old in same_role if new not in taken and old not in taken} | mapped
-        for new, old in renamed.items():
-            pairs.pop(old.encode(), None)
-            pairs[new.encode()] = old.encode()
+        if not token_map and self.size == backbone.size and ours == theirs:  # spelled in another way
+            return VocabularyMatch(IDENTICAL, backbone.size, self.size)
         columns = torch.full((backbone.size,), -1)
-        new_ids, old_ids = torch.tensor([(theirs[new], ours[old]) for new, old in pairs.items()]).T
-        columns[new_ids] = old_ids
+        columns[torch.tensor(list(theirs.values()))] = torch.tensor([ours.get(token, -1) for token in theirs])
+        is_shared, is_in_place = columns >= 0, columns == torch.arange(backbone.size)
         added = {token.encode() for token in (*self.added, *backbone.added)}
-        if any(ours[token] != theirs[token] for token in common - added):
+        is_moved = is_shared & ~is_in_place
+        is_moved[[theirs[token] for token in added & theirs.keys()]] = False
+
+        renamed = self._renamed(backbone, ours, theirs, token_map or {})
+        for old in renamed.values():  # before all others are set: one may be the name of another
+            if old.encode() in theirs:
+                columns[theirs[old.encode()]] = -1
+        for new, old in renamed.items():
+            columns[theirs[new.encode()]] = ours[old.encode()]
+        if bool(is_moved.any()):
             kind = MOVED
-        elif not renamed and all(theirs.get(token) == index for token, index in ours.items()):
-            kind = EXTENDED
         else:
-            kind = RENAMED
-        names = {index: token for token, index in theirs.items()}
-        neutral = (columns < 0).nonzero()[:, 0].tolist()
+            kind = EXTENDED if not renamed and int(is_in_place.sum()) == len(ours) else RENAMED
+        is_neutral = (columns < 0).tolist()
+        names = {index: token for token, index in theirs.items() if is_neutral[index]}
         spell = _speller(tokenizer, backbone.special_tokens)
+        neutral = [index for index in range(backbone.size) if is_neutral[index]]
         spelled = {index: spell(names[index]) if index in names else () for index in neutral}
-        dropped = len(ours) - len(pairs)
+        dropped = len(ours) - (backbone.size - len(neutral))
         return VocabularyMatch(kind, backbone.size, self.size, columns, renamed, spelled, dropped)
 
     def check(
@@ -260,7 +258,7 @@ class VocabularyContract:
                 remedy=f"use a {owner} of the same family, or tune a reward for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
-        end = (backbone._tokens_beside(self) or {}).get(theirs.encode()) if theirs else None
+        end = None if theirs is None else backbone.id_of(theirs)
         if end is not None and match.columns is not None and int(match.columns[end]) < 0:
             logger.warning(
                 f"The reward does not know the backbone's end token {theirs!r}, so it cannot end a text: "
@@ -274,6 +272,10 @@ class VocabularyContract:
                 f"`eos_token_id` to `generate` for both if texts do not end."
             )
         return match
+
+    def id_of(self, token: str) -> int | None:
+        """Return the id of a token as it stands in a text; None if there is none, or names are not known."""
+        return self.added.get(token, (self.vocabulary or {}).get(token.encode()))
 
     def check_head(self, columns: int, owner: str = "backbone") -> None:
         """Accept logits with at least as many columns as there are tokens, and as many more as may be padding.
@@ -294,28 +296,47 @@ class VocabularyContract:
                 remedy="use the tokenizer that belongs to the model",
             )
 
-    def _tokens_beside(self, other: "VocabularyContract") -> Mapping[bytes, int] | None:
-        """Return the token -> id map; one that is read from a file takes equal ordinary tokens from the other's."""
+    def _ordinary_beside(self, other: "VocabularyContract") -> Mapping[bytes, int] | None:
+        """Return the ordinary tokens; a contract that is read from a file takes equal ones from the other's."""
         if self.vocabulary is not None or other.vocabulary is None or self.ordinary != other.ordinary:
             return self.vocabulary
-        taken, ordinary = set(self.added.values()), other._ordinary_of(other.vocabulary)
-        if self.size - len(taken) != len(ordinary):
+        taken = set(self.added.values())
+        if self.size - len(taken) != len(other.vocabulary):  # ids are left out, and the file does not tell which
             return None
-        free = [index for index in range(self.size) if index not in taken]
-        return dict(zip(ordinary, free, strict=True)) | {token.encode(): index for token, index in self.added.items()}
+        free = (index for index in range(self.size) if index not in taken)
+        return dict(zip(other.vocabulary, free, strict=True))
 
-    def _ordinary_of(self, tokens: Mapping[bytes, int]) -> dict[bytes, int]:
-        """Return all but the added tokens."""
-        added = {token.encode() for token in self.added}
-        return {token: index for token, index in tokens.items() if token not in added}
+    def _renamed(
+        self,
+        backbone: "VocabularyContract",
+        ours: Mapping[bytes, int],
+        theirs: Mapping[bytes, int],
+        token_map: Mapping[str, str],
+    ) -> dict[str, str]:
+        """Return the backbone's tokens -> the reward's tokens of other names, as `token_map` says or by their roles."""
+        for new, old in token_map.items():
+            _check_mapped(new, theirs, "backbone")
+            _check_mapped(old, ours, "reward")
+        if len(set(token_map.values())) < len(token_map):
+            raise PRTValueError(
+                "`token_map` maps two tokens onto one.",
+                expected="another token of the reward for each of the backbone's",
+                found=str(dict(token_map)),
+            )
+        same_role = _same_roles(self, backbone, ours, theirs).items()
+        taken = {*token_map, *token_map.values()}
+        return {new: old for new, old in same_role if new not in taken and old not in taken} | dict(token_map)
 
     def _conflict(
-        self, backbone: "VocabularyContract", ours: Mapping[bytes, int], theirs: Mapping[bytes, int]
+        self,
+        backbone: "VocabularyContract",
+        ordinary: tuple[Mapping[bytes, int], Mapping[bytes, int]],
+        tokens: tuple[Mapping[bytes, int], Mapping[bytes, int]],
     ) -> str | None:
-        """Return why the ordinary tokens are not the same; None if they are."""
+        """Return why the ordinary tokens, of reward and backbone, are not the same; None if they are."""
         if self.ordinary and self.ordinary == backbone.ordinary:
             return None
-        ordinary = self._ordinary_of(ours), backbone._ordinary_of(theirs)
+        ours, theirs = tokens
         lost = {token: index for token, index in ordinary[0].items() if token not in theirs}
         new = {token: index for token, index in ordinary[1].items() if token not in ours}
         share = min(1 - len(lost) / max(1, len(ordinary[0])), 1 - len(new) / max(1, len(ordinary[1])))
@@ -334,18 +355,20 @@ def _same_roles(
     reward: VocabularyContract, backbone: VocabularyContract, ours: Mapping[bytes, int], theirs: Mapping[bytes, int]
 ) -> dict[str, str]:
     """Return the backbone's end, beginning and padding tokens -> the reward's, where these have no namesake."""
+    # A tokenizer may name a token that it does not have.
     old_tokens, new_tokens = (
-        {role: tokens[role] for role in _ROLES if role in tokens}
-        for tokens in (reward.special_tokens, backbone.special_tokens)
+        {role: token for role in _ROLES if (token := contract.special_tokens.get(role, "")).encode() in tokens}
+        for contract, tokens in ((reward, ours), (backbone, theirs))
     )
     at_one_id = [
         (new, old)
         for new in new_tokens.values()
         for old in old_tokens.values()
-        if theirs.get(new.encode()) == ours.get(old.encode())
+        if theirs[new.encode()] == ours[old.encode()]
     ]
+    same_role = [(new, old_tokens[role]) for role, new in new_tokens.items() if role in old_tokens]
     renamed: dict[str, str] = {}
-    for new, old in [*((new_tokens[role], old_tokens[role]) for role in new_tokens.keys() & old_tokens), *at_one_id]:
+    for new, old in same_role + at_one_id:
         is_free = new.encode() not in ours and old.encode() not in theirs
         if is_free and new not in renamed and old not in renamed.values():
             renamed[new] = old
@@ -386,21 +409,21 @@ def _speller(
     return spell
 
 
-def _spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Mapping[str, int]], bytes]:
-    """Return a function from an ordinary token to the bytes of text that it stands for.
+def _spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> Callable[[str], bytes]:
+    """Return a function from an ordinary one of all `tokens` to the bytes of text that it stands for.
 
     Byte-level BPE writes a space as "Ġ", SentencePiece as "▁", and a byte that no token holds as "<0x0A>".
     """
     decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
     form = "" if decoder is None else decoder.__getstate__().decode()
 
-    def byte_level(token: str, tokens: Mapping[str, int]) -> bytes:
+    def byte_level(token: str) -> bytes:
         try:
             return token.translate(_BYTES).encode("latin-1")
         except UnicodeEncodeError:
             return token.encode()
 
-    def sentencepiece(token: str, tokens: Mapping[str, int]) -> bytes:
+    def sentencepiece(token: str) -> bytes:
         found = _BYTE_TOKEN.fullmatch(token)
         if found is None:
             return token.replace("▁", " ").encode()
@@ -409,7 +432,7 @@ def _spelling(tokenizer: PreTrainedTokenizerBase) -> Callable[[str, Mapping[str,
 
     if "ByteLevel" in form:
         return byte_level
-    return sentencepiece if "▁" in form or "\\u2581" in form else lambda token, _: token.encode()
+    return sentencepiece if "▁" in form or "\\u2581" in form else str.encode
 
 
 def _shown(token: bytes) -> str:

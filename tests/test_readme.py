@@ -77,13 +77,15 @@ def test_every_block_runs(tmp_path, monkeypatch, hub):
         )
         exec(compile(on_cpu, "README.md", "exec"), scope)
         seen.append(dict(scope))
-    text, generated, whole, existing, shared, measured, images, zero_shot, chat = seen
+    text, generated, fits, whole, existing, shared, measured, images, zero_shot, chat = seen
     assert hub.repositories["me/gsm8k-reward"].private
     with torch.no_grad():
         ids = shared["inputs"]["input_ids"]
         assert torch.equal(shared["reward"](input_ids=ids), generated["reward"](input_ids=ids))
         assert torch.equal(shared["model"](ids).logits, whole["model"](ids).logits)
     assert torch.equal(whole["output"], generated["output"]), "speculative or not, processor or model"
+    assert str(fits["processor"].match) == "identical: 97 tokens"
+    assert fits["processor"].prompt.shape[1] > fits["inputs"]["input_ids"].shape[1]
     assert torch.equal(existing["carried_over"].generate(**existing["inputs"], max_new_tokens=64), existing["emulated"])
     assert text["trainer"].state.global_step > 0
     # The end token belongs to what is answered.

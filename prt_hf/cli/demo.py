@@ -21,7 +21,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add_option(parser, "seed", type=seed, default=0, help=with_default("seed of data and models"))
     own = parser.add_argument_group("your own models and data", "give all three, and --task")
     add_option(own, "source", help="old model: Hub id or folder")
-    add_option(own, "target", help="new model with the same vocabulary or labels: Hub id or folder")
+    add_option(
+        own, "target", help="new model of the same vocabulary, an update of it, or the same labels: Hub id or folder"
+    )
     add_option(own, "dataset", help="Hub id, folder or file; columns: text, or image and label")
     add_counts(own, steps=(200, "steps of tuning"), batch_size=(8, "rows in a step"))
     add_option(own, "learning_rate", type=positive(float), default=2e-4, help="default: %(default)s")

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Tune a reward on a pretrained model, its source backbone. The reward can then be added to the logits of any model with
-the same vocabulary or labels. Language models, text classifiers and image classifiers are recognised by the model's
-configuration.
+the same vocabulary, an update of it, or the same labels. Language models, text classifiers and image classifiers are
+recognised by the model's configuration.
 
   prt-hf train --model_name_or_path Qwen/Qwen2.5-0.5B --dataset_name trl-lib/Capybara --output_dir capybara-reward
   prt-hf train --model_name_or_path google/vit-base-patch16-224 --dataset_name photos/ --output_dir photo-reward

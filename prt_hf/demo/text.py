@@ -131,13 +131,13 @@ def usage(folder: Path, target: str | Path, prompt: str) -> str:
     """Return lines of Python that use the saved reward."""
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from prt_hf import PRTLogitsProcessor, RewardModel
+from prt_hf import RewardModel
 
 reward = RewardModel.from_pretrained({str(folder / "text-reward")!r})
 target = AutoModelForCausalLM.from_pretrained({str(target)!r})
 tokenizer = AutoTokenizer.from_pretrained({str(target)!r})
 inputs = tokenizer({prompt!r}, return_tensors="pt")
-output = target.generate(**inputs, logits_processor=[PRTLogitsProcessor(reward, tokenizer)], max_new_tokens=60)
+output = target.generate(**inputs, logits_processor=[reward.processor(target)], max_new_tokens=60)
 print(tokenizer.decode(output[0], skip_special_tokens=True))"""
 
 

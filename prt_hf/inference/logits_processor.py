@@ -32,13 +32,13 @@ class _TermProcessor(LogitsProcessor):
         self,
         terms: Sequence[Term],
         match: VocabularyMatch,
+        contract: VocabularyContract,
         tokenizer: PreTrainedTokenizerBase,
         strength: float | torch.Tensor | list[float],
         attention_mask: torch.LongTensor | None,
         compile_config: CompileConfig | None = None,
     ):
-        self._match = match
-        self._contract = VocabularyContract.from_tokenizer(tokenizer)
+        self._match, self._contract = match, contract
         self._context = RewardContext(tokenizer, match)
         self._signs = [term.sign for term in terms]
         self._states = TermStates(*(term.network.eval() for term in terms), compile_config=compile_config)
@@ -216,7 +216,7 @@ class PRTLogitsProcessor(_TermProcessor):
                 remedy="leave `compile_config` out, or distil it into a reward",
             )
         strength = reward.config.strength if strength is None else strength
-        super().__init__(terms, match, tokenizer, strength, attention_mask, compile_config)
+        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask, compile_config)
         self.match = match
         self.reward = reward
         self._compile_config, self._source_backbone = compile_config, source_backbone
@@ -304,7 +304,8 @@ class EFTLogitsProcessor(_TermProcessor):
         contract, _ = (contract_of(network, source_tokenizer) for network in (finetuned, pretrained))
         theirs = VocabularyContract.from_tokenizer(tokenizer)
         match = contract.check(theirs, token_map=token_map, tokenizer=source_tokenizer)
-        super().__init__((Term(finetuned), Term(pretrained, -1.0)), match, tokenizer, strength, attention_mask)
+        terms = (Term(finetuned), Term(pretrained, -1.0))
+        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask)
 
     @classmethod
     def from_adapter(

@@ -261,7 +261,7 @@ def _check(
             "There is no PRTLogitsProcessor to draft with.",
             expected="a PRTLogitsProcessor in `logits_processor`",
             found="none",
-            remedy="logits_processor=[PRTLogitsProcessor(reward, tokenizer)] beside `custom_generate`",
+            remedy="logits_processor=[reward.processor(backbone)] beside `custom_generate`",
         )
     if not isinstance(longest, int) or longest < 1:
         raise PRTValueError("`num_draft_tokens` is not usable.", expected="1 or more", found=repr(longest))
