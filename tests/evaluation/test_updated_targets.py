@@ -1,0 +1,152 @@
+"""Figures on targets whose vocabulary is an update of the reward's, against a brute force over the tokens of both."""
+
+import json
+
+import families
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from families import BACKBONES, REWARD
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from prt_hf import RewardModel, VocabularyMismatchError
+from prt_hf.cli import main
+from prt_hf.evaluation import PortabilityReport, check_fit, portability_report
+
+KINDS = ["extended", "renamed", "moved", "reduced"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """`identical`, the base of `reward`, the targets `extended`, ..., and a fine-tuned model of each, `... tuned`."""
+    home = tmp_path_factory.mktemp("targets")
+    for seed, kind in enumerate(BACKBONES):
+        for name, more in ((kind, 0), (f"{kind} tuned", 20)):
+            families.build(kind, tiny.llama, seed + more).save_pretrained(home / name)
+            BACKBONES[kind].save_pretrained(home / name)
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, target_modules="all-linear")
+    RewardModel.from_base(str(home / "identical"), peft_config=config).save_pretrained(home / "reward")
+    return home
+
+
+def pairs_of(kind):
+    """The reward's tokens and those of a target that they are, by their names and roles."""
+    return {old: new for new, old in families.BruteForce(None, BACKBONES[kind]).pairs.items()}
+
+
+def texts(rows=5):
+    """Token rows of what all targets have, which ends with the reward's end token."""
+    known = set.intersection(*({*pairs_of(kind)} for kind in KINDS)) - {REWARD.pad_token_id}
+    pool, generator = sorted(known), torch.Generator().manual_seed(0)
+    made = []
+    for row in range(rows):
+        ids = [pool[index] for index in torch.randint(len(pool), (5 + row,), generator=generator)] + [
+            REWARD.eos_token_id
+        ]
+        made.append({"input_ids": ids, "labels": [-100] * (1 + row % 3) + ids[1 + row % 3 :]})
+    return Dataset.from_list(made)
+
+
+@torch.no_grad()
+def logits_of(network, kind, rows):
+    """Logits at the supervised positions, in the reward's order, 0 probability for what the network lacks."""
+    pairs, found = pairs_of(kind), []
+    for row in rows:
+        logits = network(torch.tensor([[pairs[index] for index in row["input_ids"]]])).logits[0, :-1].double()
+        ordered = torch.full((len(logits), len(REWARD)), -torch.inf, dtype=torch.float64)
+        for old, new in pairs.items():
+            ordered[:, old] = logits[:, new]
+        found.append(ordered[[label != -100 for label in row["labels"][1:]]])
+    return torch.cat(found)
+
+
+def figures(weights, labels):
+    """Means of -log p, of being right and of the entropy, of probabilities up to a factor."""
+    p = weights / weights.sum(-1, keepdim=True)
+    entropy = -torch.where(p > 0, p * p.log(), 0.0).sum(-1)
+    hits = p.argmax(-1) == labels
+    return [each.double().mean().item() for each in (-p[range(len(labels)), labels].log(), hits, entropy)]
+
+
+def test_figures_are_over_the_tokens_of_both(home, tmp_path):
+    rows = texts()
+    load = AutoModelForCausalLM.from_pretrained
+    reward = RewardModel.from_pretrained(home / "reward")
+    targets = {kind: str(home / kind) for kind in KINDS}
+    finetuned = {kind: str(home / f"{kind} tuned") for kind in KINDS}
+    report = portability_report(
+        reward, targets, rows, eft=str(home / "identical tuned"), finetuned=finetuned, batch_size=2, output_dir=tmp_path
+    )
+    labels = torch.tensor([label for row in rows for label in row["labels"][1:] if label != -100])
+    r = logits_of(reward.network, "identical", rows)
+    source, tuned = (logits_of(load(home / name), "identical", rows) for name in ("identical", "identical tuned"))
+    everywhere = {"pretrained": source.exp(), "eft": tuned.exp(), "prt": (source + r).exp(), "reward_only": r.exp()}
+    for method, weights in everywhere.items():
+        found = report.source.figures[method]
+        expected = figures(weights, labels)
+        assert [found.nll.value, found.accuracy.value, found.entropy] == pytest.approx(expected, rel=1e-4), method
+    for kind in KINDS:
+        target, oracle = (logits_of(load(home / name), kind, rows) for name in (kind, f"{kind} tuned"))
+        at_target = {
+            "pretrained": target.exp(),
+            "eft": target.exp() * tuned.exp() / source.exp(),
+            "prt": (target + r).exp(),
+            "reward_only": r.exp(),
+            "finetuned": oracle.exp(),
+        }
+        place = report.targets[kind]
+        for method, weights in at_target.items():
+            found, expected = place.figures[method], figures(weights, labels)
+            assert [found.nll.value, found.accuracy.value, found.entropy] == pytest.approx(expected, rel=1e-4), method
+        shared = sorted(pairs_of(kind))
+        pi, other = source[:, shared].softmax(-1), target[:, shared].softmax(-1)
+        c = r[:, shared].exp().max(-1).values / (pi * r[:, shared].exp()).sum(-1)
+        found = place.portability
+        expected = [(pi * (pi / other).log()).sum(-1).mean().item(), c.mean().item(), c.max().item()]
+        assert [found.eps, found.c_mean, found.c_max] == pytest.approx(expected, rel=1e-4)
+        assert found.nll["prt_target"] == place.figures["prt"].nll.value
+        (note,) = (note for note in report.notes if note.startswith(f"{kind}: "))
+        assert note.startswith(f"{kind}: its vocabulary is {'renamed' if kind == 'reduced' else kind}: ")
+        assert note.endswith("Figures are over the tokens that both have") and note in report.table()
+    assert PortabilityReport.from_folder(tmp_path, reward.config).to_dict() == json.loads(json.dumps(report.to_dict()))
+
+
+def test_a_token_that_a_target_lacks(home):
+    row = {"input_ids": [3, REWARD.get_vocab()["<|reserved_0|>"], 4]}
+    with pytest.raises(VocabularyMismatchError, match="'<.reserved_0.>', id 71 of the reward"):
+        portability_report(str(home / "reward"), [str(home / "reduced")], Dataset.from_list([row] * 2))
+
+
+def test_fit_and_check_say_how_tokens_match(home, capsys):
+    sentences = {
+        "identical": "73 tokens, the same",
+        "extended": "extended: 73 of 76 tokens are the reward's; 3 keep the backbone's probability",
+        "renamed": "renamed: 71 of 73 tokens are the reward's; of them by another name '<|end|>' = '<eos>'; "
+        "2 keep the backbone's probability; 2 of the reward's are not used",
+        "reduced": "renamed: 71 of 71 tokens are the reward's; 2 of the reward's are not used",
+    }
+    for kind, sentence in sentences.items():
+        fit = check_fit(home / "reward", str(home / kind))
+        assert fit.fits and fit.backbone_tokens == len(BACKBONES[kind])
+        assert main(["check", str(home / "reward"), str(home / kind)]) == 0
+        padding = f"reward's head; {fit.backbone_columns - fit.backbone_tokens} rows pad the backbone's head"
+        assert f"vocabulary {sentence}; 7 rows pad the {padding}" in capsys.readouterr().out
+        assert main(["check", str(home / "reward"), str(home / kind), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["match"] == fit.match
+        assert kind == "identical" or fit.match == sentence
+
+
+def test_check_measures(home, tmp_path, capsys):
+    """Texts are the reward's tokens, and what is measured is what `portability_report` says."""
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": "abcd <think> xyz"}) for _ in range(3)))
+    data = ["--data", str(tmp_path / "rows.jsonl"), "--json"]
+    assert main(["check", str(home / "reward"), str(home / "moved"), *data]) == 0
+    found = json.loads(capsys.readouterr().out)
+    rows = Dataset.from_list([{"text": "abcd <think> xyz"}] * 3)
+    report = portability_report(str(home / "reward"), [str(home / "moved")], rows, methods=["prt"])
+    (place,) = report.targets.values()
+    assert found["portability"]["nll"] == pytest.approx(place.portability.nll)
+    assert found["portability"]["eps"] == pytest.approx(place.portability.eps)
