@@ -8,7 +8,7 @@ import tiny
 import torch
 from datasets import Dataset
 from families import BACKBONES, REWARD
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
 
 from prt_hf import PRTConfig, PRTTrainer, UnsupportedError, VocabularyMismatchError
 
@@ -249,3 +249,34 @@ def test_distillation_is_over_the_tokens_that_all_have(config, tmp_path, kind, t
     with torch.no_grad():
         divergence = brute_force(kind, loaded(folder), start().double(), rows, entropy_coef=0, **teacher)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(divergence.item(), rel=1e-4)
+
+
+# Text classifiers
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifiers_read_the_backbones_tokens(config, tmp_path, kind, precompute):
+    """Its labels are in another order as well."""
+    order = ["blue", "grey", "red", "green"]
+    folder = backbone(tmp_path, kind, model=tiny.bert, names=order, pad_token_id=BACKBONES[kind].pad_token_id)
+    rows = [{"input_ids": row["input_ids"], "label": index % 4} for index, row in enumerate(texts(kind))]
+    args = config(per_device_train_batch_size=8, precompute_backbone=precompute, backbone_cache_dir=str(tmp_path / "c"))
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    reward = tiny.bert(2, vocab_size=len(REWARD), pad_token_id=REWARD.pad_token_id, **still)
+    tokenizer = copy.deepcopy(REWARD)
+    tokenizer.padding_side = "right"  # BERT counts positions from the first column
+    trainer = PRTTrainer(reward, args, None, Dataset.from_list(rows), None, tokenizer, backbone=folder)
+    loss, found = loss_and_gradients(trainer)
+    network, twin = AutoModelForSequenceClassification.from_pretrained(folder).eval(), copy.deepcopy(reward).double()
+    twin.zero_grad()
+    total, pairs = 0.0, pairs_of(kind)
+    for row in rows:
+        with torch.no_grad():
+            log_pt = network(torch.tensor([[pairs[index] for index in row["input_ids"]]])).logits[0].double()
+        r = twin(torch.tensor([row["input_ids"]])).logits[0]
+        log_pi = (log_pt[[order.index(name) for name in tiny.COLOURS]].log_softmax(-1) + r / 2).log_softmax(-1)
+        total = total - log_pi[row["label"]] + 0.1 * (r.softmax(-1) * r.log_softmax(-1)).sum()
+    (total / len(rows)).backward()
+    assert loss == pytest.approx(total.item() / len(rows), rel=1e-5)
+    assert_gradients(found, gradients(twin))
