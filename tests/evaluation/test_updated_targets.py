@@ -1,19 +1,23 @@
 """Figures on targets whose vocabulary is an update of the reward's, against a brute force over the tokens of both."""
 
 import json
+from functools import partial
 
 import families
+import lm_eval.tasks
 import pytest
 import tiny
 import torch
 from datasets import Dataset
 from families import BACKBONES, REWARD
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
-from prt_hf import RewardModel, VocabularyMismatchError
+from prt_hf import PRTForCausalLM, RewardModel, VocabularyMismatchError
 from prt_hf.cli import main
 from prt_hf.evaluation import PortabilityReport, check_fit, portability_report
+from prt_hf.evaluation.harness import task_report
 
 KINDS = ["extended", "renamed", "moved", "reduced"]
 
@@ -150,3 +154,48 @@ def test_check_measures(home, tmp_path, capsys):
     (place,) = report.targets.values()
     assert found["portability"]["nll"] == pytest.approx(place.portability.nll)
     assert found["portability"]["eps"] == pytest.approx(place.portability.eps)
+
+
+TASK = """\
+task: letters
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+test_split: test
+output_type: loglikelihood
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list:
+  - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
+"""
+QUESTIONS = [{"question": f"ab<think>{'xyz' * row}", "answer": "qr</think>"[: 3 + 8 * row]} for row in range(3)]
+
+
+@pytest.mark.parametrize("kind", ["extended", "moved"])
+def test_the_harness_and_pipelines_read_the_targets_tokens(home, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", partial(TaskManager, include_defaults=False))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, QUESTIONS)))
+    (tmp_path / "letters.yaml").write_text(TASK.format(file=tmp_path / "rows.jsonl"))
+    reward, target = RewardModel.from_pretrained(home / "reward"), str(home / kind)
+    report = task_report(reward, [target], ["letters"], reward_name="reward", include_path=tmp_path, batch_size=2)
+    tokenizer, network = BACKBONES[kind], AutoModelForCausalLM.from_pretrained(target)
+    rule, sums = families.BruteForce(reward.network, tokenizer), []
+    for row in QUESTIONS:
+        start, ids = (tokenizer(text)["input_ids"] for text in (row["question"], f"{row['question']}{row['answer']}"))
+        with torch.no_grad():
+            logits = network(torch.tensor([ids])).logits[0]
+        steps = range(len(start), len(ids))
+        sums.append(sum(rule.log_probs(ids[:step], logits[step - 1])[ids[step]].item() for step in steps))
+    found = report.scores[target, "prt"]["letters"]["perplexity"].estimate.value
+    assert found == pytest.approx(torch.tensor([-sum(sums) / len(sums)]).exp().item(), rel=1e-4)
+
+    model, texts = PRTForCausalLM.from_parts(target, [reward]), ["ab<think>cd", "xyz"]
+    expected = []
+    for text in texts:
+        inputs = tokenizer(text, return_tensors="pt")
+        ids = network.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[rule])
+        expected.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    generator = pipeline("text-generation", model=model, tokenizer=model.processing_class)
+    for batch_size in (1, 2):
+        options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
+        outputs = generator(texts, batch_size=batch_size, **options)
+        assert [output["generated_text"] for (output,) in outputs] == expected
