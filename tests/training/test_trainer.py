@@ -660,3 +660,18 @@ def test_another_tokenizer_than_the_rewards(config, tokenizer):
 def test_a_start_that_is_over(config, tokenizer):
     with pytest.raises(PRTValueError, match="(?s)keeps its own start.*reward_init='pretrained'"):
         PRTTrainer(RewardModel.from_base(tiny.llama(1), tokenizer), config(reward_init="zero"))
+
+
+@pytest.mark.parametrize("ends", [[], [2], [9]])
+def test_data_that_never_supervise_an_end_are_told_once(config, tokenizer, caplog, ends):
+    """The end token of the tokenizer, or another one at which the model stops."""
+    rows = [
+        {**row, "input_ids": [each for each in row["input_ids"] if each != 9] + ends} for row in texts(40, 0, False)
+    ]
+    model = tiny.llama(1)
+    model.generation_config.eos_token_id = [2, 9]
+    with caplog.at_level("WARNING"):
+        trained(PRTTrainer(model, config(max_steps=20), None, Dataset.from_list(rows), None, tokenizer))
+    told = [record.message for record in caplog.records if "end token" in record.message]
+    assert len(told) == (not ends)
+    assert all("None of the first 64 rows supervises an end token ('<eos>')" in message for message in told)
