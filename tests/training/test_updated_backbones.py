@@ -10,7 +10,17 @@ from datasets import Dataset
 from families import BACKBONES, REWARD
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, Gemma2Config, Gemma2ForCausalLM
 
-from prt_hf import PRTConfig, PRTTrainer, UnsupportedError, VocabularyMismatchError
+from prt_hf import (
+    NonFiniteRewardError,
+    PRTConfig,
+    PRTTrainer,
+    UnsupportedError,
+    VocabularyMismatchError,
+    prt_loss,
+)
+from prt_hf.functional import reward_entropy
+from prt_hf.networks.lm_head import Projection
+from prt_hf.training.fused_loss import fused_prt_loss
 
 KINDS = ["extended", "renamed", "moved", "reduced"]
 SETTINGS = {"kl_coef": 2.0, "entropy_coef": 0.1}
@@ -249,6 +259,46 @@ def test_distillation_is_over_the_tokens_that_all_have(config, tmp_path, kind, t
     with torch.no_grad():
         divergence = brute_force(kind, loaded(folder), start().double(), rows, entropy_coef=0, **teacher)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(divergence.item(), rel=1e-4)
+
+
+def test_one_of_several_backbones_is_of_another_vocabulary(config, tmp_path):
+    rows, folder = texts("moved"), backbone(tmp_path, "moved")
+    trainer = PRTTrainer(start(), config(), None, None, rows, REWARD, backbone=[None, folder])
+    with torch.no_grad():
+        losses = [
+            brute_force(kind, network, start().double(), rows, entropy_coef=0).item()
+            for kind, network in (("identical", start()), ("moved", loaded(folder)))
+        ]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.1])
+@pytest.mark.parametrize("is_taught", [False, True])
+def test_absent_tokens_in_the_fused_loss(monkeypatch, entropy_coef, is_taught):
+    """In several chunks; a reward that is not finite is still found, in whatever way the sum is formed."""
+    monkeypatch.setattr("prt_hf.networks.lm_head._CHUNK_ON_CPU", 40)
+    torch.manual_seed(0)
+    backbone, reward, teacher = (Projection((torch.randn(7, 4),), (torch.randn(11, 4),)) for _ in range(3))
+    reward.hidden[0].requires_grad_()
+    backbone = backbone._replace(bias=torch.zeros(11).index_fill(0, torch.tensor([1, 5]), -torch.inf))
+    teacher = teacher._replace(bias=torch.zeros(11).index_fill(0, torch.tensor([5, 8]), -torch.inf))
+    labels, settings = torch.tensor([0, 2, 3, 4, 6, 7, 9]), {"kl_coef": 2.0, "entropy_coef": entropy_coef}
+    fused = fused_prt_loss(backbone, reward, labels, **settings, teacher=teacher if is_taught else None)
+    logits = reward.hidden[0] @ reward.weights[0].T
+    taught = {"teacher_logits": teacher.logits()} if is_taught else {}
+    plain = prt_loss(backbone.logits(), logits, labels, **settings, **taught)
+    torch.testing.assert_close(fused, plain)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, reward.hidden[0])[0] for loss in (fused, plain)))
+    kept = [column for column in range(11) if column not in ([1, 5, 8] if is_taught else [1, 5])]
+    cut = {"teacher_logits": teacher.logits()[:, kept]} if is_taught else {}
+    renumbered = torch.tensor([kept.index(label) for label in labels])
+    reference = prt_loss(backbone.logits()[:, kept], logits[:, kept], renumbered, kl_coef=2.0, **cut)
+    entropies = entropy_coef * reward_entropy(logits).mean()
+    torch.testing.assert_close(fused, reference - entropies)
+    for value in (torch.nan, torch.inf):
+        broken = reward._replace(bias=torch.zeros(11).index_fill(0, torch.tensor([3]), value))
+        with pytest.raises(NonFiniteRewardError, match="id 3"):
+            fused_prt_loss(backbone, broken, labels, **settings, teacher=teacher if is_taught else None)
 
 
 # Text classifiers
