@@ -182,7 +182,7 @@ def contract_from_dict(entries: dict[str, Any]) -> Contract:
         size=type(contract.size) is int and 0 < contract.size <= _MOST_TOKENS,
         fingerprint=isinstance(contract.fingerprint, str),
         ordinary=isinstance(contract.ordinary, str),
-        added=_is_map(contract.added) and all(type(index) is int and index >= 0 for index in contract.added.values()),
+        added=_is_map(contract.added) and all(_is_id(index, contract.size) for index in contract.added.values()),
         special_tokens=_is_map(contract.special_tokens) and _are_strings(contract.special_tokens.values()),
     )
     return contract
@@ -201,6 +201,11 @@ def _check(owner: Any, **is_right: bool) -> None:
     for name, holds in is_right.items():
         if not holds:
             raise ValueError(f"{name} = {str(getattr(owner, name))[:80]}")
+
+
+def _is_id(value: Any, size: int) -> bool:
+    """Return whether a value is a token id below `size`."""
+    return type(value) is int and 0 <= value < size
 
 
 def _is_map(value: Any) -> bool:

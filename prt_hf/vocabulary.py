@@ -260,7 +260,8 @@ class VocabularyContract:
                 remedy=f"use a {owner} of the same family, or tune a reward for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
-        if theirs and match.columns is not None and int(match.columns[backbone.vocabulary[theirs.encode()]]) < 0:
+        end = (backbone._tokens_beside(self) or {}).get(theirs.encode()) if theirs else None
+        if end is not None and match.columns is not None and int(match.columns[end]) < 0:
             logger.warning(
                 f"The reward does not know the backbone's end token {theirs!r}, so it cannot end a text: "
                 f"token_map={{{theirs!r}: {ours or '<its end token>'!r}}} says which of its tokens that is."
@@ -297,11 +298,10 @@ class VocabularyContract:
         """Return the token -> id map; one that is read from a file takes equal ordinary tokens from the other's."""
         if self.vocabulary is not None or other.vocabulary is None or self.ordinary != other.ordinary:
             return self.vocabulary
-        taken = set(self.added.values())
-        free = [index for index in range(self.size) if index not in taken]
-        ordinary = other._ordinary_of(other.vocabulary)
-        if len(free) != len(ordinary):
+        taken, ordinary = set(self.added.values()), other._ordinary_of(other.vocabulary)
+        if self.size - len(taken) != len(ordinary):
             return None
+        free = [index for index in range(self.size) if index not in taken]
         return dict(zip(ordinary, free, strict=True)) | {token.encode(): index for token, index in self.added.items()}
 
     def _ordinary_of(self, tokens: Mapping[bytes, int]) -> dict[bytes, int]:

@@ -36,7 +36,8 @@ BACKBONES = {
 
 def build(kind, model=tiny.llama, seed=0, **config):
     """A model with a head for the tokens of a backbone, padded to a multiple of 8."""
-    return model(seed, vocab_size=-(-len(BACKBONES[kind]) // 8) * 8, **config)
+    tokens = BACKBONES[kind]
+    return model(seed, vocab_size=-(-len(tokens) // 8) * 8, pad_token_id=tokens.pad_token_id, **config)
 
 
 @dataclass
@@ -57,9 +58,11 @@ class BruteForce(LogitsProcessor):
         ours, theirs = self.reward.get_vocab(), self.backbone.get_vocab()
         token_map = self.token_map or {}
         self.pairs = {theirs[name]: ours[name] for name in ours.keys() & theirs if name not in token_map.values()}
-        for role in ROLES:
-            new, old = getattr(self.backbone, role), getattr(self.reward, role)
-            if new not in ours and old not in theirs and old not in token_map.values():
+        roles = [(getattr(self.backbone, role), getattr(self.reward, role)) for role in ("eos_token", *ROLES)]
+        others = [(new, old) for new, _ in roles for _, old in roles if theirs[new] == ours[old]]
+        for new, old in [*roles, *others]:
+            is_new = new not in ours and theirs[new] not in self.pairs
+            if is_new and old not in theirs and ours[old] not in self.pairs.values() and old not in token_map.values():
                 self.pairs[theirs[new]] = ours[old]
         self.pairs |= {theirs[new]: ours[old] for new, old in token_map.items()}
         self.names = {index: name for name, index in theirs.items()}

@@ -52,8 +52,8 @@ def test_other_labels():
         "The backbone's labels are not the reward's.\n"
         "  expected: the 2 labels that the reward was tuned with\n"
         "  found: 2 labels; absent: ['green'], unknown: ['violet']\n"
-        "  remedy: name labels of the same meaning in `label_map={backbone's: reward's}`, or pass `allow_partial=True` to "
-        "score those that both have"
+        "  remedy: name labels of the same meaning in `label_map={backbone's: reward's}`, or pass `allow_partial=True` "
+        "to score those that both have"
     )
     with pytest.raises(LabelMismatchError, match="found: 3 labels"):
         LabelContract(("red", "green")).match(LabelContract(("red", "green", "blue")))

@@ -262,7 +262,10 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         if rewards is None:
             rewards = [
                 PRTLogitsProcessor(
-                    reward, self.processing_class, source_backbone=assistant_model, token_map=self.config.token_map
+                    reward,
+                    self.processing_class,
+                    token_map=self.config.token_map,
+                    source_backbone=None if speculation is None else assistant_model,
                 )
                 for reward in self.rewards
             ]

@@ -116,26 +116,22 @@ class RewardContext:
 
     @prompt.setter
     def prompt(self, prompt: Prompt | None) -> None:
-        mask = None
+        if prompt is None:
+            self._prompt = _OfPrompts(None)
+            return
+        ids, mask = prompt, None
         if isinstance(prompt, Mapping):
-            prompt, mask = prompt.get("input_ids"), prompt.get("attention_mask")
-            is_given = prompt is not None
-        else:
-            is_given = isinstance(prompt, torch.Tensor)
-        if is_given:
-            is_usable = isinstance(prompt, torch.Tensor) and prompt.ndim == 2 and prompt.numel() > 0
-            if not is_usable or (mask is not None and mask.shape != prompt.shape):
-                raise PRTValueError(
-                    "`prompt` is not usable.",
-                    expected="the reward tokenizer's ids, `(batch_size, length)`, or a mapping with `input_ids` and "
-                    "`attention_mask`, as it returns them with `return_tensors='pt'`",
-                    found=f"{type(prompt).__name__} of shape {tuple(getattr(prompt, 'shape', ()))}",
-                )
-            check_ids(prompt, self._match.reward_size)
-            mask = torch.ones_like(prompt) if mask is None else mask
-        elif prompt is not None:
-            raise PRTValueError("`prompt` is not usable.", expected="token ids", found=type(prompt).__name__)
-        self._prompt = _OfPrompts(prompt, mask)
+            ids, mask = prompt.get("input_ids"), prompt.get("attention_mask")
+        is_usable = isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() > 0
+        if not is_usable or (mask is not None and mask.shape != ids.shape):
+            raise PRTValueError(
+                "`prompt` is not usable.",
+                expected="token ids of shape (batch_size, length), or a mapping with `input_ids` and `attention_mask`, "
+                "as the reward's tokenizer returns it with `return_tensors='pt'`",
+                found=f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ())) or ''}",
+            )
+        check_ids(ids, self._match.reward_size)
+        self._prompt = _OfPrompts(ids, torch.ones_like(ids) if mask is None else mask)
 
     def read(self, input_ids: torch.LongTensor) -> Rows:
         """Return what the reward reads of rows of the backbone's tokens, `(batch_size, sequence_length)`.
