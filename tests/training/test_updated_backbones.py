@@ -309,7 +309,7 @@ def test_absent_tokens_in_the_fused_loss(monkeypatch, entropy_coef, is_taught):
 def test_classifiers_read_the_backbones_tokens(config, tmp_path, kind, precompute):
     """Its labels are in another order as well."""
     order = ["blue", "grey", "red", "green"]
-    folder = backbone(tmp_path, kind, model=tiny.bert, names=order, pad_token_id=BACKBONES[kind].pad_token_id)
+    folder = backbone(tmp_path, kind, model=tiny.bert, names=order)
     rows = [{"input_ids": row["input_ids"], "label": index % 4} for index, row in enumerate(texts(kind))]
     args = config(per_device_train_batch_size=8, precompute_backbone=precompute, backbone_cache_dir=str(tmp_path / "c"))
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
