@@ -14,9 +14,13 @@ from prt_hf import (
     PRTForCausalLM,
     PRTForImageClassification,
     PRTForSequenceClassification,
+    PRTLogitsProcessor,
     RewardModel,
+    UnsupportedError,
+    speculative_decoding,
 )
 from prt_hf.errors import PRTValueError
+from prt_hf.networks.auto import load_processing_class
 
 NAMES = ["violet", "green", "tench, Tinca tinca", "red", "black", "grey"]  # of backbones; rewards score COLOURS
 LABEL_MAP = {"tench, Tinca tinca": "blue"}
@@ -154,6 +158,36 @@ def test_text_classifiers_read_translated_tokens(classifier, kind, names):
     torch.testing.assert_close(found.double().exp(), expected, rtol=2e-4, atol=1e-6)
     if names is NAMES:
         assert (found.double().exp() - before.double().softmax(-1))[:, [0, 4]].abs().max() < 1e-5
+
+
+# Drafts of a source backbone that is an update of the reward's vocabulary
+
+
+@pytest.mark.parametrize("kind", ["extended", "moved", "reduced"])
+def test_drafts_of_a_source_of_another_vocabulary(tmp_path, kind):
+    """It reads the reward's ids if they are its own; it may have more of them."""
+    families.build(kind, tiny.llama, 3).save_pretrained(tmp_path)
+    BACKBONES[kind].save_pretrained(tmp_path)
+    source, backbone = AutoModelForCausalLM.from_pretrained(tmp_path), families.build("identical", tiny.llama, 1)
+    if kind == "reduced":
+        source.resize_token_embeddings(len(BACKBONES[kind]))
+    reward = RewardModel.from_base(families.build("identical", tiny.llama, 2), REWARD)
+    processor = PRTLogitsProcessor(reward, REWARD, source_backbone=source)
+    inputs = REWARD(["abc<|user|>xyz"], return_tensors="pt")
+    options = {"max_new_tokens": 9, "do_sample": False, "logits_processor": [processor]}
+    text = backbone.generate(**inputs, **options)
+    if kind == "extended":
+        assert torch.equal(backbone.generate(**inputs, **options, custom_generate=speculative_decoding), text)
+        return
+    with pytest.raises(UnsupportedError, match="has other token ids than the reward, and cannot draft"):
+        backbone.generate(**inputs, **options, custom_generate=speculative_decoding)
+
+
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.mamba, tiny.llama, tiny.bert])
+def test_a_model_without_files_of_a_tokenizer_has_none(tmp_path, build):
+    """From the architecture alone, transformers makes some with no more than special tokens."""
+    build().save_pretrained(tmp_path)
+    assert load_processing_class(tmp_path, "text-generation") is None
 
 
 # Recipes
