@@ -199,3 +199,40 @@ def test_the_harness_and_pipelines_read_the_targets_tokens(home, tmp_path, monke
         options = {"max_new_tokens": 6, "do_sample": False, "return_full_text": False}
         outputs = generator(texts, batch_size=batch_size, **options)
         assert [output["generated_text"] for (output,) in outputs] == expected
+
+
+def test_text_classifiers_read_their_own_tokens(tmp_path, capsys):
+    """Labels are in another order as well; one row at a time, as BERT counts padding on the left."""
+    order = ["blue", "grey", "red", "green"]
+    tiny.bert(2, vocab_size=len(REWARD)).save_pretrained(tmp_path / "source")
+    REWARD.save_pretrained(tmp_path / "source")
+    target = tiny.bert(3, order, vocab_size=len(BACKBONES["moved"]))
+    target.save_pretrained(tmp_path / "moved")
+    BACKBONES["moved"].save_pretrained(tmp_path / "moved")
+    torch.manual_seed(0)
+    config = LoraConfig(init_lora_weights=False, target_modules=["query", "value"])
+    reward = RewardModel.from_base(str(tmp_path / "source"), peft_config=config)
+    reward.save_pretrained(tmp_path / "reward")
+    texts, pairs = ["abc<|user|>", "xyz", "qq<eos>rs"], pairs_of("moved")
+    rows = Dataset.from_dict({"text": texts, "label": ["red", "grey", "blue"]})
+    report = portability_report(reward, [str(tmp_path / "moved")], rows, methods=["pretrained", "prt"], batch_size=1)
+    weights = {"pretrained": [], "prt": []}
+    with torch.no_grad():
+        for text in texts:
+            ids = REWARD(text)["input_ids"]
+            logits = target(torch.tensor([[pairs[index] for index in ids]])).logits[0].double()
+            logits = logits[[order.index(name) for name in tiny.COLOURS]]
+            weights["pretrained"].append(logits.exp())
+            weights["prt"].append((logits + reward(input_ids=torch.tensor([ids]))[0].double()).exp())
+    (place,) = report.targets.values()
+    labels = torch.tensor([tiny.COLOURS.index(name) for name in rows["label"]])
+    for method, each in weights.items():
+        found, expected = place.figures[method], figures(torch.stack(each), labels)
+        assert [found.nll.value, found.accuracy.value, found.entropy] == pytest.approx(expected, rel=1e-4), method
+    assert not report.notes
+    assert main(["check", str(tmp_path / "reward"), str(tmp_path / "moved")]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "labels     4, in another order, matched by name; vocabulary moved: 71 of 73 tokens are the reward's\n"
+        in printed
+    )
