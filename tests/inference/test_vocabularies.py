@@ -268,7 +268,7 @@ def test_several_rewards_of_different_vocabularies():
 
 def test_eft_and_a_lora_that_is_carried_over():
     tuned = reward_of(adapter=True).network
-    base = tiny.llama(7, vocab_size=tuned.config.vocab_size)
+    base = tiny.llama(7, vocab_size=tuned.config.vocab_size, pad_token_id=REWARD.pad_token_id)
     tokenizer = BACKBONES["renamed"]
     processor = EFTLogitsProcessor(tuned, tokenizer, source_tokenizer=REWARD, strength=0.8)
     rows, scores = rows_of(tokenizer, 2), torch.randn(2, len(tokenizer))
