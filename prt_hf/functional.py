@@ -201,7 +201,8 @@ def prt_loss(
         entropy_coef (`float`): alpha of Eq. 12; 0 leaves the term out, 1e-5 ... 1e-1 in the paper.
         num_items_in_batch (`int` or 0-dim tensor): number of supervised positions in the whole optimiser step, so that
             accumulated micro-batches weigh every token alike; by default those in `labels`.
-        teacher_logits (`torch.FloatTensor` of the shape of `reward`, *optional*): logits of a fine-tuned model.
+        teacher_logits (`torch.FloatTensor` of the shape of `reward`, *optional*): logits of a fine-tuned model. Tokens
+            that it or the backbone lacks, at -inf, are left out of both distributions.
 
     Returns:
         0-dim `torch.FloatTensor`, nats per supervised position; 0 (with a gradient of 0) where none is supervised but
@@ -271,8 +272,10 @@ def _log_probs(backbone_logits: torch.Tensor, reward: torch.Tensor, strength: fl
 
 
 def _divergence(teacher_logits: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
-    """Return KL(softmax(teacher_logits) || pi) at each position."""
-    return F.kl_div(log_probs, teacher_logits.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    """Return KL(softmax(teacher_logits) || pi) at each position, over the tokens that neither rules out."""
+    is_absent = teacher_logits.isneginf() | log_probs.isneginf()
+    log_p, log_q = (each.masked_fill(is_absent, -torch.inf).log_softmax(-1) for each in (log_probs, teacher_logits))
+    return (log_q.exp() * (log_q - log_p)).masked_fill(is_absent, 0.0).sum(-1)
 
 
 def _supervised(

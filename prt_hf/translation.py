@@ -39,13 +39,13 @@ class Translation:
 
     Args:
         ids (`torch.LongTensor` of shape `(size,)`): the other vocabulary's id for each token; -1 where it has none.
-        spelled (mapping from `int` to a tuple of `int`, *optional*): several ids, or none, for those tokens. Without
-            it, such tokens are refused.
+        spelled (mapping from `int` to a tuple of `int`, *optional*): several ids, or none, for those tokens, which
+            [`rows`] needs.
     """
 
     def __init__(self, ids: torch.LongTensor, spelled: Mapping[int, tuple[int, ...]] | None = None):
         self._tables = {ids.device: ids}
-        self._ids, self._spelled = ids, spelled
+        self._ids = ids
         entries = [(index,) for index in ids.tolist()]
         for token, others in (spelled or {}).items():
             entries[token] = others
@@ -85,21 +85,12 @@ class Translation:
             padding_side: `"left"` or `"right"`.
 
         Raises:
-            VocabularyMismatchError: a token that is refused, or an id beyond the vocabulary.
+            VocabularyMismatchError: an id is beyond the vocabulary.
         """
         device, (count, length) = input_ids.device, input_ids.shape
         input_ids = input_ids.cpu()
         check_ids(input_ids, len(self._ids))
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.cpu()
-        if self._spelled is None:
-            unknown = input_ids[(self._ids[input_ids] < 0) & (mask != 0)]
-            if len(unknown):
-                raise VocabularyMismatchError(
-                    "A text holds a token that the backbone does not have.",
-                    expected="tokens of both vocabularies",
-                    found=f"token id {int(unknown[0])} of the reward",
-                    remedy="use texts without it, or map a token of the backbone onto it with `token_map`",
-                )
         lengths = self._lengths[input_ids] * (mask != 0)
         counts = lengths.flatten()
         firsts = torch.repeat_interleave(self._starts[input_ids].flatten(), counts)

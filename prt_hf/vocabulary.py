@@ -103,7 +103,7 @@ class VocabularyMatch:
 
     @cached_property
     def to_backbone(self) -> Translation:
-        """The translation of the reward's token ids for the backbone; tokens that it lacks are refused."""
+        """The translation of the reward's token ids for the backbone, -1 for tokens that it lacks."""
         ids = torch.full((self.reward_size,), -1)
         shared = self.columns >= 0
         ids[self.columns[shared]] = torch.arange(self.size)[shared]

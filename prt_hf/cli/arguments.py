@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -129,6 +130,17 @@ def boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
     return values[text.lower()]
+
+
+def names(text: str) -> dict[str, str]:
+    """Parse a JSON object of strings."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or not all(isinstance(each, str) for each in value.values()):
+        raise argparse.ArgumentTypeError(f'must be a JSON object like \'{{"a": "b"}}\', not {text}')
+    return value
 
 
 def seed(text: str) -> int:

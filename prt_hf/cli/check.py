@@ -126,20 +126,24 @@ def _parameters(fit) -> str:
 
 
 def _contract(fit) -> str:
+    from ..vocabulary import IDENTICAL
+
     if not fit.fits:
         return "do not match, see below"
     contract = fit.reward.contract
+    is_updated = fit.match is not None and not fit.match.startswith(IDENTICAL)
     if contract.kind == "labels":
         order = "in another order, matched by name" if fit.is_permuted else "in the same order"
-        return f"{len(contract.names)}, {order}"
+        return f"{len(contract.names)}, {order}" + (f"; vocabulary {fit.match.split(';')[0]}" if is_updated else "")
+    heads = {"reward": (contract.size, fit.reward_columns), "backbone": (fit.backbone_tokens, fit.backbone_columns)}
     padded = [
-        f"{columns - contract.size} rows pad the {owner}'s head"
-        for owner, columns in (("reward", fit.reward_columns), ("backbone", fit.backbone_columns))
-        if columns > contract.size
+        f"{columns - tokens} rows pad the {owner}'s head"
+        for owner, (tokens, columns) in heads.items()
+        if columns > tokens
     ]
     differing = [f"{role} {ours!r} -> {theirs!r}" for role, (ours, theirs) in fit.special_tokens.items()]
     known = "the same" if fit.is_tokenizer_known else "taken to be the same: the backbone has no tokenizer"
-    return "; ".join([f"{contract.size} tokens, {known}", *padded, *differing])
+    return "; ".join([fit.match if is_updated else f"{contract.size} tokens, {known}", *padded, *differing])
 
 
 def _describe(found, skipped: int) -> list[str]:

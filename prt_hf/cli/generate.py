@@ -17,6 +17,7 @@ from .arguments import (
     chosen_device,
     config_kwargs,
     load_kwargs,
+    names,
     positive,
     seed,
     share,
@@ -24,9 +25,9 @@ from .arguments import (
 )
 
 DESCRIPTION = """\
-Add rewards to the logits of a backbone, and continue prompts. The backbone needs the rewards' vocabulary; a recipe (a
-saved PRTForCausalLM) names its own rewards. Only generated text is printed to standard output, token by token; a line
-'---' separates several texts."""
+Add rewards to the logits of a backbone, and continue prompts. The backbone needs the rewards' vocabulary, or an update
+of it; a recipe (a saved PRTForCausalLM) names its own rewards. Only generated text is printed to standard output, token
+by token; a line '---' separates several texts."""
 EXAMPLES = """examples:
   prt-hf generate Qwen/Qwen2.5-7B --reward me/gsm8k-reward --prompt "Natalia sold clips to 48 of her friends"
   prt-hf generate Qwen/Qwen2.5-7B --reward me/gsm8k-reward me/style-reward --strength 1 0.5 --file prompts.txt
@@ -64,6 +65,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="S",
         help="1 / lambda, one for each reward; a negative strength subtracts the tuned behaviour; default: as tuned",
     )
+    add_option(
+        parser,
+        "token_map",
+        type=names,
+        metavar="JSON",
+        help="the backbone's tokens -> the rewards', where names and roles do not tell: "
+        '\'{"<|im_end|>": "<|eot_id|>"}\'; not with a recipe',
+    )
     prompts = parser.add_argument_group("prompts", "give one of these; otherwise all of standard input is one prompt")
     add_option(prompts, "prompt", **many, metavar="TEXT", help="one or several texts")
     add_option(
@@ -74,6 +83,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add_option(
         prompts, "chat", action="store_true", help="treat each prompt as a user's message; `messages` always are chats"
+    )
+    add_option(
+        prompts,
+        "reward_chat_template",
+        action="store_true",
+        help="each reward reads chats in its own tokenizer's chat template, in which it was tuned",
     )
     generation = parser.add_argument_group("generation", "defaults: those of the backbone's generation_config.json")
     for name, (kind, text) in _NUMBERS.items():
@@ -115,16 +130,23 @@ def run(args: argparse.Namespace) -> None:
             )
         args.do_sample = True
     prompts = _prompts(args)
+    if args.reward_chat_template and all(isinstance(prompt, str) for prompt in prompts):
+        raise PRTValueError(
+            "Texts have no chat template.", expected="--chat or `messages` with --reward_chat_template", found="texts"
+        )
     if args.speculative and args.batch_size > 1:
         raise PRTValueError("Speculation takes one prompt at a time.", expected="--batch_size 1", found=args.batch_size)
 
     from transformers import set_seed
 
     model = _load(args)
-    rows = [_encode(model, prompt) for prompt in prompts]
-    limit = _check_lengths(model, rows)
+    rows = [_encode(model.processing_class, prompt, "backbone") for prompt in prompts]
+    own_rows = []  # of each reward
+    if args.reward_chat_template:
+        own_rows = [[_encode(each.processing_class, prompt, "reward") for prompt in prompts] for each in model.rewards]
+    limit = _check_lengths(model, [max(each, key=len) for each in zip(rows, *own_rows, strict=True)])
     set_seed(args.seed)
-    for index, record in enumerate(_generated(model, prompts, rows, limit, args)):
+    for index, record in enumerate(_generated(model, prompts, rows, own_rows, limit, args)):
         if args.json:
             print(json.dumps(record, ensure_ascii=False), flush=True)
         elif record["text"] is not None:
@@ -133,7 +155,9 @@ def run(args: argparse.Namespace) -> None:
             print(SEPARATOR, flush=True)
 
 
-def _generated(model, prompts: list, rows: list[list[int]], limit: int | None, args) -> Iterator[dict]:
+def _generated(
+    model, prompts: list, rows: list[list[int]], own_rows: list[list[list[int]]], limit: int | None, args
+) -> Iterator[dict]:
     """Yield the record that --json prints for each prompt; `text` is None if it was streamed."""
     from transformers import TextStreamer
 
@@ -148,15 +172,20 @@ def _generated(model, prompts: list, rows: list[list[int]], limit: int | None, a
         options["speculative"] = True
     pad, ends = _pad_and_ends(model)
     for start in range(0, len(rows), args.batch_size):
-        inputs = _padded(rows[start : start + args.batch_size], pad)
+        part = slice(start, start + args.batch_size)
+        inputs = _padded(rows[part], pad).to(model.device)
+        own_inputs = [_padded(each[part], 0).to(model.device) for each in own_rows]
         length = inputs["input_ids"].shape[1]
-        room = options["max_new_tokens"] if limit is None else limit - length
+        longest = max(each["input_ids"].shape[1] for each in (inputs, *own_inputs))
+        room = options["max_new_tokens"] if limit is None else limit - longest
         if room < options["max_new_tokens"]:
-            print(f"prt-hf generate: after {length} tokens the models can read {room} more", file=sys.stderr)
+            print(f"prt-hf generate: after {longest} tokens the models can read {room} more", file=sys.stderr)
         fitting = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
+        if own_inputs:
+            fitting["reward_inputs"] = own_inputs
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
         began = perf_counter()
-        output = model.generate(**inputs.to(model.device), **fitting, streamer=streamer, pad_token_id=pad)
+        output = model.generate(**inputs, **fitting, streamer=streamer, pad_token_id=pad)
         seconds = perf_counter() - began
         drafts = {"drafted": output.num_drafted, "accepted": output.num_accepted} if args.speculative else {}
         sequences = output.sequences if args.speculative else output
@@ -232,6 +261,10 @@ def _load(args):
             expected="no --reward" if is_recipe else "--reward, or the recipe of a PRT model",
             found=", ".join(args.reward) or f"{args.backbone}, which is no recipe",
         )
+    if is_recipe and args.token_map:
+        raise PRTValueError(
+            f"{args.backbone} is a recipe, which has its own map of tokens.", expected="no --token_map", found="one"
+        )
     if is_recipe:
         model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | backbone_kwargs)
         _check_strengths(args.strength, len(model.strengths))
@@ -240,6 +273,7 @@ def _load(args):
         _check_strengths(args.strength, len(args.reward))
         tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **backbone_kwargs)
         backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs)
+        kwargs["token_map"] = args.token_map
         model = PRTForCausalLM.from_parts(backbone, args.reward, args.strength or None, tokenizer, **kwargs)
     return model if device is None else model.to(device)
 
@@ -253,16 +287,17 @@ def _check_strengths(strengths: list[float], rewards: int) -> None:
         )
 
 
-def _encode(model, prompt: str | list[dict]) -> list[int]:
-    tokenizer = model.processing_class
+def _encode(tokenizer, prompt: str | list[dict], owner: str) -> list[int]:
     is_chat = not isinstance(prompt, str)
     if is_chat:
         if tokenizer.chat_template is None:
             raise PRTValueError(
-                "The backbone's tokenizer has no chat template.",
+                f"The {owner}'s tokenizer has no chat template.",
                 expected="a model for chats",
-                found=str(model.name_or_path),
-                remedy="leave --chat out, and give texts as prompts",
+                found=str(tokenizer.name_or_path),
+                remedy="leave --chat out, and give texts as prompts"
+                if owner == "backbone"
+                else "leave --reward_chat_template out",
             )
         prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]

@@ -42,6 +42,7 @@ class Fit:
         reward_context (`int`, *optional*): The number of tokens that the reward can read; None without a limit.
         special_tokens (`dict`): Role -> the reward's token and the backbone's, for roles where they differ.
         match (`str`, *optional*): How the tokens of the two belong together; None if they do not, or for images.
+        backbone_tokens (`int`, *optional*): The number of the backbone's tokens; None like `match`.
         is_permuted (`bool`): Whether the labels are in another order; they are matched by name.
         is_tokenizer_known (`bool`): Whether the backbone has a tokenizer; if not, the reward's is assumed.
     """
@@ -60,6 +61,7 @@ class Fit:
     reward_context: int | None
     special_tokens: dict[str, tuple[str | None, str | None]]
     match: str | None
+    backbone_tokens: int | None
     is_permuted: bool
     is_tokenizer_known: bool
 
@@ -116,6 +118,7 @@ def check_fit(
         match = skeleton.match_with(model, theirs)
     except PRTError as error:
         problems.append(str(error))
+    tokens = match and match.tokens
     found, named = reference_to(model), config.reward_base
     is_shared = config.is_adapter and found.id == named.id and found.revision == named.revision
     held = [model, skeleton.network] if not is_shared else [skeleton.network]
@@ -133,7 +136,8 @@ def check_fit(
         backbone_context=context_length(model),
         reward_context=context_length(base),
         special_tokens=_differing_roles(config, theirs),
-        match=match and match.tokens and str(match.tokens),
+        match=tokens and str(tokens),
+        backbone_tokens=tokens and tokens.size,
         is_permuted=match is not None and match.columns is not None and config.task != TEXT_GENERATION,
         is_tokenizer_known=theirs is not None or not isinstance(config.contract, VocabularyContract),
     )

@@ -30,7 +30,8 @@ _ERRORS = 2  # standard errors that a difference has to be away from 0
 class Portability:
     """The performance on a target backbone of a reward that was tuned on a source backbone.
 
-    Means are over positions: the supervised tokens of a language model, or the rows of a classifier. With
+    Means are over positions: the supervised tokens of a language model, or the rows of a classifier. Where the
+    vocabulary of a backbone is an update of the reward's, figures are over the tokens that both have. With
     s = `strength`, Prop. 3.2 says that the PRT models of source and target are within O(sqrt(eps)) of each other, by a
     factor that grows with C. It names no values that would be enough; Table 7 has eps from 0.0016 to 0.0158 and
     C = 19.41 for image classifiers.
@@ -130,7 +131,7 @@ def measure_portability(
         **load_kwargs: Arguments of `from_pretrained` for the latter.
 
     Raises:
-        VocabularyMismatchError, LabelMismatchError: The target does not fit the reward.
+        VocabularyMismatchError, LabelMismatchError: The target does not fit the reward, or lacks a token of a text.
         ContextLengthError: A text is longer than one of the models can read.
         NonFiniteRewardError: A reward is NaN or infinite.
         PRTValueError: Nothing is supervised, or the source backbone is unknown.

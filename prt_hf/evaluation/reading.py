@@ -28,11 +28,13 @@ class Part(NamedTuple):
         logits (`dict[str, torch.DoubleTensor]`): Network -> `(n, size)`, in the reward's order of tokens or labels.
         labels (`torch.LongTensor` of shape `(n,)`): The right tokens or labels.
         rows (`torch.LongTensor` of shape `(n,)`): The index, among all rows, of the row of each position.
+        absent (`dict[str, torch.LongTensor]`): Network -> the reward's tokens that it lacks, whose logits are -inf.
     """
 
     logits: dict[str, torch.Tensor]
     labels: torch.LongTensor
     rows: torch.LongTensor
+    absent: dict[str, torch.LongTensor] = {}
 
 
 class Reading:
@@ -87,8 +89,11 @@ class Reading:
         Raises:
             ContextLengthError: A text is longer than one of the networks can read.
             NonFiniteRewardError: A reward is NaN or infinite.
+            VocabularyMismatchError: A text holds a token of the reward that a backbone does not have.
         """
         rows = 0
+        orders = {name: backbone.order for name, backbone in self._backbones.items()}
+        absent = {name: order.absent for name, order in orders.items() if order.absent is not None}
         for inputs in batches:
             batch = self._batch(inputs)
             if "input_ids" in batch.inputs:
@@ -113,7 +118,7 @@ class Reading:
                     logits[name] = _exact(logits[name]).to(self._reward.device)
                 if REWARD in logits:
                     check_finite(logits[REWARD])
-                yield Part(logits, batch.supervised_labels[part], batch.supervised[0][part].cpu() + rows)
+                yield Part(logits, batch.supervised_labels[part], batch.supervised[0][part].cpu() + rows, absent)
             rows += len(batch.labels)
 
     def milliseconds(self, names: Iterable[str]) -> float:

@@ -26,6 +26,7 @@ from ..reward.backbones import Backbone, source_backbones
 from ..reward.finetuned import TunedModel
 from ..reward.model import RewardModel
 from ..training.data import require_column
+from ..vocabulary import VocabularyMatch
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
@@ -117,11 +118,12 @@ def portability_report(
         for name, model in targets.items()
     }
     tuned = [networks[TUNED_SOURCE], *(each[TUNED_TARGET] for each in target_networks.values())]
+    judged = {name: _judged(reward, model, at_revision) for name, model in targets.items()}
     limits = [
         context_length(reward.network),
         _source_limit(reward, networks[SOURCE], load_kwargs),
-        *(_limit(reward, model, at_revision) for model in targets.values()),
-        *(_limit(reward, model.network or model.base, load_kwargs) for model in tuned if model is not None),
+        *(limit for limit, _ in judged.values()),
+        *(_judged(reward, model.network or model.base, load_kwargs)[0] for model in tuned if model is not None),
     ]
     read = prepared(dataset, reward, min([length, *filter(None, limits)]))
 
@@ -143,6 +145,9 @@ def portability_report(
     if output_dir is not None:
         report = _continued(report, output_dir)
     report.notes = _missing_notes(methods, report, targets, targets if eft else (), finetuned)
+    for name, (_, tokens) in judged.items():
+        if reward.config.task == TEXT_GENERATION and not tokens.is_identical:
+            report.notes.append(f"{name}: its vocabulary is {tokens}. Figures are over the tokens that both have")
     for name, theirs in target_networks.items():
         run = _Run(reward, report, report.targets.setdefault(name, Place(name)), networks | theirs)
         for at_target, at_source in run.passes(methods):
@@ -295,22 +300,22 @@ def _check_rows(dataset: Dataset, reward: RewardModel) -> None:
         require_column(dataset, "label", "given")
 
 
-def _limit(reward: RewardModel, model: Model, load_kwargs: dict) -> int | None:
-    """Check without its weights that a model fits the reward; return the number of tokens that it can read."""
+def _judged(reward: RewardModel, model: Model, load_kwargs: dict) -> tuple[int | None, VocabularyMatch | None]:
+    """Check without its weights that a model fits; return how many tokens it can read, and how they match."""
     processing_class = None
     if isinstance(model, str):
         kwargs = {name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs}
         processing_class = load_processing_class(model, reward.config.task, **kwargs)
         model = load_skeleton(model, **kwargs)
-    reward.match_with(model, processing_class)
-    return context_length(model)
+    match = reward.match_with(model, processing_class)
+    return context_length(model), match.tokens
 
 
 def _source_limit(reward: RewardModel, source: Backbone, load_kwargs: dict) -> int | None:
     if source.network is not None:
         return source.limit
     named = reward.config.sources[0]
-    return _limit(reward, named.id, load_kwargs | ({"revision": named.revision} if named.revision else {}))
+    return _judged(reward, named.id, load_kwargs | ({"revision": named.revision} if named.revision else {}))[0]
 
 
 def _description(dataset: Dataset, name: str | None) -> dict[str, str | None]:

@@ -1,9 +1,11 @@
 """Count how good each method is at each place, with its sampling error.
 
-A method adds up log-probabilities of a few networks; `TERMS` is the one list of them.
+A method adds up log-probabilities of a few networks; `TERMS` is the one list of them. Its figures are those of its
+distribution over the tokens that the reward and all of these networks have.
 """
 
 import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -90,16 +92,23 @@ class Tally:
         self._grow(int(part.rows.max()) + 1)
         self._counts.index_add_(0, part.rows, torch.ones(len(part.rows), dtype=torch.float64))
         if {SOURCE, TARGET, REWARD} <= log_probs.keys():
-            concentration = log_concentration(log_probs[SOURCE], log_probs[REWARD]).exp()
+            absent = _absent(part, (SOURCE, TARGET))
+            log_source, log_target = log_probs[SOURCE], log_probs[TARGET]
+            if absent is not None:
+                log_source, log_target = (_without(each, absent).log_softmax(-1) for each in (log_source, log_target))
+            concentration = log_concentration(log_source, _without(log_probs[REWARD], absent)).exp()
             self.c_max = max(self.c_max, concentration.max().item())
             self.totals["c"] += concentration.sum().item()
-            self.totals["eps"] += divergence(log_probs[SOURCE], log_probs[TARGET]).sum().item()
+            self.totals["eps"] += divergence(log_source, log_target).sum().item()
         for key, terms in _DISTINCT.items():
             if not terms.keys() <= log_probs.keys():
                 continue
             scores = sum(log_probs[name] for name, sign in terms.items() if sign > 0)
+            absent = _absent(part, terms)
             for name in (name for name, sign in terms.items() if sign < 0):
-                scores = check_finite(scores - log_probs[name])
+                scores = _without(scores - log_probs[name], absent, 0.0)
+                check_finite(scores)
+            scores = _without(scores, absent)
             log_pi = scores.log_softmax(-1)
             losses = -log_pi.gather(-1, part.labels[:, None])[:, 0]
             hits = (scores.argmax(-1) == part.labels).to(losses)
@@ -154,6 +163,16 @@ class Tally:
         if more > 0:
             self._counts = torch.nn.functional.pad(self._counts, (0, more))
             self._sums = {key: torch.nn.functional.pad(sums, (0, more)) for key, sums in self._sums.items()}
+
+
+def _absent(part: Part, names: Iterable[str]) -> torch.Tensor | None:
+    """Return the reward's tokens that one of the networks lacks; None if there are none."""
+    absent = [part.absent[name] for name in names if name in part.absent]
+    return torch.cat(absent).to(part.labels.device) if absent else None
+
+
+def _without(values: torch.Tensor, absent: torch.Tensor | None, fill: float = -torch.inf) -> torch.Tensor:
+    return values if absent is None else values.index_fill(-1, absent, fill)
 
 
 def wilson(share: float, count: float) -> Estimate:

@@ -13,11 +13,11 @@ from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, signed_sum, strength_of_rows
 from ..networks.adapters import bare_base
 from ..networks.anatomy import contract_of, unwrap_adapter
-from ..networks.auto import load_base
+from ..networks.auto import load_base, processing_class_of
 from ..networks.mixed_pass import lock_of
 from ..reward.finetuned import check_finetuned, pretrained_of
 from ..reward.model import RewardModel, Term
-from ..vocabulary import VocabularyContract, VocabularyMatch, unwrap_tokenizer
+from ..vocabulary import MOVED, OTHER, VocabularyContract, VocabularyMatch, unwrap_tokenizer
 from .context import Prompt, RewardContext
 from .terms import TermStates
 
@@ -248,10 +248,24 @@ class PRTLogitsProcessor(_TermProcessor):
         if config.is_adapter:
             source = bare_base(network)
         elif self._source_backbone is None:
-            source = load_base(config.sources[0], dtype=self.reward.dtype).to(self.reward.device)
+            source = load_base(config.sources[0], dtype=self.reward.dtype)
         else:
-            source = self._source_backbone.to(self.reward.device)
-        return TermStates(network, source.eval(), compile_config=self._compile_config)
+            source = self._source_backbone
+        if source.get_input_embeddings().weight.shape[0] < self._match.reward_size or self._is_moved(source):
+            raise UnsupportedError(
+                "The source backbone has other token ids than the reward, and cannot draft for it.",
+                expected="a source backbone that reads the reward's tokens",
+                found=f"{type(source).__name__} from {source.name_or_path or 'memory'}",
+                remedy="name one in `source_backbone=`, or generate without speculation",
+            )
+        return TermStates(network, source.to(self.reward.device).eval(), compile_config=self._compile_config)
+
+    def _is_moved(self, source: PreTrainedModel) -> bool:
+        """Return whether ordinary tokens of the source backbone have other ids; without a tokenizer they have not."""
+        tokenizer = unwrap_tokenizer(processing_class_of(source, self.reward.config.task))
+        if tokenizer is None:
+            return False
+        return self.reward.contract.match(VocabularyContract.from_tokenizer(tokenizer)).kind in (MOVED, OTHER)
 
     def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
         """Return the source backbone's logits for the tokens after `input_ids`, `(batch_size, match.size)`.

@@ -5,7 +5,14 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from ..contract import IMAGE_CLASSIFICATION, ModelReference
@@ -62,6 +69,8 @@ def _processing_class(path_or_id: str | Path, task: str, **kwargs: Any) -> Proce
     except ImportError as error:
         logger.warning(f"{path_or_id} is used without its {auto_class.__name__}: {str(error).strip()}")
         return None
+    if isinstance(found, PreTrainedTokenizerBase) and len(found) == len(found.added_tokens_decoder):
+        return None  # what transformers makes of the architecture, where there are no files of a tokenizer
     return found.main if isinstance(found, PRTImageProcessor) and not found.others else found
 
 

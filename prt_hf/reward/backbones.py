@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, ModelReference, RewardConfig, contract_to_dict
-from ..errors import PRTValueError, UnsupportedError
+from ..errors import PRTValueError, UnsupportedError, VocabularyMismatchError
 from ..functional import IGNORE_INDEX
 from ..hub.client import commit_of
 from ..networks.adapters import bare_base, check_bare
@@ -26,7 +26,7 @@ from ..networks.identity import reference_to, weights_digest_of_files, weights_d
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import PIXELS, is_same_pixels, missing_pixels
 from ..networks.shared_trunk import SharedTrunk
-from ..vocabulary import VocabularyMatch
+from ..vocabulary import VocabularyMatch, unwrap_tokenizer
 from .matching import RewardOrder
 from .model import RewardModel
 
@@ -239,13 +239,28 @@ class Backbone:
         """
         ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
         mask = mask if mask is None or mask.shape == ids.shape else None
-        is_text = self.task == TEXT_GENERATION
-        for each, kept in ((ids, mask), (batch.supervised_labels[None], None))[: 2 if is_text else 1]:
-            if self.tokens.to_backbone.one_to_one(each, kept) is None:
-                self.tokens.to_backbone.rows(each, kept)  # raises
+        found = self._known(ids, mask)
+        if self.task == TEXT_GENERATION:
+            self._known(batch.supervised_labels, None)
         pad = getattr(self.network.config.get_text_config(), "pad_token_id", None) or 0
-        found = self.tokens.to_backbone.one_to_one(ids, mask)
         return found if mask is None else found.masked_fill(mask == 0, pad)
+
+    def _known(self, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.LongTensor:
+        """Return the backbone's ids for the reward's, and refuse tokens that it does not have."""
+        translation = self.tokens.to_backbone
+        found = translation.one_to_one(ids, mask)
+        if found is None:
+            is_unknown = translation.ids_on(ids.device)[ids] < 0
+            token = int(ids[is_unknown if mask is None else is_unknown & (mask != 0)][0])
+            tokenizer = unwrap_tokenizer(self._reward.processing_class)
+            name = "a token" if tokenizer is None else repr(tokenizer.convert_ids_to_tokens(token))
+            raise VocabularyMismatchError(
+                "The data hold a token that the backbone does not have.",
+                expected=f"tokens of both vocabularies: {self.tokens}",
+                found=f"{name}, id {token} of the reward",
+                remedy="leave out such rows, or take a backbone that has it",
+            )
+        return found
 
     def _hidden(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         return batch.chosen(last_hidden_state(network, self._inputs(batch)))

@@ -5,16 +5,20 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import BaseImageProcessor
+from transformers import BaseImageProcessor, GenerationConfig, PreTrainedTokenizerBase
 from transformers.trainer_utils import has_length
+from transformers.utils import logging
 
 from ..errors import PRTValueError
 from ..functional import IGNORE_INDEX
 from ..networks.pixels import PRTImageProcessor
 
+logger = logging.get_logger(__name__)
+
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 IMAGE = "image"
 LABELS = ("label", "labels")
+_WATCHED_ROWS = 64
 
 
 @dataclass
@@ -102,4 +106,27 @@ def check_tokenized(*datasets: Dataset | IterableDataset | Sequence | None) -> N
                 expected="one document in each row",
                 found=", ".join(sorted(packed)),
                 remedy="pass a `data_collator` that keeps the documents of a row apart",
+            )
+
+
+class EndWatch:
+    """Warns once if the first rows that a language model is trained on never supervise a token that ends texts."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None):
+        ends = getattr(generation_config, "eos_token_id", None) or []
+        self._ends = {tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)} - {None}
+        self._token, self._rows = tokenizer.eos_token, 0
+
+    def see(self, labels: torch.LongTensor) -> None:
+        """Look at the labels of a batch, `(batch_size, sequence_length)`, until an end was seen or enough rows were."""
+        if self._rows >= _WATCHED_ROWS or not self._ends:
+            return
+        if bool(torch.isin(labels, labels.new_tensor(sorted(self._ends))).any()):
+            self._rows = _WATCHED_ROWS
+            return
+        self._rows += len(labels)
+        if self._rows >= _WATCHED_ROWS:
+            logger.warning(
+                f"None of the first {self._rows} rows supervises an end token ({self._token!r}): texts will not end by "
+                "what the reward learns. Append it to texts or completions if they should."
             )

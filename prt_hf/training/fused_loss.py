@@ -157,6 +157,7 @@ class _FusedLoss(torch.autograd.Function):
         # The reward's own logits are needed only for the entropy term and for softcaps.
         is_joint = not entropy_coef and softcap is None and backbone.softcap is None
         terms = (_joint(backbone, reward, kl_coef),) if is_joint else (backbone, reward)
+        absent = _absent(backbone, teacher)
         parts = reward.chunks()
         # All chunks use the same memory: fresh pages would cost as much as the arithmetic.
         rows = parts[0].stop if parts else 0
@@ -169,14 +170,14 @@ class _FusedLoss(torch.autograd.Function):
                 term.at(part).logits(out=buffer[: len(chosen)]) for term, buffer in zip(terms, buffers, strict=True)
             )
             r = z if is_joint else reward_logits[0]
-            total += r.sum()
+            total += (r if absent is None else r.masked_fill(absent, 0)).sum()
             if not is_joint:
                 z.add_(r, alpha=1 / kl_coef)
             # The calls below turn z into the derivative of the loss with respect to r.
             if teacher is None:
                 loss += _surprise_(z, chosen)
             else:
-                loss += _divergence_(z, teacher.at(part).logits(out=teacher_buffer[: len(chosen)]))
+                loss += _divergence_(z, teacher.at(part).logits(out=teacher_buffer[: len(chosen)]), absent)
             if kl_coef != 1:
                 z.div_(kl_coef)
             if entropy_coef:
@@ -210,14 +211,26 @@ def _surprise_(z: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return surprise
 
 
-def _divergence_(z: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+def _divergence_(z: torch.Tensor, teacher: torch.Tensor, absent: torch.Tensor | None) -> torch.Tensor:
     """Return KL(softmax(teacher) || softmax(z)), summed; `z` becomes its derivative, `teacher` is overwritten."""
+    if absent is not None:
+        z.masked_fill_(absent, -torch.inf)
+        teacher.masked_fill_(absent, -torch.inf)
     normaliser = z.logsumexp(1, keepdim=True)
     teacher.sub_(teacher.logsumexp(1, keepdim=True))
     gap = (teacher - z).add_(normaliser)
+    if absent is not None:
+        gap.masked_fill_(absent, 0)
     torch.softmax(z, 1, out=z)
     z.sub_(teacher.exp_())
     return gap.mul_(teacher).sum()
+
+
+def _absent(*frozen: Projection | None) -> torch.Tensor | None:
+    """Return which tokens one of the models lacks, `(vocab_size,)`; None if there are none."""
+    biases = [each.bias for each in frozen if each is not None and each.bias is not None]
+    absent = sum(bias.isneginf() for bias in biases) > 0 if biases else None
+    return absent if absent is not None and bool(absent.any()) else None
 
 
 class _Gradients:

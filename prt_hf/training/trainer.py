@@ -16,14 +16,20 @@ from transformers.utils import logging
 from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import combine
-from ..networks.anatomy import ProcessingClass, context_length, frozen_norms, pretrained_parameters
+from ..networks.anatomy import (
+    ProcessingClass,
+    context_length,
+    frozen_norms,
+    pretrained_parameters,
+    unwrap_adapter,
+)
 from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
 from ..reward.backbones import Backbone, Batch
 from ..reward.finetuned import teacher_of
 from ..reward.model import RewardModel
 from ..vocabulary import unwrap_tokenizer
 from .backbone_reader import BackboneReader
-from .collators import TokenCollator, check_not_empty, check_tokenized
+from .collators import EndWatch, TokenCollator, check_not_empty, check_tokenized
 from .config import PRTConfig
 from .fused_loss import training_loss, training_statistics
 from .metrics import RunningMeans, is_step_logged
@@ -54,6 +60,7 @@ class PRTTrainer(BackboneReader):
             backbone in evaluation. By default the weights that the reward started from: the same model with the adapter
             switched off, or a frozen copy under a full reward. An existing reward keeps the backbones that it was tuned
             on. Each step draws one of several, and evaluation takes the mean over them; None stands for the default.
+            Where its vocabulary is an update of the reward's, losses and figures are over the tokens that both have.
         distill_from (`str`, `Path`, `PeftModel` or `PreTrainedModel`, *optional*): a model that was fine-tuned from
             the source backbone, or an adapter of it; in memory, as a folder, or on the Hub. The reward is tuned to its
             distribution: KL(pi_ft || pi_theta) at all supervised positions takes the place of the likelihood, and
@@ -135,6 +142,10 @@ class PRTTrainer(BackboneReader):
         self._is_fused: bool | None = None  # the first batch decides
         self._means = RunningMeans(self.accelerator)
         self._limits = {context_length(self.model)}
+        self._end_watch = None
+        if self._is_language_model:
+            generation_config = getattr(unwrap_adapter(self.model), "generation_config", None)
+            self._end_watch = EndWatch(unwrap_tokenizer(processing_class), generation_config)
         self.backbones = self._sources
         if args.precompute_backbone:
             if self.compute_metrics is not None:
@@ -158,6 +169,8 @@ class PRTTrainer(BackboneReader):
         batch = self._labelled_batch(inputs)
         if self._is_fused is None:
             self._inspect(model, batch)
+        if model.training and self._end_watch is not None:
+            self._end_watch.see(batch.labels)
         if return_outputs:
             self._check_outputs_are_known()
         drawn = [self._draw_backbone()] if model.training else self.backbones

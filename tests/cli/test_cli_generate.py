@@ -1,5 +1,6 @@
 """`prt-hf generate` prints what PRTForCausalLM.generate makes."""
 
+import copy
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import families
 import pytest
 import tiny
 import torch
@@ -146,6 +148,54 @@ def test_chats_go_through_the_template(folder, command, composite, tmp_path):
     assert command(tmp_path / "chatty", "--file", tmp_path / "chats.jsonl")[1] == text + "\n"
 
 
+@pytest.fixture(scope="module")
+def family(tmp_path_factory):
+    """`backbone` and `reward` of one family, with other tokens and another chat template each."""
+    folder = tmp_path_factory.mktemp("family")
+    for name, kind, template in (("backbone", "renamed", "x{}y"), ("source", "identical", "<|user|>abc{}")):
+        families.build(kind, tiny.llama, len(kind)).save_pretrained(folder / name)
+        tokenizer = copy.deepcopy(families.BACKBONES[kind])
+        tokenizer.chat_template = template.format("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        tokenizer.save_pretrained(folder / name)
+    torch.manual_seed(5)
+    config = LoraConfig(init_lora_weights=False, target_modules="all-linear")
+    RewardModel.from_base(str(folder / "source"), peft_config=config).save_pretrained(folder / "reward")
+    return folder
+
+
+def test_prompts_are_read_by_the_tokenizer_of_each(family, command):
+    """The backbone's tokens by the backbone, and chats in its own template by the reward."""
+    backbone = AutoModelForCausalLM.from_pretrained(family / "backbone")
+    reward = RewardModel.from_pretrained(family / "reward")
+    tokenizer = families.BACKBONES["renamed"]
+
+    def made(texts, own=None, token_map=None):
+        processor = PRTLogitsProcessor(reward, tokenizer, token_map=token_map)
+        found = []
+        for index, text in enumerate(texts):
+            inputs = tokenizer(text, return_tensors="pt")
+            processor.prompt = None if own is None else families.REWARD(own[index], return_tensors="pt")
+            ids = backbone.generate(**inputs, max_new_tokens=9, do_sample=False, logits_processor=[processor])
+            found.append(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        return joined(found)
+
+    prompts, chats, own = ["a<think>b", "cde"], ["xa<think>by", "xcdey"], ["<|user|>abca<think>b", "<|user|>abccde"]
+    given = [family / "backbone", "--reward", family / "reward", "--prompt", *prompts]
+    assert command(*given)[1] == made(prompts)
+    token_map = {"<think>": "<|reserved_1|>"}
+    mapped = made(prompts, token_map=token_map)
+    assert mapped != made(prompts)
+    assert command(*given, "--token_map", json.dumps(token_map))[1] == mapped
+    assert command(*given, "--chat")[1] == made(chats)
+    assert made(chats, own) != made(chats)
+    for more in ([], ["--batch_size", 2], ["--speculative"]):
+        assert command(*given, "--chat", "--reward_chat_template", *more)[1] == made(chats, own), more
+    assert "Texts have no chat template." in command(*given, "--reward-chat-template")[2]
+    for wrong in ("<think>", '["<think>"]', '{"<think>": 3}'):
+        with pytest.raises(SystemExit, match="2"):
+            command(*given, "--token_map", wrong)
+
+
 def test_json_has_one_object_for_each_prompt(folder, command, composite):
     for more in ([], ["--batch_size", "3"], ["--speculative"]):
         _, out, _ = command(folder / "recipe", "--prompt", *PROMPTS, "--json", *more)
@@ -185,6 +235,7 @@ MISTAKES = {
         "expected: no --strength, or 2: one for each reward\n  found: 1: 1.0",
     ),
     "too many for a recipe": (("recipe", "--strength", "1", "2", "--prompt", "w5"), "or 1: one for each reward"),
+    "a recipe and a map": (("recipe", "--token_map", '{"w5": "w6"}', "--prompt", "w5"), "has its own map of tokens"),
     "no prompt": (("recipe", "--file", "empty.txt"), "There is no prompt."),
     "two sources": (("recipe", "--prompt", "w5", "--file", "empty.txt"), "Prompts are given twice."),
     "no such file": (("recipe", "--file", "nothing.txt"), "nothing.txt cannot be read."),

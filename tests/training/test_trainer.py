@@ -481,7 +481,7 @@ def test_backbone_with_another_head_padding(config, tokenizer):
 def test_backbones_that_do_not_fit(config, tokenizer, tmp_path):
     with pytest.raises(LabelMismatchError, match="absent: .'grey'"):
         PRTTrainer(tiny.vit(), config(), backbone=tiny.resnet(names=["red", "green", "blue", "violet"]))
-    with pytest.raises(VocabularyMismatchError, match="at least 97 logits"):
+    with pytest.raises(VocabularyMismatchError, match="97 to 4193 logits"):
         PRTTrainer(tiny.llama(), config(), processing_class=tokenizer, backbone=tiny.llama(vocab_size=90))
     tiny.llama(2).save_pretrained(tmp_path)
     tiny.tokenizer(changed={"w9": "other"}).save_pretrained(tmp_path)
@@ -653,10 +653,25 @@ def test_text_classifiers_read_the_same_tokens(config, tmp_path):
 
 def test_another_tokenizer_than_the_rewards(config, tokenizer):
     reward = RewardModel.from_base(tiny.llama(1), tokenizer)
-    with pytest.raises(VocabularyMismatchError, match="The vocabulary of the reward's own tokenizer"):
+    with pytest.raises(VocabularyMismatchError, match="The reward's own tokenizer"):
         PRTTrainer(reward, config(), processing_class=tiny.tokenizer(changed={"w9": "other"}))
 
 
 def test_a_start_that_is_over(config, tokenizer):
     with pytest.raises(PRTValueError, match="(?s)keeps its own start.*reward_init='pretrained'"):
         PRTTrainer(RewardModel.from_base(tiny.llama(1), tokenizer), config(reward_init="zero"))
+
+
+@pytest.mark.parametrize("ends", [[], [2], [9]])
+def test_data_that_never_supervise_an_end_are_told_once(config, tokenizer, caplog, ends):
+    """The end token of the tokenizer, or another one at which the model stops."""
+    rows = [
+        {**row, "input_ids": [each for each in row["input_ids"] if each != 9] + ends} for row in texts(40, 0, False)
+    ]
+    model = tiny.llama(1)
+    model.generation_config.eos_token_id = [2, 9]
+    with caplog.at_level("WARNING"):
+        trained(PRTTrainer(model, config(max_steps=20), None, Dataset.from_list(rows), None, tokenizer))
+    told = [record.message for record in caplog.records if "end token" in record.message]
+    assert len(told) == (not ends)
+    assert all("None of the first 64 rows supervises an end token ('<eos>')" in message for message in told)
