@@ -53,7 +53,8 @@ class RewardFileError(PRTError, OSError):
             expected: What the file should hold.
             remedy: What to do about it.
         """
-        return cls(f"{path} cannot be read: {type(error).__name__}: {error}", expected=expected, remedy=remedy)
+        found = str(error).strip()[:200]  # of a file that anybody may have written
+        return cls(f"{path} cannot be read: {type(error).__name__}: {found}", expected=expected, remedy=remedy)
 
 
 class BackboneCacheError(PRTError, ValueError):

@@ -91,8 +91,8 @@ def check_same_reference(expected: ModelReference, found: ModelReference) -> Non
             "The pretrained model is not the one that was used before.",
             expected=str(expected),
             found=str(found),
-            remedy="use that model, at that revision; one that was changed in memory, as by resized embeddings, has to be "
-            "saved, and loaded from there",
+            remedy="use that model, at that revision; one that was changed in memory, as by resized embeddings, has to "
+            "be saved, and loaded from there",
         )
 
 
