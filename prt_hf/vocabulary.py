@@ -6,8 +6,7 @@ ordinary text: every other token means the same, and the reward acts on it. The 
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from json.encoder import encode_basestring_ascii
@@ -15,10 +14,10 @@ from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
 from .errors import PRTValueError, VocabularyMismatchError
+from .spelling import speller, spelling
 from .translation import Translation
 
 logger = logging.get_logger(__name__)
@@ -28,8 +27,6 @@ IDENTICAL, RENAMED, EXTENDED, MOVED, OTHER = "identical", "renamed", "extended",
 _ROLES = ("eos_token", "bos_token", "pad_token")  # in the order in which tokens of other names are matched
 _SHARE = 0.99  # of the ordinary tokens of either vocabulary that both must have
 _MOST_PADDING = 4096  # rows of a head, or a sixteenth of the vocabulary: DeepSeek V2 has 2,398
-_BYTES = {ord(letter): byte for byte, letter in bytes_to_unicode().items()}
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
@@ -154,7 +151,7 @@ class VocabularyContract:
         listed = ", ".join([f"[{encode_basestring_ascii(token)}, {ids[token]}]" for token in in_order])
         fingerprint = hashlib.sha256(f"[{listed}]".encode()).hexdigest()  # of JSON
         added = {str(token): index for index, token in sorted(tokenizer.added_tokens_decoder.items())}
-        as_bytes = _spelling(tokenizer, ids)
+        as_bytes = spelling(tokenizer, ids)
         # An added token hides an ordinary one of its name or id: the tokenizer decodes to it.
         hidden = set(added.values())
         ordinary = {
@@ -218,7 +215,7 @@ class VocabularyContract:
             kind = EXTENDED if not renamed and int(is_in_place.sum()) == len(ours) else RENAMED
         is_neutral = (columns < 0).tolist()
         names = {index: token for token, index in theirs.items() if is_neutral[index]}
-        spell = _speller(tokenizer, backbone.special_tokens)
+        spell = speller(tokenizer, backbone.special_tokens)
         neutral = [index for index in range(backbone.size) if is_neutral[index]]
         spelled = {index: spell(names[index]) if index in names else () for index in neutral}
         dropped = len(ours) - (backbone.size - len(neutral))
@@ -382,57 +379,6 @@ def _check_mapped(token: str, tokens: Mapping[bytes, int], owner: str) -> None:
             expected="{token of the backbone: token of the reward}",
             found=f"{token!r}, which is no token of the {owner}",
         )
-
-
-def _speller(
-    tokenizer: PreTrainedTokenizerBase | None, special_tokens: Mapping[str, str]
-) -> Callable[[bytes], tuple[int, ...]]:
-    """Return a function from a token of a backbone to the tokens of `tokenizer` for the same text.
-
-    Tokens that only begin or end a text are none of it, nor is what the tokenizer has no tokens for. Padding stands
-    where a text has ended, and is read as one token, so that all rows of a batch grow alike.
-    """
-    roles = {token.encode(): role for role, token in special_tokens.items()}
-
-    def spell(token: bytes) -> tuple[int, ...]:
-        if tokenizer is None:
-            return ()
-        if token in roles:
-            ends = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-            return tuple(index for index in ends if index is not None)[:1] if roles[token] == "pad_token" else ()
-        try:
-            ids = tokenizer.encode(token.decode(), add_special_tokens=False)
-        except UnicodeDecodeError:
-            return ()
-        return () if tokenizer.unk_token_id in ids else tuple(ids)
-
-    return spell
-
-
-def _spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> Callable[[str], bytes]:
-    """Return a function from an ordinary one of all `tokens` to the bytes of text that it stands for.
-
-    Byte-level BPE writes a space as "Ġ", SentencePiece as "▁", and a byte that no token holds as "<0x0A>".
-    """
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    form = "" if decoder is None else decoder.__getstate__().decode()
-
-    def byte_level(token: str) -> bytes:
-        try:
-            return token.translate(_BYTES).encode("latin-1")
-        except UnicodeEncodeError:
-            return token.encode()
-
-    def sentencepiece(token: str) -> bytes:
-        found = _BYTE_TOKEN.fullmatch(token)
-        if found is None:
-            return token.replace("▁", " ").encode()
-        byte = int(found[1], 16)
-        return token.encode() if byte < 128 and chr(byte).replace(" ", "▁") in tokens else bytes([byte])
-
-    if "ByteLevel" in form:
-        return byte_level
-    return sentencepiece if "▁" in form or "\\u2581" in form else str.encode
 
 
 def _shown(token: bytes) -> str:

@@ -1,9 +1,7 @@
 """Language models with rewards: log-probabilities, one cache for all networks, generation."""
 
 import copy
-import weakref
 from collections.abc import Sequence
-from functools import partial
 from typing import NoReturn
 
 import torch
@@ -13,14 +11,9 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    LogitsProcessorList,
     PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    StopStringCriteria,
 )
-from transformers.generation import BaseStreamer, GenerationMode
+from transformers.generation import GenerationMode
 from transformers.generation.utils import GenerateOutput
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
@@ -32,17 +25,13 @@ from ..networks.anatomy import CACHE, check_length
 from .cache import PRTCache
 from .context import Prompt
 from .joint_head import JointBase, JointHead, joint_head
-from .logits_processor import PRTLogitsProcessor
 from .probe import behaviour_of, check_padding
 from .prt_model import PRTPreTrainedModel
 from .recipe import PRTModelConfig
-from .speculative import speculative_decoding
 from .state import switching_length
+from .with_processors import generate_with_processors
 
 logger = logging.get_logger(__name__)
-
-# Their caches follow the text by its content, so they are kept from call to call; copies and pickles leave them out.
-_DRAFTERS: "weakref.WeakKeyDictionary[PRTForCausalLM, list[PRTLogitsProcessor]]" = weakref.WeakKeyDictionary()
 
 
 class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
@@ -227,65 +216,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 found=f"{len(prompts)} of them",
             )
         options = {"num_draft_tokens": num_draft_tokens} if speculative else None
-        return self._generate_with_processors(inputs, generation_config, prompts, options, **kwargs)
-
-    def _generate_with_processors(
-        self,
-        inputs: torch.LongTensor | None,
-        generation_config: GenerationConfig | None,
-        prompts: Sequence[Prompt | None],
-        speculation: dict | None,
-        *,
-        assistant_model: PreTrainedModel | None = None,
-        streamer: BaseStreamer | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        stop_strings: str | list[str] | None = None,
-        stopping_criteria: StoppingCriteriaList | None = None,
-        **kwargs,
-    ) -> torch.LongTensor | GenerateOutput:
-        """Let the backbone generate, under this model's defaults, with a processor for each reward before all others.
-
-        With `speculation`, options of [`speculative_decoding`], that decodes.
-        """
-        backbone = copy.copy(self.backbone)  # on the very same modules
-        backbone.generation_config = copy.deepcopy(self.generation_config)
-        generation_config = copy.deepcopy(generation_config or self.generation_config)
-        kwargs = generation_config.update(**kwargs)
-        stopping_criteria = StoppingCriteriaList(stopping_criteria or ())
-        stop_strings = stop_strings or generation_config.stop_strings or self.generation_config.stop_strings
-        if stop_strings:
-            # transformers keeps the tokenizer from a `custom_generate`, and cannot make these without it.
-            stopping_criteria.append(StopStringCriteria(tokenizer or self.processing_class, stop_strings))
-            generation_config.stop_strings = backbone.generation_config.stop_strings = None
-        # Taken out while they are in use: another thread makes its own.
-        rewards = _DRAFTERS.pop(self, None) if assistant_model is None else None
-        if rewards is None:
-            rewards = [
-                PRTLogitsProcessor(
-                    reward,
-                    self.processing_class,
-                    token_map=self.config.token_map,
-                    source_backbone=None if speculation is None else assistant_model,
-                )
-                for reward in self.rewards
-            ]
-        for reward, strength, prompt in zip(rewards, self.strengths, prompts, strict=True):
-            reward.strength, reward.prompt, reward.attention_mask = strength, prompt, kwargs.get("attention_mask")
-        if speculation is None:
-            others = backbone._get_logits_processor
-            backbone._get_logits_processor = lambda *args, **given: LogitsProcessorList(
-                [*rewards, *others(*args, **given)]
-            )
-            if assistant_model is not None:
-                kwargs["assistant_model"] = assistant_model
-        else:
-            kwargs["custom_generate"] = partial(speculative_decoding, rewards=rewards, streamer=streamer, **speculation)
-        output = backbone.generate(
-            inputs, generation_config, stopping_criteria=stopping_criteria, streamer=streamer, **kwargs
-        )
-        if assistant_model is None:
-            _DRAFTERS[self] = rewards
-        return output
+        return generate_with_processors(self, inputs, generation_config, prompts, options, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs) -> None:
         """Refuse continuous batching.

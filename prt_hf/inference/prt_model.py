@@ -11,7 +11,7 @@ from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
 from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, Match
 from ..errors import PRTValueError, UnsupportedError
-from ..functional import as_strength, check_strengths, combine, strength_of_rows
+from ..functional import as_strength, check_strengths
 from ..hub.publishing import Shareable
 from ..networks.adapters import check_bare, tie_parameters
 from ..networks.anatomy import (
@@ -26,6 +26,7 @@ from ..networks.identity import digest
 from ..networks.pixels import PRTImageProcessor
 from ..reward.loading import load_saved_processing_class
 from ..reward.model import RewardModel
+from .combination import combined
 from .configuration import PRTModelConfig, config_of, new_parts
 from .passes import PartsPass, fewest_passes, parts_of, separate_passes, translated
 from .recipe import find_recipe, load_parts, load_reward, push_recipe, read_generation_config, write_recipe
@@ -372,23 +373,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         Raises:
             PRTValueError: strengths for other rows.
         """
-        backbone, *others = (each[..., part.columns] for part, each in zip(self.parts, logits, strict=True))
-        totals: list[torch.Tensor | float] = [0.0 for _ in self.rewards]
-        for part, factor, other in zip(self.parts[1:], self.factors()[1:], others, strict=True):
-            values = other.to(backbone.device).float()
-            totals[part.reward] = totals[part.reward] + _for_rows(factor, backbone) * values
-        columns = [match.columns_on(backbone.device) for match in self.matches]
-        if not any(match.has_neutral for match in self.matches):
-            return combine(
-                backbone,
-                sum(
-                    total if order is None else total[..., order] for total, order in zip(totals, columns, strict=True)
-                ),
-            )
-        log_probs = backbone
-        for total, order in zip(totals, columns, strict=True):  # what is neutral to one reward keeps what others gave
-            log_probs = combine(log_probs, total, columns=order)
-        return log_probs
+        return combined(self.parts, self.matches, self.factors(), logits)
 
 
 def _check_parts(model_class: type[PRTPreTrainedModel], backbone: PreTrainedModel, rewards: list[RewardModel]) -> None:
@@ -406,10 +391,3 @@ def _check_parts(model_class: type[PRTPreTrainedModel], backbone: PreTrainedMode
             expected="two models",
             remedy="load the backbone again, or copy.deepcopy it",
         )
-
-
-def _for_rows(factor: Strength, logits: torch.Tensor) -> Strength:
-    """Return a factor that multiplies logits row by row."""
-    if isinstance(factor, Real):
-        return factor
-    return strength_of_rows(factor, len(logits)).to(logits.device).view(-1, *[1] * (logits.ndim - 1))

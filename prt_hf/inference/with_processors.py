@@ -1,0 +1,101 @@
+"""Generation of a PRT model by its backbone with logits processors.
+
+Speculative decoding verifies with the backbone alone, and a reward that reads rows of other lengths than the backbone
+(other tokens, a prompt of its own) cannot share the steps of one cache with it.
+"""
+
+import copy
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation import BaseStreamer
+from transformers.generation.utils import GenerateOutput
+
+from .context import Prompt
+from .logits_processor import PRTLogitsProcessor
+from .speculative import speculative_decoding
+
+if TYPE_CHECKING:
+    from .causal_lm import PRTForCausalLM
+
+# Their caches follow the text by its content, so they are kept from call to call; copies and pickles leave them out.
+_PROCESSORS: "weakref.WeakKeyDictionary[PRTForCausalLM, list[PRTLogitsProcessor]]" = weakref.WeakKeyDictionary()
+
+
+def generate_with_processors(
+    model: "PRTForCausalLM",
+    inputs: torch.LongTensor | None,
+    generation_config: GenerationConfig | None,
+    prompts: Sequence[Prompt | None],
+    speculation: dict | None,
+    *,
+    assistant_model: PreTrainedModel | None = None,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    stop_strings: str | list[str] | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    **kwargs,
+) -> torch.LongTensor | GenerateOutput:
+    """Let the backbone of a PRT model generate under its defaults, with a processor for each reward before all others.
+
+    Args:
+        model: the PRT model.
+        inputs: the prompts, `(batch_size, sequence_length)`.
+        generation_config: by default the model's.
+        prompts: what each reward reads in the place of `inputs`, or None.
+        speculation: options of [`speculative_decoding`], which decodes; None to decode in the ordinary way.
+        assistant_model: drafts; a full reward's source backbone if speculative.
+        streamer: as for `generate`.
+        tokenizer: for `stop_strings`; by default the model's.
+        stop_strings: as for `generate`.
+        stopping_criteria: as for `generate`.
+        **kwargs: as for `generate`.
+    """
+    backbone = copy.copy(model.backbone)  # on the very same modules
+    backbone.generation_config = copy.deepcopy(model.generation_config)
+    generation_config = copy.deepcopy(generation_config or model.generation_config)
+    kwargs = generation_config.update(**kwargs)
+    stopping_criteria = StoppingCriteriaList(stopping_criteria or ())
+    stop_strings = stop_strings or generation_config.stop_strings or model.generation_config.stop_strings
+    if stop_strings:
+        # transformers keeps the tokenizer from a `custom_generate`, and cannot make these without it.
+        stopping_criteria.append(StopStringCriteria(tokenizer or model.processing_class, stop_strings))
+        generation_config.stop_strings = backbone.generation_config.stop_strings = None
+    # Taken out while they are in use: another thread makes its own.
+    rewards = _PROCESSORS.pop(model, None) if assistant_model is None else None
+    if rewards is None:
+        rewards = [
+            PRTLogitsProcessor(
+                reward,
+                model.processing_class,
+                token_map=model.config.token_map,
+                source_backbone=None if speculation is None else assistant_model,
+            )
+            for reward in model.rewards
+        ]
+    for reward, strength, prompt in zip(rewards, model.strengths, prompts, strict=True):
+        reward.strength, reward.prompt, reward.attention_mask = strength, prompt, kwargs.get("attention_mask")
+    if speculation is None:
+        others = backbone._get_logits_processor
+        backbone._get_logits_processor = lambda *args, **given: LogitsProcessorList([*rewards, *others(*args, **given)])
+        if assistant_model is not None:
+            kwargs["assistant_model"] = assistant_model
+    else:
+        kwargs["custom_generate"] = partial(speculative_decoding, rewards=rewards, streamer=streamer, **speculation)
+    output = backbone.generate(
+        inputs, generation_config, stopping_criteria=stopping_criteria, streamer=streamer, **kwargs
+    )
+    if assistant_model is None:
+        _PROCESSORS[model] = rewards
+    return output
