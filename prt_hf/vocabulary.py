@@ -74,7 +74,7 @@ class VocabularyMatch:
     @property
     def is_identical(self) -> bool:
         """Whether nothing has to be translated."""
-        return self.columns is None
+        return self.kind == IDENTICAL
 
     @property
     def neutral(self) -> int:
