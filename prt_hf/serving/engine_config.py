@@ -47,6 +47,7 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
                 getattr(config, "prt_strengths", None),
                 model_config.tokenizer,
                 adapter_base=getattr(config, ADAPTER_BASE, None),
+                token_map=getattr(config, "prt_token_map", None),
                 **where,
             )
         else:
@@ -65,7 +66,7 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
         if isinstance(config, PRTModelConfig):
             config = backbone
         setattr(config, PARTS, parts.to_dict() | {"backbone_config": own})
-        config.architectures, config.vocab_size = [model_config.architecture], parts.contract.size
+        config.architectures, config.vocab_size = [model_config.architecture], parts.size
         model_config.hf_config, model_config.hf_text_config = config, get_hf_text_config(config)
         model_config.model_arch_config = model_config.get_model_arch_config()
 

@@ -21,15 +21,21 @@ from .engine_config import network_configs, parts_of
 from .limits import window_of
 from .parts import ADAPTERS
 from .strength import Steps
+from .tokens import TokenReader
 from .weights import merged_weights, weights_of_base
 
 
 class PRTForCausalLM(nn.Module, SupportsLoRA):
     """The backbone and all networks of rewards, each with its own layers in the engine's paged cache.
 
-    logits = log_softmax(b + sum_i strength_i r_i) over the contract's tokens, which is Eq. 10. A reward adapter is
-    merged into its base's weights while these are loaded, in memory only; adapters that requests name are LoRAs of the
-    engine, on a network of their own.
+    logits = log_softmax(b + sum_i strength_i r_i) over the backbone's tokens, which is Eq. 10; those that a reward does
+    not know are neutral to it, see [`~prt_hf.functional.combine`]. A reward adapter is merged into its base's weights
+    while these are loaded, in memory only; adapters that requests name are LoRAs of the engine, on a network of their
+    own.
+
+    The engine's caches have one slot for each token of the backbone. A token that a reward does not know is therefore
+    read as one of its own, where `generate` of transformers reads several or none
+    ([`~prt_hf.serving.tokens.ServedTokens`]), and a reward has no prompt of its own.
     """
 
     embedding_modules = {"lm_head": "output_embeddings"}
@@ -49,13 +55,15 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
                 _own_cache_config(vllm_config, config), prefix=maybe_prefix(prefix, name), hf_config=config
             )
             setattr(self, name, network)
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        self.readers = nn.ModuleDict({name: TokenReader(tokens, most) for name, tokens in self.parts.tokens.items()})
         self._sizes = [_width(config.get_text_config()) for config in (backbone, *others)]
         self.secondary_weights = [
             DefaultModelLoader.Source(network.folder, revision=None, prefix=f"{name}.")
             for name, network in self._networks.items()
             if not network.is_adapted
         ]
-        self._steps = Steps(vllm_config, [reward.strength for reward in self.parts.rewards], self.parts.contract.size)
+        self._steps = Steps(vllm_config, [reward.strength for reward in self.parts.rewards], self.parts.size)
         self.request_adapters = None
         if ADAPTERS in self._networks:
             self.request_adapters = RequestAdapters(self, vllm_config.lora_config)
@@ -72,7 +80,11 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return the last hidden states of all networks, side by side: `(num_tokens, sum of hidden sizes)`."""
-        return torch.cat([network(input_ids, positions) for network in self._modules_in_order], -1)
+        hidden = [self.backbone(input_ids, positions)]
+        for name in self._networks:
+            ids = self.readers[name](input_ids) if name in self.readers else input_ids
+            hidden.append(getattr(self, name)(ids, positions))
+        return torch.cat(hidden, -1)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return log-probabilities, `(num_rows, vocab_size)` in float32; None on ranks that do not sample."""
@@ -83,14 +95,18 @@ class PRTForCausalLM(nn.Module, SupportsLoRA):
         ]
         if backbone is None:
             return None
-        logits = iter(others)
+        scores = {
+            name: self.readers[name].scores(logits) if name in self.readers else logits
+            for name, logits in zip(self._networks, others, strict=True)
+        }
+        names_of_rewards = self.parts.names_of_rewards
         rewards = [
-            signed_sum([term.sign for term in reward.terms], [next(logits).float() for _ in reward.terms])
-            for reward in self.parts.rewards
+            signed_sum([self._networks[name].sign for name in names], [scores[name].float() for name in names])
+            for names in names_of_rewards
         ]
-        if self.request_adapters is None:
-            return self._steps.combine(backbone, rewards)
-        return self._steps.combine(backbone, [*rewards, next(logits)], self.request_adapters.strengths_of_rows())
+        neutral = [self.readers[name].neutral if name in self.readers else None for name, *_ in names_of_rewards]
+        named_strengths = None if self.request_adapters is None else self.request_adapters.strengths_of_rows()
+        return self._steps.combine(backbone, rewards, named_strengths, neutral)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load the weights of all networks, and merge adapters into theirs; return the names of what was loaded."""

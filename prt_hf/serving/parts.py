@@ -1,8 +1,9 @@
 """Find the networks of a served PRT model on disk, with the checks of a load by transformers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -15,7 +16,7 @@ from ..contract import (
     RewardConfig,
     VocabularyContract,
 )
-from ..errors import PRTValueError, RewardFileError, UnsupportedError
+from ..errors import PRTValueError, RewardFileError, UnsupportedError, VocabularyMismatchError
 from ..functional import check_strengths
 from ..hub.client import local_folder
 from ..hub.folder import ADAPTER_CONFIG, check_files
@@ -26,6 +27,7 @@ from ..networks.checkpoints import read_entries
 from ..networks.identity import check_same_reference, fingerprint_of
 from ..reward.full import check_full
 from . import ADAPTER_BASE
+from .tokens import ServedTokens, match_tokens
 
 ADAPTERS = "adapters"  # name of the network for the reward adapters that requests name
 
@@ -41,6 +43,19 @@ class PretrainedFolder:
 
     folder: str
     reference: ModelReference
+
+
+@dataclass(frozen=True)
+class AdapterBase(PretrainedFolder):
+    """The base of the reward adapters that requests name, all of which have one vocabulary.
+
+    Attributes:
+        contract: of that vocabulary, without the tokens' names.
+        tokens: its tokens for the backbone's; None if they are the same.
+    """
+
+    contract: VocabularyContract
+    tokens: ServedTokens | None
 
 
 @dataclass(frozen=True)
@@ -67,13 +82,17 @@ class ServedReward:
     Attributes:
         terms: its networks.
         strength: 1 / lambda, for requests that name none.
+        tokens: its tokens for the backbone's; None if they are the same.
     """
 
     terms: list[ServedNetwork]
     strength: float
+    tokens: ServedTokens | None = None
 
     @classmethod
-    def of(cls, folder: Path, config: RewardConfig, network: str, strength: float) -> "ServedReward":
+    def of(
+        cls, folder: Path, config: RewardConfig, network: str, strength: float, tokens: ServedTokens | None
+    ) -> "ServedReward":
         """Return the reward in a folder, whose network, or the base of it, is described in the folder `network`."""
         terms = [
             ServedNetwork(network, sign=-1.0)
@@ -81,7 +100,7 @@ class ServedReward:
             else ServedNetwork(network, config.is_adapter, str(folder) if config.is_adapter else None)
             for name in config.terms
         ]
-        return cls(terms, float(strength))
+        return cls(terms, float(strength), tokens)
 
 
 @dataclass(frozen=True)
@@ -91,14 +110,14 @@ class ServedParts:
     Attributes:
         backbone: folder of the backbone.
         rewards: those that are always on.
-        contract: of the tokenizer, without the tokens' names; its size is the PRT model's, heads may be padded beyond.
+        size: number of the tokenizer's tokens, which is the PRT model's; heads may be padded beyond.
         adapter_base: base of the reward adapters that requests name; None if none can be named.
     """
 
     backbone: str
     rewards: list[ServedReward]
-    contract: VocabularyContract
-    adapter_base: PretrainedFolder | None
+    size: int
+    adapter_base: AdapterBase | None
 
     @property
     def networks(self) -> dict[str, ServedNetwork]:
@@ -109,6 +128,20 @@ class ServedParts:
             found[ADAPTERS] = ServedNetwork(self.adapter_base.folder, is_adapted=True)
         return found
 
+    @property
+    def names_of_rewards(self) -> list[list[str]]:
+        """The names of each reward's networks; last that of the reward which a request names, if any can be."""
+        names = iter(self.networks)
+        found = [[next(names) for _ in reward.terms] for reward in self.rewards]
+        return [*found, *([name] for name in names)]
+
+    @property
+    def tokens(self) -> dict[str, ServedTokens]:
+        """The tokens of the networks that do not have the backbone's, by their names."""
+        owners = [*self.rewards, *([] if self.adapter_base is None else [self.adapter_base])]
+        pairs = zip(self.names_of_rewards, owners, strict=True)
+        return {name: owner.tokens for names, owner in pairs if owner.tokens is not None for name in names}
+
     def to_dict(self) -> dict:
         """Return entries for JSON."""
         return asdict(self)
@@ -116,14 +149,22 @@ class ServedParts:
     @classmethod
     def from_dict(cls, entries: dict) -> "ServedParts":
         """Read what [`to_dict`] returned."""
+
+        def read(kind: type, value: dict | None) -> Any:
+            return None if value is None else kind(**value)
+
         rewards = [
-            ServedReward([ServedNetwork(**term) for term in reward["terms"]], reward["strength"])
+            ServedReward(
+                [ServedNetwork(**term) for term in reward["terms"]],
+                reward["strength"],
+                read(ServedTokens, reward["tokens"]),
+            )
             for reward in entries["rewards"]
         ]
-        contract = VocabularyContract(**entries["contract"])
         if (base := entries["adapter_base"]) is not None:
-            base = PretrainedFolder(base["folder"], ModelReference(**base["reference"]))
-        return cls(**entries | {"rewards": rewards, "contract": contract, "adapter_base": base})
+            kinds = {"reference": ModelReference, "contract": VocabularyContract, "tokens": ServedTokens}
+            base = AdapterBase(base["folder"], **{name: read(kind, base[name]) for name, kind in kinds.items()})
+        return cls(**entries | {"rewards": rewards, "adapter_base": base})
 
 
 def parts_of_recipe(
@@ -140,7 +181,7 @@ def parts_of_recipe(
     Raises:
         RewardFileError: incomplete, or a reward is gone or changed.
         BaseModelMismatchError: the backbone, or the base of a reward, is not what it was.
-        VocabularyMismatchError: a reward was tuned with another vocabulary.
+        VocabularyMismatchError: a reward was tuned with another vocabulary, of which the tokenizer's is no update.
     """
     check_complete(config)
     backbone = _pretrained(ModelReference(**config.backbone_reference or {}), token).folder
@@ -148,7 +189,7 @@ def parts_of_recipe(
     for entry in config.reward_references:
         place = place_of_reward(folder, entry, token)
         rewards.append((place, RewardConfig.from_json_file(place / PRT_CONFIG_NAME), entry["strength"]))
-    return _checked(backbone, rewards, tokenizer, token)
+    return _checked(backbone, rewards, tokenizer, token, token_map=config.token_map)
 
 
 def parts_by_name(
@@ -158,6 +199,7 @@ def parts_by_name(
     tokenizer: str,
     *,
     adapter_base: str | None = None,
+    token_map: dict[str, str] | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> ServedParts:
@@ -169,6 +211,7 @@ def parts_by_name(
         strengths: 1 / lambda of each reward, by default as it was tuned.
         tokenizer: folder or Hub id of the tokenizer that the engine uses.
         adapter_base: folder or Hub id of the base of rewards that requests name; by default the base of `rewards`.
+        token_map: the tokenizer's tokens -> the rewards', where names and roles do not tell.
         revision: of the backbone.
         token: for the Hub.
 
@@ -184,6 +227,13 @@ def parts_by_name(
             expected=f"a list of folders or ids, which only with `{ADAPTER_BASE}` may be empty",
             found=repr(rewards),
         )
+    is_map = isinstance(token_map, dict) and all(isinstance(text, str) for text in (*token_map, *token_map.values()))
+    if token_map is not None and not is_map:
+        raise PRTValueError(
+            "`prt_token_map` is not usable.",
+            expected="{token of the backbone: token of the rewards}",
+            found=repr(token_map),
+        )
     folders = [local_folder(place, token=token) for place in rewards]
     configs = [RewardConfig.from_json_file(folder / PRT_CONFIG_NAME) for folder in folders]
     if strengths is None:
@@ -194,7 +244,8 @@ def parts_by_name(
     if adapter_base is not None:
         folder = local_folder(adapter_base, token=token)
         base = PretrainedFolder(str(folder), _reference_to(folder, adapter_base, None))
-    return _checked(backbone_folder, list(zip(folders, configs, strengths, strict=True)), tokenizer, token, base)
+    rewards = list(zip(folders, configs, strengths, strict=True))
+    return _checked(backbone_folder, rewards, tokenizer, token, token_map, base)
 
 
 def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
@@ -214,7 +265,15 @@ def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
             found=f"{folder}: " + ("a LoRA that is carried over" if is_carried_over else "a full reward"),
             remedy="name it in `prt_rewards`",
         )
-    _check_reward(folder, config, parts.contract)
+    _check_reward(folder, config)
+    base = parts.adapter_base
+    if not config.contract.match(base.contract).is_identical:
+        raise VocabularyMismatchError(
+            "The reward's vocabulary is not that of the base of the rewards that requests name.",
+            expected=f"the {base.contract.size} tokens of the base, in the same order",
+            found=f"{folder}: {config.contract.size} tokens, of which at least one differs",
+            remedy="name it in `prt_rewards`",
+        )
     if isinstance(read_entries(folder / ADAPTER_CONFIG).get("target_modules"), str):
         raise UnsupportedError(
             "The engine would run the reward's regular expression, which may be anybody's.",
@@ -222,7 +281,7 @@ def strength_of_adapter(folder: Path, parts: ServedParts) -> float:
             found=f"a text in {folder / ADAPTER_CONFIG}",
             remedy="name the reward in `prt_rewards`, or write the names there",
         )
-    check_same_reference(config.reward_base, parts.adapter_base.reference)
+    check_same_reference(config.reward_base, base.reference)
     return config.strength
 
 
@@ -231,37 +290,47 @@ def _checked(
     rewards: list[tuple[Path, RewardConfig, float]],
     tokenizer: str,
     token: str | bool | None,
+    token_map: Mapping[str, str] | None,
     adapter_base: PretrainedFolder | None = None,
 ) -> ServedParts:
     contract = _contract_of(tokenizer, token)
+    if contract is None:
+        raise PRTValueError("The vocabulary is defined by the tokenizer.", expected="a tokenizer", found=tokenizer)
     contract.check_head(_vocab_size(backbone))
-    served, bases = [], {}
+    served, bases, vocabularies = [], {}, {}
     for folder, config, strength in rewards:
-        _check_reward(folder, config, contract)
+        _check_reward(folder, config)
         network = str(folder)
         if config.is_adapter:
             if config.reward_base not in bases:
                 bases[config.reward_base] = _pretrained(config.reward_base, token)
             network = bases[config.reward_base].folder
-        contract.check_head(_vocab_size(network), owner="reward")
-        served.append(ServedReward.of(folder, config, network, strength))
-    if adapter_base is not None:
-        contract.check_head(_vocab_size(adapter_base.folder), owner="base of reward adapters")
-    elif len({base.folder for base in bases.values()}) == 1:
+        tokens = match_tokens(config.contract, [str(folder), network], contract, token_map)
+        config.contract.check_head(_vocab_size(network), owner="reward")
+        vocabularies.setdefault(network, (config.contract, tokens))
+        served.append(ServedReward.of(folder, config, network, strength, tokens))
+    if adapter_base is None and len({base.folder for base in bases.values()}) == 1:
         adapter_base = next(iter(bases.values()))
-    return ServedParts(str(backbone), served, replace(contract, vocabulary=None), adapter_base)
+    if adapter_base is not None:
+        folder = adapter_base.folder
+        if folder in vocabularies:  # that of rewards which were tuned on it
+            found, tokens = vocabularies[folder]
+        else:
+            found = _contract_of(folder, token) or contract
+            tokens = match_tokens(found, [folder], contract, token_map)
+            found.check_head(_vocab_size(folder), owner="base of reward adapters")
+        adapter_base = AdapterBase(folder, adapter_base.reference, replace(found, vocabulary=None), tokens)
+    return ServedParts(str(backbone), served, contract.size, adapter_base)
 
 
-def _contract_of(tokenizer: str, token: str | bool | None) -> VocabularyContract:
-    """Return the contract of the tokenizer that the engine uses."""
+def _contract_of(tokenizer: str, token: str | bool | None) -> VocabularyContract | None:
+    """Return the contract of a tokenizer; None if there is none."""
     processing_class = load_processing_class(tokenizer, TEXT_GENERATION, token=token)
-    if processing_class is None:
-        raise PRTValueError("The vocabulary is defined by the tokenizer.", expected="a tokenizer", found=tokenizer)
-    return VocabularyContract.from_tokenizer(processing_class)
+    return None if processing_class is None else VocabularyContract.from_tokenizer(processing_class)
 
 
-def _check_reward(folder: Path, config: RewardConfig, contract: VocabularyContract) -> None:
-    """Check the files of a reward, and that it is one over the engine's vocabulary."""
+def _check_reward(folder: Path, config: RewardConfig) -> None:
+    """Check the files of a reward, and that it is one over a vocabulary."""
     if config.task != TEXT_GENERATION:
         raise PRTValueError(
             "vLLM serves language models.", expected=f"a reward for {TEXT_GENERATION}", found=config.task
@@ -271,7 +340,6 @@ def _check_reward(folder: Path, config: RewardConfig, contract: VocabularyContra
         read_peft_config(folder, config.reward_base.id)
     else:
         check_full(folder, config)
-    config.contract.check(contract)
 
 
 def _pretrained(reference: ModelReference, token: str | bool | None) -> PretrainedFolder:

@@ -41,7 +41,9 @@ class Steps:
         self.size = size
         self.next_rows: dict[int, _Strengths] = {}
         self._logits: torch.Tensor | None = None
+        self._backbone: torch.Tensor | None = None
         self._rewards: list[torch.Tensor] = []
+        self._neutral: list[torch.Tensor | None] | None = None
         self._defaults = torch.tensor(strengths, dtype=torch.float32)  # models are made in another type
         self._row_strengths: torch.Tensor | None = None
         self._names_none: torch.Tensor | None = None
@@ -53,15 +55,20 @@ class Steps:
         return _STEPS.get(id(vllm_config.model_config))
 
     def combine(
-        self, backbone: torch.Tensor, rewards: list[torch.Tensor], named_strengths: torch.Tensor | None = None
+        self,
+        backbone: torch.Tensor,
+        rewards: list[torch.Tensor],
+        named_strengths: torch.Tensor | None = None,
+        neutral: list[torch.Tensor | None] | None = None,
     ) -> torch.Tensor:
         """Return log pi over the contract's tokens, without padding, `(num_rows, size)`, float32.
 
         Args:
             backbone: its logits.
-            rewards: their logits, one tensor for each reward.
+            rewards: their logits in the backbone's columns, one tensor for each reward.
             named_strengths: `(num_rows,)`, strengths of the last reward, which is another one for each row that names
                 one; NaN in rows that name none.
+            neutral: for each reward the tokens that keep their probability; None where there are none.
         """
         # The step's own rows come first, those of prompts that are scored as well after them.
         rows, self.next_rows = self.next_rows, {}
@@ -73,6 +80,11 @@ class Steps:
             self._row_strengths = torch.cat([self._row_strengths, named_strengths.nan_to_num()[:, None]], 1)
         if rows:
             self._row_strengths = self._changed(rows)
+        self._neutral = neutral if any(each is not None for each in neutral or []) else None
+        if self._neutral is not None:
+            self._backbone = backbone[:, : self.size]
+            self._logits = self._one_by_one(slice(None), self._row_strengths)
+            return self._logits
         logits = backbone[:, : self.size].to(torch.float32, copy=True)
         for strength, reward in zip(self._row_strengths.T, self._rewards, strict=True):
             logits += strength[:, None] * reward
@@ -88,11 +100,33 @@ class Steps:
             rows: new strengths.
         """
         index = list(rows)
+        if self._neutral is not None:
+            changed = self._one_by_one(index, self._changed(rows)[index])
+            logits[index] += changed - self._logits[index]
+            self._logits[index] = changed
+            return
         difference = (self._changed(rows) - self._row_strengths)[index]
         for strength, reward in zip(difference.T, self._rewards, strict=True):
             logits[index] += strength[:, None] * reward[index]
             self._logits[index] += strength[:, None] * reward[index]
         self._logits[index] = self._logits[index].log_softmax(-1)
+
+    def _one_by_one(self, index: slice | list[int], strengths: torch.Tensor) -> torch.Tensor:
+        """Return log pi of some rows, as [`~prt_hf.functional.combine`] does where there are neutral tokens.
+
+        What is neutral to one reward keeps what the others gave.
+        """
+        logits = self._backbone[index].to(torch.float32, copy=True)
+        for strength, reward, neutral in zip(strengths.T, self._rewards, self._neutral, strict=True):
+            if neutral is None:
+                logits = logits.addcmul_(strength[:, None], reward[index]).log_softmax(-1)
+                continue
+            kept = logits.index_select(-1, neutral)
+            log_share = logits.index_fill_(-1, neutral, -torch.inf).logsumexp(-1, keepdim=True)
+            log_total = log_share.logaddexp(kept.logsumexp(-1, keepdim=True))
+            logits = logits.addcmul_(strength[:, None], reward[index]).log_softmax(-1)
+            logits.add_(log_share - log_total).index_copy_(-1, neutral, kept - log_total)
+        return logits
 
     def _changed(self, rows: dict[int, _Strengths]) -> torch.Tensor:
         """Return the strengths of all rows, some of them changed, `(num_rows, rewards)`."""

@@ -135,7 +135,9 @@ def test_what_is_no_reward_for_this_engine_is_refused(served, adapters, engine, 
     other = served.save("other-base", tiny.llama(7, head_dim=32))
     assert "The pretrained model is not the one that was used before" in refusal(saved(served.lora_reward(other)))
     words = served.save("other-tokens", tiny.llama(2, head_dim=32), tiny.tokenizer(changed={"w5": "w500"}))
-    assert "The vocabulary of the backbone is not the reward's" in refusal(saved(served.lora_reward(words)))
+    assert "The reward's vocabulary is not that of the base of the rewards that requests name" in refusal(
+        saved(served.lora_reward(words))
+    )
     assert "LoRA rank 32 is greater than max_lora_rank 16" in refusal(saved(served.lora_reward(served.base, r=32)))
     assert "vLLM does not yet support DoRA" in refusal(saved(served.lora_reward(served.base, use_dora=True)))
     embeddings = LoraConfig(target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM")

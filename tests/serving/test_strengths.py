@@ -8,6 +8,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
+from prt_hf.functional import combine
 from prt_hf.serving import strength as strengths_of
 
 BACKBONE, FIRST, SECOND = torch.randn(3, 4, 8, generator=torch.Generator().manual_seed(0))
@@ -88,3 +89,31 @@ def test_the_last_strength_is_for_the_reward_that_a_request_names():
     for row, strengths in enumerate([(1.0, 1.0), (1.0, 0.0)]):
         torch.testing.assert_close(logits[row], expected(row, strengths))
         torch.testing.assert_close(chosen_from[row].log_softmax(-1), expected(row, strengths))
+
+
+def test_neutral_tokens_keep_their_probability_at_all_strengths():
+    """Token 5 is neutral to the first reward, 0 and 5 to the second; the strengths of rows 1 and 2 are changed."""
+    config = SimpleNamespace(model_config=object())
+    neutral = [torch.tensor([5]), torch.tensor([0, 5])]
+    log_backbone = BACKBONE[:, :6].log_softmax(-1)
+
+    def log_probs(row, strengths):
+        found = log_backbone[row]
+        for reward, value, tokens in zip((FIRST, SECOND), strengths, neutral, strict=True):
+            found = combine(found, reward[row], value, torch.arange(6).index_fill(0, tokens, -1))
+        return found
+
+    model = steps(config)
+    model.next_rows = {1: (0, 2)}  # as V1 does
+    first = model.combine(BACKBONE.clone(), [FIRST, SECOND], None, neutral).clone()
+    for row, strengths in enumerate([DEFAULT, (0, 2), DEFAULT, DEFAULT]):
+        torch.testing.assert_close(first[row], log_probs(row, strengths))
+    raw = model.combine(BACKBONE.clone(), [FIRST, SECOND], None, neutral)
+    chosen_from = raw + 0.5
+    chosen_from[1, 4] = -torch.inf
+    model.change(chosen_from, {1: (0, 2), 2: (1, 1)})  # as V2 does
+    for row, strengths in enumerate([DEFAULT, (0, 2), (1, 1), DEFAULT]):
+        torch.testing.assert_close(raw[row], log_probs(row, strengths))
+    torch.testing.assert_close(chosen_from[2], log_probs(2, (1, 1)) + 0.5)
+    assert chosen_from[1, 4] == -torch.inf
+    torch.testing.assert_close(raw[:, 5], log_backbone[:, 5])
