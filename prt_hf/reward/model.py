@@ -402,14 +402,15 @@ class RewardModel(Shareable):
         return found
 
     def name_tokens(self) -> None:
-        """Add the tokenizer's token names to the contract, to name differences later: a saved contract has none.
+        """Take the names of tokens from the tokenizer: a saved contract has those of added tokens alone.
 
         Raises:
             VocabularyMismatchError: the tokenizer is not the reward's.
         """
         found = self.check_processing_class()
         if found is not None:
-            self.config = replace(self.config, contract=replace(self.contract, vocabulary=found.vocabulary))
+            contract = replace(found, special_tokens=self.contract.special_tokens)
+            self.config = replace(self.config, contract=contract)
 
     def _take_processing_class(self, folder: Path, source: str | Path | None, load_kwargs: dict) -> None:
         """Read tokenizer or image processor from the reward's folder, else from its base."""
