@@ -113,10 +113,10 @@ def test_another_vocabulary_does_not_fit(folder, capsys):
     assert out.splitlines()[-5:] == [
         "fits: no",
         "The vocabulary of the backbone is not the reward's.",
-        "  expected: the 97 tokens that the reward was tuned with",
-        "  found: 97 tokens; 2 differ, as token (id in the reward -> id in the backbone): 'w5' (5 -> absent), "
-        "'v5' (absent -> 5)",
-        "  remedy: use a backbone with the same tokenizer, or tune a reward for this one",
+        "  expected: the 97 tokens that the reward was tuned with, or an update of that vocabulary",
+        "  found: 97 tokens, 98.94 % of the ordinary ones shared; 2 differ, as token (id in the reward -> id in the "
+        "backbone): 'w5' (5 -> absent), 'v5' (absent -> 5)",
+        "  remedy: use a backbone of the same family, or tune a reward for this one",
     ]
     status, out, _ = check(capsys, "reward", "other", "--json", "--data", "never read")
     found = json.loads(out)
