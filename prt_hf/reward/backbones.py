@@ -240,7 +240,7 @@ class Backbone:
         ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
         mask = mask if mask is None or mask.shape == ids.shape else None
         found = self._known(ids, mask)
-        if self.task == TEXT_GENERATION:
+        if self.task == TEXT_GENERATION and batch.labels is not None:
             self._known(batch.supervised_labels, None)
         pad = getattr(self.network.config.get_text_config(), "pad_token_id", None) or 0
         return found if mask is None else found.masked_fill(mask == 0, pad)

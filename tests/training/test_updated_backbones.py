@@ -261,6 +261,24 @@ def test_distillation_is_over_the_tokens_that_all_have(config, tmp_path, kind, t
     assert trainer.evaluate()["eval_loss"] == pytest.approx(divergence.item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("has_labels", [True, False])
+@pytest.mark.parametrize("kind", ["moved", "reduced"])
+def test_predictions_are_in_the_rewards_order(config, tmp_path, kind, has_labels):
+    """With probability 0 of what the backbone lacks."""
+    row, folder = texts(kind)[0], backbone(tmp_path, kind)
+    trainer = PRTTrainer(start(), config(), None, None, [row], REWARD, backbone=folder)
+    ids = torch.tensor([row["input_ids"]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)} | ({"labels": ids} if has_labels else {})
+    _, found, _ = trainer.prediction_step(trainer.model, inputs, prediction_loss_only=False)
+    pairs, expected = pairs_of(kind), torch.zeros(ids.shape[1], len(REWARD), dtype=torch.float64)
+    with torch.no_grad():
+        log_pt = loaded(folder)(torch.tensor([[pairs[index] for index in row["input_ids"]]])).logits[0].double()
+        r = start()(ids).logits[0].double()
+    weights = torch.stack([(log_pt[:, new] + r[:, old] / 2).exp() for old, new in pairs.items()], 1)
+    expected[:, list(pairs)] = weights / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(found[0].double().exp(), expected, rtol=1e-4, atol=1e-7)
+
+
 def test_one_of_several_backbones_is_of_another_vocabulary(config, tmp_path):
     rows, folder = texts("moved"), backbone(tmp_path, "moved")
     trainer = PRTTrainer(start(), config(), None, None, rows, REWARD, backbone=[None, folder])
