@@ -4,13 +4,14 @@ Chijiwa et al., ICML 2025, arXiv:2502.12776.
 
     pi(y|x)  proportional to  pi_pt(y|x) exp(r(x, y) / lambda)
 
-functional.py  the paper's equations              contract.py   what a reward needs of a backbone
+functional.py  the paper's equations              vocabulary/   which tokens of two models are the same
+contract.py    what a reward needs of a backbone
 reward/        the reward r itself                training/     Algorithm 1: tune it on a frozen backbone
 inference/     Algorithm 2: add it to another     evaluation/   Prop. 3.2: does it fit, is it worth it
 serving/       the same inside vLLM               hub/          files, cards, commits
 networks/      what is known of others' models    demo/, benchmark/, cli/   toy models, timings, the command
 
-A room imports from those below it only: errors < functional, contract < hub < networks < reward
+A room imports from those below it only: errors < functional, vocabulary < contract < hub < networks < reward
 < training | inference < evaluation | serving < demo, benchmark < cli.
 
 Names are imported at first use, so that `import prt_hf` loads neither torch nor transformers.

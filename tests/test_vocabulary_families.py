@@ -125,7 +125,7 @@ def contract(tokenizer):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(logging.get_logger("prt_hf.vocabulary"), "warning", said.append)
+    monkeypatch.setattr(logging.get_logger("prt_hf.vocabulary.contract"), "warning", said.append)
     return said
 
 

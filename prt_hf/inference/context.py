@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from ..errors import PRTValueError
-from ..translation import check_ids
 from ..vocabulary import VocabularyMatch
+from ..vocabulary.translation import check_ids
 
 logger = logging.get_logger(__name__)
 

@@ -15,8 +15,8 @@ from ..networks.adapters import bare_base
 from ..networks.anatomy import check_length, context_length, pretrained_parameters, unwrap_adapter
 from ..networks.mixed_pass import MixedPass, Pass, can_mix
 from ..reward.model import RewardModel
-from ..translation import TranslatedRows
 from ..vocabulary import VocabularyMatch
+from ..vocabulary.translation import TranslatedRows
 
 
 @dataclass(eq=False)

@@ -1,14 +1,8 @@
-"""Vocabularies: the tokens that a language model's logits are indexed by, and how those of two models match.
-
-A reward is one number per token (Eq. 5). Updates of a model family rename, append and move tokens that were never
-ordinary text: every other token means the same, and the reward acts on it. The rest is neutral, see
-[`~prt_hf.functional.combine`].
-"""
+"""Read the vocabulary of a tokenizer, and match that of a backbone with a reward's."""
 
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from json.encoder import encode_basestring_ascii
 from typing import Any, ClassVar
 
@@ -16,14 +10,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from .errors import PRTValueError, VocabularyMismatchError
+from ..errors import PRTValueError, VocabularyMismatchError
+from .match import EXTENDED, IDENTICAL, MOVED, OTHER, RENAMED, VocabularyMatch
 from .spelling import speller, spelling
-from .translation import Translation
 
 logger = logging.get_logger(__name__)
 
 SHOWN = 5  # differences that an error shows
-IDENTICAL, RENAMED, EXTENDED, MOVED, OTHER = "identical", "renamed", "extended", "moved", "other"
 _ROLES = ("eos_token", "bos_token", "pad_token")  # in the order in which tokens of other names are matched
 _SHARE = 0.99  # of the ordinary tokens of either vocabulary that both must have
 _MOST_PADDING = 4096  # rows of a head, or a sixteenth of the vocabulary: DeepSeek V2 has 2,398
@@ -33,82 +26,6 @@ def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
     """Return the tokenizer in a tokenizer or a multimodal processor; None for image processors and None."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-
-
-@dataclass(frozen=True)
-class VocabularyMatch:
-    """How the tokens of a backbone's vocabulary follow from a reward's.
-
-    - `identical`: all tokens have the same ids.
-    - `extended`: the backbone has all tokens of the reward at the same ids, and more.
-    - `renamed`: the ordinary tokens have the same ids; added ones differ.
-    - `moved`: at least 99 % of the ordinary tokens are the same, at other ids.
-    - `other`: another vocabulary, which a reward cannot be added to.
-
-    Attributes:
-        kind (`str`): one of these.
-        size (`int`): the number of the backbone's token ids.
-        reward_size (`int`): the number of the reward's token ids.
-        columns (`torch.LongTensor` of shape `(size,)`, *optional*): the reward's token for each of the backbone's, -1
-            where it is neutral; None if they are identical.
-        renamed (`dict[str, str]`): the backbone's token -> the reward's, of the same role and another name, or as
-            `token_map` says.
-        spelled (`dict[int, tuple[int, ...]]`): neutral token -> the reward's tokens that it is read as; none if it is
-            left out.
-        dropped (`int`): the number of the reward's tokens that the backbone lacks.
-        difference (`str`): what differs, for errors.
-    """
-
-    kind: str
-    size: int
-    reward_size: int
-    columns: torch.LongTensor | None = field(default=None, repr=False)
-    renamed: dict[str, str] = field(default_factory=dict)
-    spelled: dict[int, tuple[int, ...]] = field(default_factory=dict, repr=False)
-    dropped: int = 0
-    difference: str = ""
-
-    @property
-    def is_identical(self) -> bool:
-        """Whether nothing has to be translated."""
-        return self.kind == IDENTICAL
-
-    @property
-    def neutral(self) -> int:
-        """The number of the backbone's tokens that the reward does not score."""
-        return len(self.spelled)
-
-    def __str__(self) -> str:
-        if self.kind == OTHER:
-            return f"{OTHER}: {self.difference}"
-        if self.is_identical:
-            return f"{IDENTICAL}: {self.size:,} tokens"
-        parts = [f"{self.kind}: {self.size - self.neutral:,} of {self.size:,} tokens are the reward's"]
-        if self.renamed:
-            names = ", ".join(f"{new!r} = {old!r}" for new, old in self.renamed.items())
-            parts.append(f"of them by another name {names}")
-        if self.neutral:
-            parts.append(f"{self.neutral:,} {'keeps' if self.neutral == 1 else 'keep'} the backbone's probability")
-        if self.dropped:
-            parts.append(f"{self.dropped:,} of the reward's {'is' if self.dropped == 1 else 'are'} not used")
-        return "; ".join(parts)
-
-    @cached_property
-    def to_reward(self) -> Translation:
-        """The translation of the backbone's token ids for the reward."""
-        return Translation(self.columns, self.spelled)
-
-    @cached_property
-    def to_backbone(self) -> Translation:
-        """The translation of the reward's token ids for the backbone, -1 for tokens that it lacks."""
-        ids = torch.full((self.reward_size,), -1)
-        shared = self.columns >= 0
-        ids[self.columns[shared]] = torch.arange(self.size)[shared]
-        return Translation(ids)
-
-    def columns_on(self, device: torch.device) -> torch.LongTensor | None:
-        """Return `columns` on a device."""
-        return None if self.columns is None else self.to_reward.ids_on(device)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from .errors import VocabularyMismatchError
+from ..errors import VocabularyMismatchError
 
 
 class TranslatedRows(NamedTuple):
