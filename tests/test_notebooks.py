@@ -20,6 +20,7 @@ from prt_hf.demo.training import Steps, fit
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NAMES = ["1_tune_a_reward", "2_new_backbone", "3_images", "4_share_on_the_hub"]
+LONG = ("2_new_backbone", "4_share_on_the_hub")  # minutes; with models of a loopback Hub they run in seconds
 
 
 def read(name):
@@ -55,7 +56,9 @@ def tables(cell):
     return [re.sub(r"[-\s\d.]+", " ", table) for table in shown]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in NAMES]
+)
 def test_offline_it_runs_and_shows_what_is_stored(name, tmp_path):
     stored = read(name)
     executed = execute(read(name), tmp_path)

@@ -99,6 +99,7 @@ def cifar10(split, preprocess, noise, rows=None):
     return Dataset.from_dict({"pixel_values": images.numpy(), "labels": data["label"]}).with_format("torch")
 
 
+@pytest.mark.slow
 def test_an_image_reward_is_ported(tmp_path):
     """ResNet-20 -> ResNet-32 under mild noise, a full reward as in the paper."""
     spec = importlib.util.spec_from_file_location("cifar_resnet", ASSETS / "cifar_resnet.py")
