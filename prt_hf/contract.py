@@ -5,6 +5,7 @@ other.
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
@@ -31,6 +32,7 @@ TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
 _MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
 _MOST_TOKENS = 2**31
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which cannot be encoded
 _MOST_LETTERS, _MOST_BYTES_OF_NAME = 4096, 255  # of a path, and of each name in it
 
 
@@ -214,8 +216,8 @@ def _is_map(value: Any) -> bool:
 
 
 def _are_strings(values: Iterable) -> bool:
-    """Return whether all values are strings."""
-    return all(isinstance(value, str) for value in values)
+    """Return whether all values are strings, and of whole characters."""
+    return all(isinstance(value, str) and not _SURROGATE.search(value) for value in values)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from prt_hf import RewardConfig, VocabularyContract, VocabularyMismatchError
 from prt_hf.contract import ModelReference
 from prt_hf.errors import PRTValueError
+from prt_hf.vocabulary.spelling import speller
 
 ASSETS = Path(os.environ.get("PRT_ASSETS", Path(__file__).parents[2] / "shared" / "assets"))
 
@@ -387,3 +388,17 @@ def test_a_real_chat_is_read_by_a_reward_of_another_template(real):
     match = our_contract.match(their_contract, tokenizer=ours)
     ids = theirs("<think>\nTwo.\n</think>", return_tensors="pt")["input_ids"]
     assert match.to_reward.one_to_one(ids, None)[0].tolist() == ours("<think>\nTwo.\n</think>")["input_ids"]
+
+
+def test_a_space_that_sentencepiece_puts_before_texts_is_no_part_of_a_token():
+    backend = Tokenizer(models.BPE({"▁": 0, "<": 1, "t": 2, ">": 3, "▁t": 4}, [("▁", "t")]))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme="always"), decoders.Metaspace()
+    spell = speller(PreTrainedTokenizerFast(tokenizer_object=backend), {})
+    assert spell(b"<t>") == (1, 2, 3) and spell(b"t") == (2,) and spell(b" t") == (4,)
+
+
+def test_an_end_token_that_also_pads_is_read_as_an_end():
+    backend = Tokenizer(models.BPE({"a": 0, "<pad>": 1, "<eos>": 2}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    assert speller(tokenizer, {"eos_token": "<|im_end|>", "pad_token": "<|im_end|>"})(b"<|im_end|>") == (2,)
+    assert speller(tokenizer, {"pad_token": "<p>"})(b"<p>") == (1,)

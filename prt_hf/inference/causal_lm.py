@@ -117,6 +117,12 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
                 expected="`input_ids`",
                 found="`inputs_embeds`" if inputs_embeds is not None else "neither",
             )
+        if use_cache and self._reads_other_tokens:
+            raise UnsupportedError(
+                "A reward may read other tokens than the backbone, so that no cache holds both.",
+                expected="use_cache=False, or `generate`, where every network has a cache of its own",
+                found="use_cache=True",
+            )
         if use_cache is None:
             use_cache = not self.training and getattr(self.config, "use_cache", False)
         if cache is not None:

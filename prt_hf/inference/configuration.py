@@ -130,6 +130,28 @@ def config_of(
     return config
 
 
+def maps_of_rewards(rewards: list[RewardModel], maps: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return for each reward the entries of `token_map` and `label_map` that name its tokens or labels.
+
+    An entry that no reward knows stays, and is refused where the first reward is matched.
+    """
+    found = []
+    for name in ("token_map", "label_map"):
+        entries = maps[name] or {}
+        known = [{new: old for new, old in entries.items() if _knows(reward, name, old)} for reward in rewards]
+        if entries.keys() - {new for each in known for new in each}:
+            known[0] = entries
+        found.append(known)
+    return [maps | {"token_map": tokens, "label_map": labels} for tokens, labels in zip(*found, strict=True)]
+
+
+def _knows(reward: RewardModel, name: str, old: str) -> bool:
+    contract = reward.contract
+    if isinstance(contract, LabelContract):
+        return name == "token_map" or old in contract.names
+    return contract.vocabulary is None or not isinstance(old, str) or contract.id_of(old) is not None
+
+
 def new_parts(
     task: str, config: PRTModelConfig, attn_implementation: str | None
 ) -> tuple[PreTrainedModel, list[RewardModel]]:

@@ -133,6 +133,12 @@ def translated(part: Part, inputs: dict, task: str) -> tuple[dict, TranslatedRow
                 expected="one document in each row, or tokens that both vocabularies have",
                 found="`position_ids` that start anew",
             )
+    if not is_usual:
+        raise UnsupportedError(
+            "The mask does not say which tokens a reward of another vocabulary may read.",
+            expected=f"a mask of the shape of the tokens, {tuple(ids.shape)}",
+            found=str(tuple(mask.shape)),
+        )
     rows = part.tokens.to_reward.rows(ids, mask)
     check_length(rows.input_ids.shape[1], context_length(part.run.model))
     given["input_ids"] = rows.input_ids.masked_fill(rows.attention_mask == 0, pad)

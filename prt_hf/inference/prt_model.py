@@ -27,7 +27,7 @@ from ..networks.pixels import PRTImageProcessor
 from ..reward.loading import load_saved_processing_class
 from ..reward.model import RewardModel
 from .combination import combined
-from .configuration import PRTModelConfig, config_of, new_parts
+from .configuration import PRTModelConfig, config_of, maps_of_rewards, new_parts
 from .passes import PartsPass, fewest_passes, parts_of, separate_passes, translated
 from .recipe import find_recipe, load_parts, load_reward, push_recipe, read_generation_config, write_recipe
 
@@ -178,7 +178,10 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             processing_class = processing_class.main
         if processing_class is None:
             processing_class = processing_class_of(backbone, cls.task)
-        matches = [reward.match_with(backbone, processing_class, **maps) for reward in rewards]
+        own_maps = maps_of_rewards(rewards, maps)
+        matches = [
+            reward.match_with(backbone, processing_class, **own) for reward, own in zip(rewards, own_maps, strict=True)
+        ]
         strengths = [reward.config.strength for reward in rewards] if strengths is None else strengths
         check_strengths(strengths, len(rewards))
         if processing_class is None:

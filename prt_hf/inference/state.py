@@ -7,7 +7,6 @@ a full recomputation returns; the cache only saves time.
 
 import threading
 import weakref
-from collections.abc import Callable
 
 import torch
 import transformers
@@ -93,7 +92,7 @@ class RewardState:
             )
         self.reset()
         # On the decoder, which runs in every kind of pass.
-        hook = model.base_model.register_forward_pre_hook(_reset_in_training(weakref.ref(self)))
+        hook = model.base_model.register_forward_pre_hook(_ResetInTraining(self))
         weakref.finalize(self, hook.remove)
 
     def reset(self) -> None:
@@ -281,15 +280,19 @@ class RewardState:
         return run(**self._pass.prepare(inputs), return_dict=True)
 
 
-def _reset_in_training(reference: "weakref.ref[RewardState]") -> Callable[[nn.Module, tuple], None]:
-    """Return a hook that resets a state on a pass in training mode, after which the weights change."""
+class _ResetInTraining:
+    """A hook that resets a state on a pass in training mode, after which the weights change; copies do nothing."""
 
-    def hook(module: nn.Module, _: tuple) -> None:
-        state = reference()
+    def __init__(self, state: RewardState):
+        self._state = weakref.ref(state)
+
+    def __call__(self, module: nn.Module, _: tuple) -> None:
+        state = None if self._state is None else self._state()
         if module.training and state is not None:
             state.reset()
 
-    return hook
+    def __getstate__(self) -> dict:
+        return {"_state": None}
 
 
 def switching_length(config: PreTrainedConfig) -> int | None:

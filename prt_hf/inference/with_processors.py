@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 from transformers.generation.utils import GenerateOutput
+from transformers.utils import ModelOutput
 
+from ..errors import UnsupportedError
 from .context import Prompt
 from .logits_processor import PRTLogitsProcessor
 from .speculative import speculative_decoding
@@ -62,6 +64,12 @@ def generate_with_processors(
         stopping_criteria: as for `generate`.
         **kwargs: as for `generate`.
     """
+    if kwargs.get("inputs_embeds") is not None:
+        raise UnsupportedError(
+            "A reward has embeddings of its own, and cannot read the backbone's.",
+            expected="`input_ids`",
+            found="`inputs_embeds`",
+        )
     backbone = copy.copy(model.backbone)  # on the very same modules
     backbone.generation_config = copy.deepcopy(model.generation_config)
     generation_config = copy.deepcopy(generation_config or model.generation_config)
@@ -79,18 +87,27 @@ def generate_with_processors(
             PRTLogitsProcessor(
                 reward,
                 model.processing_class,
-                token_map=model.config.token_map,
+                token_map=match.tokens and match.tokens.renamed,
                 source_backbone=None if speculation is None else assistant_model,
             )
-            for reward in model.rewards
+            for reward, match in zip(model.rewards, model.matches, strict=True)
         ]
+        model.train(model.training)  # processors put networks into evaluation mode
     for reward, strength, prompt in zip(rewards, model.strengths, prompts, strict=True):
         reward.strength, reward.prompt, reward.attention_mask = strength, prompt, kwargs.get("attention_mask")
     if speculation is None:
+        if kwargs.get("output_logits", generation_config.output_logits):
+            raise UnsupportedError(
+                "The logits of the backbone are not those of the PRT model.",
+                expected="`output_scores`, which are log pi of every step after the processors",
+                found="`output_logits`, with a reward that reads other tokens or a prompt of its own",
+            )
         others = backbone._get_logits_processor
         backbone._get_logits_processor = lambda *args, **given: LogitsProcessorList([*rewards, *others(*args, **given)])
         if assistant_model is not None:
             kwargs["assistant_model"] = assistant_model
+        if tokenizer is not None:
+            kwargs["tokenizer"] = tokenizer
     else:
         kwargs["custom_generate"] = partial(speculative_decoding, rewards=rewards, streamer=streamer, **speculation)
     output = backbone.generate(
@@ -98,4 +115,6 @@ def generate_with_processors(
     )
     if assistant_model is None:
         _PROCESSORS[model] = rewards
+    if isinstance(output, ModelOutput) and output.get("scores") is not None:
+        output.scores = tuple(each[:, : model.config.vocab_size] for each in output.scores)  # as of this model
     return output

@@ -290,7 +290,7 @@ def _same_roles(
 
 
 def _check_mapped(token: str, tokens: Mapping[bytes, int], owner: str) -> None:
-    if token.encode() not in tokens:
+    if not isinstance(token, str) or token.encode("utf-8", "surrogatepass") not in tokens:
         raise PRTValueError(
             "`token_map` names an unknown token.",
             expected="{token of the backbone: token of the reward}",

@@ -18,21 +18,41 @@ def speller(
     Tokens that only begin or end a text are none of it, nor is what the tokenizer has no tokens for. Padding stands
     where a text has ended, and is read as one token, so that all rows of a batch grow alike.
     """
-    roles = {token.encode(): role for role, token in special_tokens.items()}
+    roles: dict[bytes, set[str]] = {}
+    for role, token in special_tokens.items():
+        roles.setdefault(token.encode(), set()).add(role)
 
     def spell(token: bytes) -> tuple[int, ...]:
         if tokenizer is None:
             return ()
         if token in roles:
+            if "pad_token" not in roles[token]:
+                return ()
             ends = [tokenizer.pad_token_id, tokenizer.eos_token_id]
-            return tuple(index for index in ends if index is not None)[:1] if roles[token] == "pad_token" else ()
+            ends = ends[::-1] if "eos_token" in roles[token] else ends
+            return tuple(index for index in ends if index is not None)[:1]
         try:
-            ids = tokenizer.encode(token.decode(), add_special_tokens=False)
+            text = token.decode()
         except UnicodeDecodeError:
             return ()
-        return () if tokenizer.unk_token_id in ids else tuple(ids)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if tokenizer.unk_token_id in ids:
+            return ()
+        return tuple(_without_space(tokenizer, ids) if text[0] not in " ▁" else ids)
 
     return spell
+
+
+def _without_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Take away the space that SentencePiece puts before a text, but not before a part of one."""
+    first = tokenizer.convert_ids_to_tokens(ids[0]) if ids else ""
+    if not first.startswith("▁"):
+        return ids
+    rest = first[1:]
+    if not rest:
+        return ids[1:]
+    index = tokenizer.get_vocab().get(rest)
+    return ids if index is None else [index, *ids[1:]]
 
 
 def spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> Callable[[str], bytes]:

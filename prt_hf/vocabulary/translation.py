@@ -115,11 +115,11 @@ def check_ids(input_ids: torch.LongTensor, size: int) -> None:
     Raises:
         VocabularyMismatchError: one is beyond it.
     """
-    largest = int(input_ids.max()) if input_ids.numel() else 0
-    if largest >= size:
+    wrong = input_ids[(input_ids < 0) | (input_ids >= size)]
+    if len(wrong):
         raise VocabularyMismatchError(
             "The text holds a token id that the tokenizer does not have.",
             expected=f"ids below {size}",
-            found=str(largest),
+            found=str(int(wrong[0])),
             remedy="use the backbone's own tokenizer, which the text was encoded with",
         )

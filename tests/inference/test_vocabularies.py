@@ -1,6 +1,7 @@
 """Rewards on backbones whose vocabulary is an update of theirs: every path against brute force."""
 
 import copy
+import pickle
 
 import families
 import pytest
@@ -402,3 +403,54 @@ def test_trainers_that_multiply_by_the_head_are_refused(reward):
     model = PRTForCausalLM.from_parts(families.build("extended"), [reward], tokenizer=BACKBONES["extended"])
     with pytest.raises(UnsupportedError, match="no rows for some of the backbone's tokens"):
         model.base_model(torch.tensor([[5, 6]]))
+
+
+@pytest.fixture
+def extended(reward):
+    backbone, tokenizer = families.build("extended"), BACKBONES["extended"]
+    return PRTForCausalLM.from_parts(backbone, [copy.deepcopy(reward)], tokenizer=tokenizer)
+
+
+def test_scores_are_of_the_models_own_tokens(extended):
+    rows = rows_of(BACKBONES["extended"], 2)
+    settings = {"return_dict_in_generate": True, "output_scores": True, "eos_token_id": None, "max_new_tokens": 4}
+    output = extended.generate(rows, do_sample=False, **settings)
+    found = extended.compute_transition_scores(output.sequences, output.scores)
+    with torch.no_grad():
+        log_probs = extended(output.sequences).logits[:, rows.shape[1] - 1 : -1]
+    expected = log_probs.gather(-1, output.sequences[:, rows.shape[1] :, None])[..., 0]
+    torch.testing.assert_close(found, expected, **CLOSE)
+    with pytest.raises(UnsupportedError, match="`output_scores`"):
+        extended.generate(rows, output_logits=True, **settings)
+
+
+def test_what_an_extended_vocabulary_refuses(extended):
+    rows = rows_of(BACKBONES["extended"], 1)
+    with pytest.raises(UnsupportedError, match="use_cache=False"):
+        extended(rows, use_cache=True)
+    with pytest.raises(UnsupportedError, match="embeddings of its own"):
+        extended.generate(rows, inputs_embeds=torch.zeros(1, 9, 32))
+    for wrong in (torch.tensor([[5, -1]]), torch.tensor([[5, len(BACKBONES["extended"])]])):
+        with pytest.raises(VocabularyMismatchError, match="ids below"):
+            PRTLogitsProcessor(extended.rewards[0], BACKBONES["extended"])(wrong, torch.zeros(1, 80))
+
+
+def test_generation_leaves_the_mode_and_pickles(extended):
+    extended.train()
+    extended.generate(rows_of(BACKBONES["extended"], 1), max_new_tokens=2)
+    assert extended.training and extended.reward_networks[0].training and not extended.backbone.training
+    again = pickle.loads(pickle.dumps(extended.eval()))
+    rows = rows_of(BACKBONES["extended"], 1)
+    assert torch.equal(again(rows).logits, extended(rows).logits)
+
+
+def test_one_map_for_rewards_of_different_vocabularies(reward):
+    tokenizer, token_map = BACKBONES["renamed"], {"<|person|>": "<|user|>"}
+    backbone, newer = families.build("renamed"), RewardModel.from_base(families.build("renamed", seed=3), tokenizer)
+    model = PRTForCausalLM.from_parts(backbone, [newer, reward], tokenizer=tokenizer, token_map=token_map)
+    assert model.matches[0].tokens.is_identical and "<|person|>" in model.matches[1].tokens.renamed
+    rows, options = rows_of(tokenizer, 1), {"max_new_tokens": 4, "eos_token_id": None, "do_sample": False}
+    processors = [newer.processor(backbone, tokenizer), reward.processor(backbone, tokenizer, token_map=token_map)]
+    assert torch.equal(model.generate(rows, **options), backbone.generate(rows, logits_processor=processors, **options))
+    with pytest.raises(PRTValueError, match="names an unknown token"):
+        PRTForCausalLM.from_parts(backbone, [newer, reward], tokenizer=tokenizer, token_map={"<think>": "<nowhere>"})
