@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, fields
+from functools import cached_property
 from math import isfinite
 from numbers import Real
 from pathlib import Path
@@ -141,7 +142,7 @@ class Match:
     columns: torch.LongTensor | None = None
     tokens: VocabularyMatch | None = None
 
-    @property
+    @cached_property
     def has_neutral(self) -> bool:
         """Whether some of the backbone's columns keep their probability."""
         return self.columns is not None and bool((self.columns < 0).any())

@@ -46,12 +46,15 @@ class Translation:
     def __init__(self, ids: torch.LongTensor, spelled: Mapping[int, tuple[int, ...]] | None = None):
         self._tables = {ids.device: ids}
         self._ids = ids
-        entries = [(index,) for index in ids.tolist()]
-        for token, others in (spelled or {}).items():
-            entries[token] = others
-        lengths = torch.tensor([len(entry) for entry in entries])
+        spelled = spelled or {}
+        lengths = torch.ones_like(ids)
+        for token, others in spelled.items():
+            lengths[token] = len(others)
         self._lengths, self._starts = lengths, lengths.cumsum(0) - lengths
-        self._flat = torch.tensor([index for entry in entries for index in entry], dtype=torch.long)
+        self._flat = ids.repeat_interleave(lengths)
+        for token, others in spelled.items():
+            start = int(self._starts[token])
+            self._flat[start : start + len(others)] = torch.tensor(others, dtype=ids.dtype)
 
     def ids_on(self, device: torch.device) -> torch.LongTensor:
         """Return the ids on a device."""
@@ -74,15 +77,12 @@ class Translation:
             ids, is_unknown = ids.masked_fill(is_padding, 0), is_unknown & ~is_padding
         return None if bool(is_unknown.any()) else ids
 
-    def rows(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, padding_side: str = "right"
-    ) -> TranslatedRows:
-        """Translate rows; padding is left out, and made anew, since rows may differ in length now.
+    def rows(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> TranslatedRows:
+        """Translate rows; padding is left out, and made anew at the right, since rows may differ in length now.
 
         Args:
             input_ids: `(batch_size, length)`.
             attention_mask (*optional*): of the same shape; 0 at padding.
-            padding_side: `"left"` or `"right"`.
 
         Raises:
             VocabularyMismatchError: an id is beyond the vocabulary.
@@ -99,13 +99,11 @@ class Translation:
         # A row without any token still needs a position to be computed at.
         width = max(1, int(totals.max()))
         places = torch.arange(width)[None].expand(count, -1)
-        offset = width - totals if padding_side == "left" else torch.zeros_like(totals)
-        is_token = (places >= offset) & (places < offset + totals)
+        is_token = places < totals
         found, sources = torch.zeros(2, count, width, dtype=torch.long)
         found[is_token] = self._flat[firsts + within]
         sources[is_token] = torch.repeat_interleave(torch.arange(length).repeat(count), counts)
         ends = lengths.cumsum(1) - 1
-        ends = torch.where(ends < 0, ends, ends + offset)
         return TranslatedRows(*(each.to(device) for each in (found, is_token.long(), sources, ends)))
 
 
