@@ -21,7 +21,7 @@ from ..contract import (
     ModelReference,
     RewardConfig,
 )
-from ..errors import PRTValueError, VocabularyMismatchError
+from ..errors import PRTValueError
 from ..functional import signed_sum
 from ..hub.card import render_card
 from ..hub.card_merge import merged_or_new, read_card, write_card
@@ -392,14 +392,7 @@ class RewardModel(Shareable):
         tokenizer = unwrap_tokenizer(self.processing_class)
         if tokenizer is None or not isinstance(self.contract, VocabularyContract):
             return None
-        found = VocabularyContract.from_tokenizer(tokenizer)
-        if (found.fingerprint, found.size) != (self.contract.fingerprint, self.contract.size):
-            raise VocabularyMismatchError(
-                "The reward's own tokenizer is not the one that it was tuned with.",
-                expected=f"the same {self.contract.size} tokens",
-                found=str(self.contract.match(found)),
-            )
-        return found
+        return self.contract.named_by(tokenizer)
 
     def name_tokens(self) -> None:
         """Take the names of tokens from the tokenizer: a saved contract has those of added tokens alone.
@@ -409,8 +402,7 @@ class RewardModel(Shareable):
         """
         found = self.check_processing_class()
         if found is not None:
-            contract = replace(found, special_tokens=self.contract.special_tokens)
-            self.config = replace(self.config, contract=contract)
+            self.config = replace(self.config, contract=found)
 
     def _take_processing_class(self, folder: Path, source: str | Path | None, load_kwargs: dict) -> None:
         """Read tokenizer or image processor from the reward's folder, else from its base."""

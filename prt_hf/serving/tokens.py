@@ -1,14 +1,13 @@
 """Read and score the tokens of a backbone whose vocabulary is an update of a reward's."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..contract import TEXT_GENERATION
-from ..errors import VocabularyMismatchError
 from ..networks.auto import load_processing_class
 from ..reward.loading import load_saved_processing_class
 from ..vocabulary import VocabularyContract, VocabularyMatch, unwrap_tokenizer
@@ -87,26 +86,14 @@ def match_tokens(
         PRTValueError: `token_map` names unknown tokens, or maps two onto one.
     """
     tokenizer = None
-    if token_map or not _is_same(reward, backbone):
+    if token_map or not reward.has_same_ids(backbone):
         tokenizer = unwrap_tokenizer(
             load_saved_processing_class(Path(folders[0]), TEXT_GENERATION)
             or load_processing_class(folders[-1], TEXT_GENERATION)
         )
     if tokenizer is not None:
-        found = VocabularyContract.from_tokenizer(tokenizer)
-        if not _is_same(reward, found):
-            raise VocabularyMismatchError(
-                "The reward's own tokenizer is not the one that it was tuned with.",
-                expected=f"the same {reward.size} tokens",
-                found=str(reward.match(found)),
-            )
-        reward = replace(found, special_tokens=reward.special_tokens)
+        reward = reward.named_by(tokenizer)
     return ServedTokens.of(reward.check(backbone, token_map=token_map, tokenizer=tokenizer), reward)
-
-
-def _is_same(reward: VocabularyContract, other: VocabularyContract) -> bool:
-    """Return whether all tokens have the same ids, without matching them one by one."""
-    return (reward.fingerprint, reward.size) == (other.fingerprint, other.size)
 
 
 class TokenReader(nn.Module):

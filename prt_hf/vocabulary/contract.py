@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring_ascii
 from typing import Any, ClassVar
 
@@ -98,7 +98,7 @@ class VocabularyContract:
         Raises:
             PRTValueError: `token_map` names an unknown token, or maps two tokens onto one.
         """
-        if not token_map and (self.fingerprint, self.size) == (backbone.fingerprint, backbone.size):
+        if not token_map and self.has_same_ids(backbone):
             return VocabularyMatch(IDENTICAL, backbone.size, self.size)
         ordinary = self._ordinary_beside(backbone), backbone._ordinary_beside(self)
         if None in ordinary:
@@ -186,6 +186,25 @@ class VocabularyContract:
                 f"`eos_token_id` to `generate` for both if texts do not end."
             )
         return match
+
+    def has_same_ids(self, other: "VocabularyContract") -> bool:
+        """Return whether all tokens have the same ids, without matching them one by one."""
+        return (self.fingerprint, self.size) == (other.fingerprint, other.size)
+
+    def named_by(self, tokenizer: PreTrainedTokenizerBase) -> "VocabularyContract":
+        """Return this contract with the names of tokens, from the tokenizer that it was made of.
+
+        Raises:
+            VocabularyMismatchError: it is another tokenizer.
+        """
+        found = VocabularyContract.from_tokenizer(tokenizer)
+        if not self.has_same_ids(found):
+            raise VocabularyMismatchError(
+                "The reward's own tokenizer is not the one that it was tuned with.",
+                expected=f"the same {self.size} tokens",
+                found=str(self.match(found)),
+            )
+        return replace(found, special_tokens=self.special_tokens)
 
     def id_of(self, token: str) -> int | None:
         """Return the id of a token as it stands in a text; None if there is none, or names are not known."""
