@@ -31,7 +31,7 @@ _SUMS = ((NETWORK,), (NETWORK, MINUS_BASE))
 TEXT_GENERATION = "text-generation"
 TEXT_CLASSIFICATION = "text-classification"
 IMAGE_CLASSIFICATION = "image-classification"
-_MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
+MOST_BYTES = 2**26  # of prt_config.json; 100,000 labels with long names take some 10 MB
 _MOST_TOKENS = 2**31
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of a character, which cannot be encoded
 _MOST_LETTERS, _MOST_BYTES_OF_NAME = 4096, 255  # of a path, and of each name in it
@@ -300,7 +300,7 @@ class RewardConfig:
                 found=", ".join(names[:10]) or "no such folder, or an empty one",
             )
         try:
-            if path.stat().st_size > _MOST_BYTES:
+            if path.stat().st_size > MOST_BYTES:
                 raise ValueError(f"{path.stat().st_size} bytes")
             return cls._from_dict(json.loads(path.read_text(encoding="utf-8")))
         except RewardFileError:
@@ -338,8 +338,8 @@ class RewardConfig:
             task=TASKS.get(config.task) is type(contract),
             reward_base=config.reward_base is not None,
             is_adapter=isinstance(config.is_adapter, bool),
-            kl_coef=_is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
-            entropy_coef=_is_number(config.entropy_coef) and config.entropy_coef >= 0,
+            kl_coef=is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
+            entropy_coef=is_number(config.entropy_coef) and config.entropy_coef >= 0,
             reward_init=isinstance(config.reward_init, str),
             terms=config.terms in (_SUMS if config.is_adapter and config.task == TEXT_GENERATION else _SUMS[:1]),
         )
@@ -368,6 +368,6 @@ def _reference(entries: dict[str, Any]) -> ModelReference:
     return reference
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Return whether a value is a finite number."""
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

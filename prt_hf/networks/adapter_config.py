@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from ..contract import PRT_CONFIG_NAME, _is_number, is_name
+from ..contract import PRT_CONFIG_NAME, is_number, is_name
 from ..errors import PRTError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from .checkpoints import read_entries
@@ -156,7 +156,7 @@ def _check_values(peft_config: PeftConfig) -> None:
         elif isinstance(default, bool):
             is_right = isinstance(value, bool) or (name.startswith("init_") and isinstance(value, str))
         else:
-            is_right = not isinstance(default, Real) or _is_number(value)
+            is_right = not isinstance(default, Real) or is_number(value)
         if not is_right:
             raise ValueError(f"{name} = {str(value)[:80]}")
 
@@ -212,6 +212,6 @@ def _are_names(value) -> bool:
     names = [value] if isinstance(value, str) else value or ()
     numbers = value.values() if isinstance(value, dict) else ()
     return all(type(name) is int or (isinstance(name, str) and _PLAIN.fullmatch(name)) for name in names) and all(
-        all(type(each) in (bool, int) for each in number) if isinstance(number, list) else _is_number(number)
+        all(type(each) in (bool, int) for each in number) if isinstance(number, list) else is_number(number)
         for number in numbers
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..contract import _MOST_BYTES
+from ..contract import MOST_BYTES
 from ..errors import PRTError, PRTValueError, RewardFileError
 
 # Limits on parts that configurations and networks create in memory before any weights are read.
@@ -90,7 +90,7 @@ def read_entries(path: Path) -> dict[str, Any]:
     Raises:
         ValueError, RecursionError: it is too large, not a JSON object, or contains NaN or an entry twice.
     """
-    if path.stat().st_size > _MOST_BYTES:
+    if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path.stat().st_size} bytes")
     entries = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_once)
     if not isinstance(entries, dict):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from math import nan
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class RequestAdapters:
                 f"vLLM puts no LoRAs on a {type(network).__name__}.",
                 remedy="name the rewards in `prt_rewards`",
             )
+        check_loaded_adapters()
         lora_config.target_modules = [
             name
             for name, module in network.named_modules(prefix=ADAPTERS)
@@ -97,9 +99,22 @@ class RequestAdapters:
         return known
 
 
-def _check_what_requests_name() -> None:
-    """Patch the engine's load of a LoRA: it offers no hook for a check, and any LoRA would pass for a reward."""
+def check_loaded_adapters() -> None:
+    """Patch the engine's load of a LoRA, once: it offers no hook for a check, and any LoRA would pass for a reward.
+
+    Raises:
+        UnsupportedError: this vLLM loads LoRAs in another way.
+    """
     load_adapter = WorkerLoRAManager._load_adapter
+    if hasattr(load_adapter, "__wrapped__"):
+        return
+    if (found := list(signature(load_adapter).parameters)) != ["self", "lora_request"]:
+        raise UnsupportedError(
+            "Rewards that requests name cannot be checked in this vLLM.",
+            expected="WorkerLoRAManager._load_adapter(self, lora_request)",
+            found=f"parameters {', '.join(found)}",
+            remedy="name the rewards in `prt_rewards`",
+        )
 
     @wraps(load_adapter)
     def checked(self, lora_request: LoRARequest) -> LoRAModel:
@@ -109,6 +124,3 @@ def _check_what_requests_name() -> None:
         return adapters.load(lora_request, lambda request: load_adapter(self, request))
 
     WorkerLoRAManager._load_adapter = checked
-
-
-_check_what_requests_name()
