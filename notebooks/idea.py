@@ -26,17 +26,21 @@ STEPS = {  # title: which model, its probabilities, colour, about the reward, ab
 REWARD_COLOUR, RESULT_COLOUR = "#c9722a", "#3f7d58"
 
 
-def main() -> None:
+def together(pretrained: Sequence[float]) -> list[float]:
+    """Return the probabilities of a model with the reward."""
+    return combine(torch.tensor(pretrained).log(), torch.tensor(REWARD)).exp().tolist()
+
+
+def draw(path: Path) -> None:
     """Write the picture."""
     figure = Figure(figsize=(10.4, 4.6))
     grid = figure.add_gridspec(2, 3, left=0.24, right=0.99, top=0.8, bottom=0.12, wspace=0.3, hspace=0.75)
     figure.text(0.615, 0.955, f"Next word after “{PROMPT}”", ha="center", va="center", fontsize=12, style="italic")
     for row, (title, (where, age, pretrained, colour, about_reward, about_result)) in enumerate(STEPS.items()):
         left, middle, right = (figure.add_subplot(grid[row, column]) for column in range(3))
-        together = combine(torch.tensor(pretrained).log(), torch.tensor(REWARD)).exp().tolist()
         _bars(left, f"{age} model, frozen", pretrained, colour, "{:.0%}", (0, 1.15))
         _bars(middle, about_reward, REWARD, REWARD_COLOUR, "{:+.1f}", (-3.6, 2.2))
-        _bars(right, about_result, together, RESULT_COLOUR, "{:.0%}", (0, 1.15))
+        _bars(right, about_result, together(pretrained), RESULT_COLOUR, "{:.0%}", (0, 1.15))
         left.set_yticks(range(len(WORDS)), WORDS, fontsize=11)
         box = left.get_position()
         height = (box.y0 + box.y1) / 2
@@ -52,7 +56,7 @@ def main() -> None:
     figure.text(x + 0.015, sum(y for _, y in ends) / 2, "saved as a LoRA", va="center", color=REWARD_COLOUR)
     figure.text(0.99, 0.03, "r is added to the logits; bars of models are probabilities", ha="right", color="#555555")
     with rc_context({"svg.hashsalt": "idea", "svg.fonttype": "path"}):
-        figure.savefig(Path(__file__).with_suffix(".svg"), metadata={"Date": None})
+        figure.savefig(path, metadata={"Date": None})
 
 
 def _bars(
@@ -70,4 +74,4 @@ def _bars(
 
 
 if __name__ == "__main__":
-    main()
+    draw(Path(__file__).with_suffix(".svg"))
