@@ -20,8 +20,10 @@ from ..hub.card import render_baked_card
 from ..hub.card_merge import read_card, write_card
 from ..inference.prt_model import PRTPreTrainedModel
 from ..networks.adapters import tie_parameters, wrap
+from ..networks.anatomy import frozen_norms
 from ..networks.identity import reference_to
 from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
+from ..reward.adapter import default_peft_config
 from ..reward.backbones import Batch
 from ..training.collators import PixelCollator
 from ..training.fused_loss import fused_prt_loss
@@ -61,7 +63,7 @@ class BakeTrainer(Trainer):
         args (`TrainingArguments`): as for the Trainer.
         train_dataset: rows with the inputs of the PRT model; labels are not read.
         eval_dataset (*optional*): as for the Trainer; `eval_loss` is the divergence.
-        peft_config (`LoraConfig`, *optional*): by default LoRA of rank 16 on every linear layer but the head.
+        peft_config (`LoraConfig`, *optional*): by default [`default_lora`].
         **trainer_kwargs: the Trainer's other arguments.
     """
 
@@ -76,11 +78,13 @@ class BakeTrainer(Trainer):
         **trainer_kwargs: Any,
     ):
         self.teacher = Teacher(model)
+        student = student_of(model, peft_config)
+        self._frozen_norms = frozen_norms(student)  # their statistics are the backbone's
         self._is_fused: bool | None = None  # the first batch decides
         if trainer_kwargs.get("processing_class") is None:
             trainer_kwargs["processing_class"] = model.processing_class
         super().__init__(
-            model=student_of(model, peft_config),
+            model=student,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
@@ -104,6 +108,8 @@ class BakeTrainer(Trainer):
         batch = self.batch(inputs)
         own = self.teacher.inputs_of_student(batch.inputs)
         network = self.accelerator.unwrap_model(model)
+        for norm in self._frozen_norms:
+            norm.eval()
         if self._is_fused is None:
             self._is_fused = self._can_fuse(network, batch, own)
         labels = batch.supervised_labels
@@ -262,7 +268,7 @@ def bake(
             classifiers rows with `image`, or with the model's inputs.
         args ([`BakeConfig`], for classifiers `TrainingArguments`, *optional*): steps, learning rate, `output_dir`, ...
             `resume_from_checkpoint` goes on after an interruption.
-        peft_config (`LoraConfig`, *optional*): by default LoRA of rank 16 on every linear layer but the head.
+        peft_config (`LoraConfig`, *optional*): by default [`default_lora`].
         **trainer_kwargs: for [`BakeTrainer`] or [`TextBakeTrainer`], such as `eval_dataset`.
 
     Raises:
@@ -293,17 +299,22 @@ def bake(
     return trainer.accelerator.unwrap_model(trainer.model).eval()
 
 
+def default_lora(model: PRTPreTrainedModel) -> LoraConfig:
+    """Return LoRA of rank 16, on every linear layer of a language model but the head, or on all of a classifier."""
+    if model.task != TEXT_GENERATION:
+        return default_peft_config(model.backbone, task_type=_PEFT_TASKS.get(model.task))
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=_PEFT_TASKS[model.task])
+
+
 def student_of(model: PRTPreTrainedModel, peft_config: LoraConfig | None = None) -> PeftModel:
     """Return a new LoRA on the weights of a PRT model's backbone, which stays without it.
 
     Raises:
         PRTValueError: the configuration is none of LoRA.
     """
-    if peft_config is None:
-        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    peft_config = default_lora(model) if peft_config is None else copy.deepcopy(peft_config)
     if not isinstance(peft_config, LoraConfig):
         raise PRTValueError("A PRT model is baked into a LoRA.", expected="LoraConfig", found=str(peft_config)[:80])
-    peft_config = copy.deepcopy(peft_config)
     peft_config.task_type = peft_config.task_type or _PEFT_TASKS.get(model.task)
     peft_config.base_model_name_or_path = model.backbone.name_or_path or None
     student = wrap(model.backbone, peft_config)

@@ -231,6 +231,17 @@ def test_image_classifiers_with_pixels_of_their_own(tmp_path):
     assert AutoImageProcessor.from_pretrained(tmp_path) is not None
 
 
+def test_batch_statistics_stay_the_backbones(tmp_path):
+    reward = RewardModel.from_base(tiny.vit(1))
+    model = PRTForImageClassification.from_parts(tiny.resnet(2), [reward])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    args = TrainingArguments(str(tmp_path), **tiny.TUNING | {"max_steps": 3})
+    baked = bake(model, tiny.images(), args)
+    assert any("conv" in name and "lora" in name for name, _ in baked.named_parameters())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_what_cannot_be_baked_is_refused(tmp_path):
     model = prt_model()
     with pytest.raises(PRTValueError, match="Only a PRT model"):
