@@ -143,6 +143,15 @@ def test_a_baked_model_has_the_distribution_and_all_else_stays(tmp_path):
         torch.testing.assert_close(merged(ids).logits.log_softmax(-1), log_q, rtol=1e-4, atol=1e-4)
 
 
+def test_the_backbone_is_in_memory_once(tmp_path):
+    model = prt_model()
+    trainer = trainer_for(model, tmp_path)
+    ours = {value.data_ptr() for value in model.backbone.parameters()}
+    theirs = {value.data_ptr() for name, value in trainer.model.named_parameters() if "lora" not in name}
+    assert theirs == ours
+    assert not [name for name, _ in model.backbone.named_modules() if "lora" in name]
+
+
 def test_to_prompts_alone_the_student_writes_and_the_teacher_scores(tmp_path):
     model = prt_model()
     rows = Dataset.from_list([{"prompt": "w5 w6 w7"}, {"prompt": "w8"}])
