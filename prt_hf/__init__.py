@@ -8,11 +8,12 @@ functional.py  the paper's equations              vocabulary/   which tokens of 
 contract.py    what a reward needs of a backbone
 reward/        the reward r itself                training/     Algorithm 1: tune it on a frozen backbone
 inference/     Algorithm 2: add it to another     evaluation/   Prop. 3.2: does it fit, is it worth it
-serving/       the same inside vLLM               hub/          files, cards, commits
-networks/      what is known of others' models    demo/, benchmark/, cli/   toy models, timings, the command
+baking/        make one plain model of it         serving/      the same inside vLLM
+hub/           files, cards, commits              networks/     what is known of others' models
+demo/, benchmark/, cli/   toy models, timings, the command
 
 A room imports from those below it only: errors < functional, vocabulary < contract < hub < networks < reward
-< training | inference < evaluation | serving < demo, benchmark < cli.
+< training | inference < baking | evaluation | serving < demo, benchmark < cli.
 
 Names are imported at first use, so that `import prt_hf` loads neither torch nor transformers.
 """
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .baking.trainer import BakeConfig, bake
     from .contract import LabelContract, RewardConfig, VocabularyContract
     from .errors import (
         BackboneCacheError,
@@ -55,6 +57,7 @@ if TYPE_CHECKING:
     from .training.trainer import PRTTrainer
 
 _EXPORTS = {  # the same, for use
+    "baking.trainer": ("BakeConfig", "bake"),
     "contract": ("LabelContract", "RewardConfig", "VocabularyContract"),
     "errors": (
         "BackboneCacheError",

@@ -7,10 +7,10 @@ import warnings
 
 from .._version import __version__
 from ..errors import PRTError
-from . import bench, check, demo, evaluate, generate, push, train
+from . import bake, bench, check, demo, evaluate, generate, push, train
 from .arguments import StrictParser
 
-COMMANDS = (demo, train, generate, evaluate, check, push, bench)
+COMMANDS = (demo, train, generate, evaluate, check, bake, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in COMMANDS:
         command.add_parser(commands).set_defaults(run=command.run)
     args, args.rest = parser.parse_known_args(argv)
-    if args.rest and args.run is not train.run:
+    if args.rest and args.run not in (train.run, bake.run):
         parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     try:
         with warnings.catch_warnings():

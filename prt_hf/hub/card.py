@@ -160,6 +160,30 @@ def render_recipe_card(name: str, task: str, backbone: ModelReference, rewards: 
     )
 
 
+def render_baked_card(name: str, task: str, backbone: ModelReference, rewards: Sequence[tuple[str, float]]) -> str:
+    """Return the card of a LoRA that a PRT model was baked into.
+
+    `name` is its repository id or folder. Each reward has an id on the Hub or a description, and a strength.
+    """
+    data = ModelCardData(
+        base_model=_hub_id(backbone.id),
+        base_model_relation=_hub_id(backbone.id) and "adapter",
+        library_name="peft",
+        pipeline_tag=task,
+        tags=[*_TAGS, "lora", KINDS["baked"]],
+    )
+    return _rendered(
+        "baked_card_template.md.jinja",
+        data,
+        name=_shown(name),
+        task=task,
+        backbone=backbone,
+        rewards=rewards,
+        cell_reward=lambda place: _link(place) if _hub_id(place) else _cell(place),
+        peft_class=PRT_CLASSES[task].replace("PRT", "AutoPeftModel") if task != IMAGE_CLASSIFICATION else "PeftModel",
+    )
+
+
 def _rendered(template: str, data: ModelCardData, **values: Any) -> str:
     card = ModelCard.from_template(
         data,

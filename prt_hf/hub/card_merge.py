@@ -19,7 +19,12 @@ from .folder import CARD_NAME, replace_file
 logger = logging.get_logger(__name__)
 
 RENDERED = ("library_name", "pipeline_tag", "base_model", "base_model_relation")  # metadata that users do not set
-KINDS = {"adapter": "reward-adapter", "full": "full-reward", "recipe": "prt-recipe"}  # tags; a card has one
+KINDS = {
+    "adapter": "reward-adapter",
+    "full": "full-reward",
+    "recipe": "prt-recipe",
+    "baked": "baked-reward",
+}  # tags; a card has one
 OLD_CARD_NAME = "README.old.md"
 
 _BLOCK = re.compile(

@@ -34,7 +34,7 @@ class PRTSFTConfig(SFTConfig, PRTConfig):
             )
 
 
-class _SFTData(SFTTrainer):
+class SFTData(SFTTrainer):
     """TRL's trainer without its own fused head, which would ignore an adapter of the head."""
 
     def __init__(self, model: nn.Module, *args, **kwargs):
@@ -43,7 +43,7 @@ class _SFTData(SFTTrainer):
             super().__init__(model, *args, **kwargs)
 
 
-class PRTSFTTrainer(PRTTrainer, _SFTData):
+class PRTSFTTrainer(PRTTrainer, SFTData):
     """[`PRTTrainer`] for the data sets that [`~trl.SFTTrainer`] takes.
 
     These are text, prompt and completion, or messages. TRL tokenizes them, with chat templates, completion-only and
