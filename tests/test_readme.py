@@ -168,6 +168,13 @@ def check_existing_loras(seen, before, hub):
     assert distilled["trainer"].reward.config.distilled_from.id.endswith("user/any-lora")
 
 
+def check_bake(seen, before, hub):
+    baked, merged = seen
+    ids = before["inputs"]["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(merged["merged"](ids).logits, baked["baked"](ids).logits, rtol=1e-3, atol=1e-3)
+
+
 def check_migration(seen, before, hub):
     proxy, distilled = seen
     large, ids = proxy["large"], proxy["inputs"]["input_ids"]
@@ -208,6 +215,7 @@ CHECKS = {
     "notebooks/tuning.md": check_tuning,
     "notebooks/porting.md": check_porting,
     "notebooks/existing_loras.md": check_existing_loras,
+    "notebooks/bake.md": check_bake,
     "notebooks/migration.md": check_migration,
     "notebooks/images.md": check_images,
     "prt_hf/evaluation/README.md": check_evaluation,
