@@ -26,6 +26,8 @@ logger = logging.get_logger(__name__)
 
 PRT_CONFIG_NAME = "prt_config.json"
 FORMAT_VERSION = "1.0"
+ABOUT = "about"  # an entry for people, who may take the files for those of a model; not read
+_ABOUT_REWARD = "a reward of prt_hf, not a model: load it with RewardModel.from_pretrained, not with AutoModel or PEFT"
 NETWORK, MINUS_BASE = "network", "-base"  # terms of a reward
 _SUMS = ((NETWORK,), (NETWORK, MINUS_BASE))
 TEXT_GENERATION = "text-generation"
@@ -253,6 +255,7 @@ class RewardConfig:
             ordinary adapter that was carried over, log pi_ft - log pi_pt of emulated fine-tuning.
         distilled_from (`ModelReference`, *optional*): the fine-tuned model whose distribution it was tuned to, or the
             adapter that was carried over.
+        is_chat (`bool`): whether it was tuned on messages, in its tokenizer's chat template.
         format_version (`str`): that of the file it was read from.
     """
 
@@ -267,6 +270,7 @@ class RewardConfig:
     reward_init: str = "pretrained"
     terms: tuple[str, ...] = (NETWORK,)
     distilled_from: ModelReference | None = None
+    is_chat: bool = False
     format_version: str = FORMAT_VERSION
 
     @property
@@ -282,7 +286,7 @@ class RewardConfig:
     def to_json_string(self) -> str:
         """Return the text of `prt_config.json`, in the format that this version writes."""
         written = {"contract": contract_to_dict(self.contract), "format_version": FORMAT_VERSION}
-        return json.dumps(vars(self) | written, indent=2, default=vars) + "\n"
+        return json.dumps({ABOUT: _ABOUT_REWARD} | vars(self) | written, indent=2, default=vars) + "\n"
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> "RewardConfig":
@@ -324,7 +328,7 @@ class RewardConfig:
                 found=version,
                 remedy="update your clone of prt_hf",
             )
-        known = _known(cls, entries)
+        known = _known(cls, entries, besides={ABOUT})
         known["contract"] = contract = contract_from_dict(entries["contract"])
         for name in ("reward_base", "source_backbone", "distilled_from"):
             if known.get(name) is not None:
@@ -338,6 +342,7 @@ class RewardConfig:
             task=TASKS.get(config.task) is type(contract),
             reward_base=config.reward_base is not None,
             is_adapter=isinstance(config.is_adapter, bool),
+            is_chat=isinstance(config.is_chat, bool),
             kl_coef=is_number(config.kl_coef) and config.kl_coef > 0 and isfinite(1 / config.kl_coef),
             entropy_coef=is_number(config.entropy_coef) and config.entropy_coef >= 0,
             reward_init=isinstance(config.reward_init, str),

@@ -126,7 +126,7 @@ def contract(tokenizer):
 @pytest.fixture
 def warnings(monkeypatch):
     said = []
-    monkeypatch.setattr(logging.get_logger("prt_hf.vocabulary.contract"), "warning", said.append)
+    monkeypatch.setattr(logging.get_logger("prt_hf.vocabulary.contract"), "warning_once", said.append)
     return said
 
 

@@ -45,6 +45,12 @@ def tokenizer(size=VOCABULARY, changed=None, **roles):
     return PreTrainedTokenizerFast(tokenizer_object=backend, **defaults | roles)
 
 
+CHAT_TEMPLATE = (  # of w3 ... by the user, w4 ... by the model, w8 ... by the system, and w9 before a reply
+    "{% for m in messages %}{{ {'user': 'w3', 'assistant': 'w4', 'system': 'w8'}[m['role']] }} {{ m['content'] }} "
+    "{% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+)
+
+
 # Large initial weights make predictions sharp, so that a wrong cache changes the text.
 _TEXT = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 

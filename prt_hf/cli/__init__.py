@@ -7,10 +7,15 @@ import warnings
 
 from .._version import __version__
 from ..errors import PRTError
-from . import bake, bench, check, demo, evaluate, generate, push, train
+from . import bake, bench, chat, check, demo, env, evaluate, generate, push, train
 from .arguments import StrictParser
 
-COMMANDS = (demo, train, generate, evaluate, check, bake, push, bench)
+COMMANDS = (demo, train, generate, chat, evaluate, check, bake, push, bench, env)
+_SMALLER = {
+    "train": "--per_device_train_batch_size 1 with --gradient_accumulation_steps, a shorter --max_length, "
+    "--gradient_checkpointing true, --dtype bfloat16, or --precompute_backbone",
+}
+_SMALLER_MODELS = "--dtype bfloat16, --device auto, a smaller --batch_size, or shorter texts"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -30,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         command.add_parser(commands).set_defaults(run=command.run)
     args, args.rest = parser.parse_known_args(argv)
     if args.rest and args.run not in (train.run, bake.run):
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+        args.parser.refuse(args.rest)
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:  # which `python -W` and PYTHONWARNINGS set
@@ -45,10 +50,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prt-hf {args.command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _is_expected(error):
+        if _is_out_of_memory(error):
+            error = PRTError(
+                "There is not enough memory.",
+                found=str(error).strip().split("\n")[0],
+                remedy=_SMALLER.get(args.command, _SMALLER_MODELS),
+            )
+        elif not _is_expected(error):
             raise
         print(f"prt-hf {args.command}: {error}", file=sys.stderr)
         return 1
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether an allocation failed, on a GPU (`torch.OutOfMemoryError`) or in the main memory."""
+    words = ("out of memory", "allocate memory")
+    return isinstance(error, MemoryError | RuntimeError) and (
+        type(error).__name__ in ("MemoryError", "OutOfMemoryError") or any(each in str(error) for each in words)
+    )
 
 
 def _is_expected(error: Exception) -> bool:
@@ -65,4 +84,6 @@ def _is_expected(error: Exception) -> bool:
 
 def _is_missing_extra(error: Exception) -> bool:
     """Return whether an option needs a library that is not installed; a missing part of this package is a bug."""
+    if isinstance(error, RuntimeError) and "pip install" in str(error):  # of transformers, for `report_to`
+        return True
     return isinstance(error, ImportError) and (error.name or "").partition(".")[0] != __package__.partition(".")[0]

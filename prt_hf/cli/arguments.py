@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import PRTValueError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-StrictParser = partial(argparse.ArgumentParser, allow_abbrev=False)  # a mistyped option is an error
 DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = ("text", "image", "label")
+
+
+class StrictParser(argparse.ArgumentParser):
+    """The parser of a command: a mistyped option is an error, and what is wrong comes with a hint."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+        self.set_defaults(parser=self)  # that of the command in use, for errors
+
+    def error(self, message: str) -> NoReturn:
+        """Leave with status 2 after the message."""
+        lists = [action.option_strings[0] for action in self._actions if action.option_strings and action.nargs == "+"]
+        if lists and message.startswith("the following arguments are required"):
+            message += f"\nput them first: {', '.join(lists)} take every word up to the next option"
+        super().error(message)
+
+    def refuse(self, unknown: list[str]) -> NoReturn:
+        """Leave with status 2, and name the options that unknown ones may stand for."""
+        self.error(describe_unknown(unknown, self._option_string_actions))
+
+
+def describe_unknown(unknown: list[str], known: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
+    """Return a message that names the nearest known option for each unknown one, or the hint there is for it."""
+    found = []
+    for argument in unknown:
+        name = argument.partition("=")[0].replace("-", "_").replace("__", "--", 1)
+        if name in (hints or {}):
+            found.append(hints[name])
+        elif name.startswith("--"):
+            found += [f"did you mean {close}?" for close in difflib.get_close_matches(name, known, n=1)]
+    return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *found])
 
 
 def add_command(
@@ -42,12 +72,13 @@ def add_json(parser: argparse._ActionsContainer, text: str = "print the result a
     parser.add_argument("--json", action="store_true", help=text)
 
 
-def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """Add the options for loading models."""
+def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int | None = None) -> None:
+    """Add the options for loading models, and for the rows that they read at a time, unless that is None."""
     group = parser.add_argument_group("models")
     add_option(group, "dtype", choices=DTYPES, help="type of all weights; default: each model's as it is stored")
     add_option(group, "device", help="cpu, cuda, ..., or auto (device_map='auto'); default: cuda if there is one")
-    add_counts(group, batch_size=(batch_size, "rows in a forward pass"))
+    if batch_size is not None:
+        add_counts(group, batch_size=(batch_size, "rows in a forward pass"))
     add_option(group, "revision", help="branch, tag or commit of the backbone")
     add_option(group, "trust_remote_code", action="store_true", help="run code from the models' repositories")
     add_option(group, "token", help="access token for the Hub; default: the one that `hf auth login` saved")

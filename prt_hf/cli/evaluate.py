@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from ..errors import PRTValueError
 from .arguments import (
@@ -38,7 +39,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = add_command(
         commands, "evaluate", "measure a reward on several backbones, beside EFT and fine-tuning", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("reward", help="Hub id or folder of a reward")
+    parser.add_argument("reward", help="Hub id or folder of a reward, or of an ordinary LoRA adapter")
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
     add_evaluation_data(parser, samples=500)
     add_option(
@@ -76,9 +77,13 @@ def run(args: argparse.Namespace) -> None:
         )
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
-    from ..reward.model import RewardModel
+    if args.output_dir:
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=args.output_dir):  # cannot be written to? Then before anything is measured
+            pass
+    from ..inference.recipe import load_reward
 
-    reward = RewardModel.from_pretrained(args.reward, **load_kwargs(args))
+    reward, _ = load_reward(args.reward, [], load_kwargs(args))
     device = chosen_device(args)
     if device is not None:
         reward.to(device)

@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
             "steps": trainer.state.global_step,
             "seconds": perf_counter() - start,
         }
-        print(json.dumps(report) if options.json else _describe(report, task, config), flush=True)
+        print(json.dumps(report) if options.json else _describe(report, trainer.reward.config, config), flush=True)
     trainer.accelerator.end_training()
 
 
@@ -100,8 +100,6 @@ def _task(options: Options) -> tuple[str, RewardConfig | None]:
 
 
 def _config(options: Options, task: str, saved: RewardConfig | None) -> PRTConfig:
-    from transformers.utils import is_torch_bf16_gpu_available
-
     from ..contract import TEXT_GENERATION
     from ..training.config import PRTConfig
     from ..training.sft import PRTSFTConfig
@@ -114,8 +112,6 @@ def _config(options: Options, task: str, saved: RewardConfig | None) -> PRTConfi
     if task != TEXT_GENERATION:
         return options.training_config(PRTConfig, task, **defaults)
     defaults["dataset_text_field"] = options.data.text_column
-    if not is_torch_bf16_gpu_available():
-        defaults["bf16"] = False  # TRL's default fails here
     return options.training_config(PRTSFTConfig, task, **defaults)
 
 
@@ -244,7 +240,7 @@ def _source_names(
     return [(None if own else source.id, source.revision) for source, own in zip(saved.sources, is_own, strict=True)]
 
 
-def _describe(report: dict, task: str, config: PRTConfig) -> str:
+def _describe(report: dict, reward: RewardConfig, config: PRTConfig) -> str:
     from ..contract import TEXT_GENERATION
 
     folder, steps, seconds = shlex.quote(report["output_dir"]), report["steps"], report["seconds"]
@@ -254,8 +250,10 @@ def _describe(report: dict, task: str, config: PRTConfig) -> str:
         figures.append(f"eval_loss {report['metrics']['eval_loss']:.4f}")
     lines = [f"{steps} steps in {seconds:.0f} s; {', '.join(figures)}", f"reward: {folder}", "", "Next:"]
     lines.append(f"  prt-hf check {folder} BACKBONE")
-    if task == TEXT_GENERATION:
-        lines.append(f'  prt-hf generate BACKBONE --reward {folder} --prompt "..."')
+    if reward.is_chat:
+        lines.append(f"  prt-hf chat BACKBONE --reward {folder}")
+    elif reward.task == TEXT_GENERATION:
+        lines.append(f'  prt-hf generate BACKBONE --reward {folder} --raw --prompt "..."')
     if not config.push_to_hub:
         lines.append(f"  prt-hf push {folder} USER/NAME")
     return "\n".join(lines)

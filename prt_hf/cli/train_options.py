@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PRTError, PRTValueError
 from .arguments import DTYPES as TORCH_DTYPES
-from .arguments import add_json, add_option
+from .arguments import add_json, add_option, describe_unknown
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -37,8 +36,16 @@ LORA_NAMES = {"lora_r": "r", "lora_target_modules": "target_modules"}  # the oth
 DTYPES = ("auto", *TORCH_DTYPES)
 
 
-def _option(text: str, **kwargs: Any) -> Any:
-    return field(metadata={"help": text}, **kwargs)
+_OTHER_NAMES = {  # of TRL's commands and others'
+    "--lr": "did you mean --learning_rate?",
+    "--epochs": "did you mean --num_train_epochs?",
+    "--batch_size": "did you mean --per_device_train_batch_size?",
+    "--use_peft": "an adapter is tuned unless --full is given",
+}
+
+
+def _option(text: str, aliases: list[str] | None = None, **kwargs: Any) -> Any:
+    return field(metadata={"help": text, "aliases": aliases or []}, **kwargs)
 
 
 @dataclass
@@ -47,7 +54,9 @@ class ModelOptions:
 
     _argument_group_name = "model"
 
-    model_name_or_path: str = _option("Hub id or folder of a pretrained model, or of a saved reward to tune further.")
+    model_name_or_path: str = _option(
+        "Hub id or folder of a pretrained model, or of a saved reward to tune further.", aliases=["--model"]
+    )
     model_revision: str | None = _option("Branch, tag or commit of the model.", default=None)
     dtype: str | None = _option(
         f"Type of its weights: {', '.join(DTYPES)}. Default: as stored, and float32 with --full.", default=None
@@ -75,7 +84,7 @@ class DataOptions:
 
     _argument_group_name = "data"
 
-    dataset_name: str = _option("Hub id, folder, or file (.json, .jsonl, .csv, .parquet, .txt).")
+    dataset_name: str = _option("Hub id, folder, or file (.json, .jsonl, .csv, .parquet, .txt).", aliases=["--dataset"])
     dataset_config: str | None = _option("Configuration of a data set that has several.", default=None)
     dataset_train_split: str = _option("Split to tune on.", default="train")
     dataset_test_split: str = _option("Split to evaluate on, unless --eval_strategy is no.", default="test")
@@ -121,9 +130,23 @@ class AdapterOptions:
         if self.full:
             return None
         kwargs = {LORA_NAMES.get(name, name): value for name, value in self.given.items()}
+        self._check_targets(model)
         if kwargs.get("target_modules") == ["all-linear"]:
             kwargs["target_modules"] = "all-linear"  # PEFT's keyword
         return default_peft_config(model, **kwargs)
+
+    def _check_targets(self, model: PreTrainedModel) -> None:
+        """Raise `PRTValueError` if a named layer is not there: PEFT would do so for all of them only."""
+        layers = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+        wanted = set(self.lora_target_modules or ()) - {"all-linear"}
+        absent = sorted(name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers))
+        if absent:
+            raise PRTValueError(
+                "The model has no layers of these names.",
+                expected=f"some of {', '.join(sorted({layer.rpartition('.')[2] for layer in layers}))}, or all-linear",
+                found=", ".join(absent),
+                remedy="--lora_target_modules",
+            )
 
 
 class Options:
@@ -239,16 +262,9 @@ def _with_readable_config(arguments: list[str]) -> list[str]:
 def _describe_unknown(parser: argparse.ArgumentParser, unknown: list[str], task: str) -> str:
     from ..training.sft import PRTSFTConfig
 
-    known = [action.dest for action in parser._actions]
-    language_options = {each.name for each in fields(PRTSFTConfig)}
-    hints = []
-    for argument in unknown:
-        name = argument.partition("=")[0].removeprefix("--").replace("-", "_")
-        if argument.startswith("--") and name in language_options:
-            hints.append(f"--{name} is for language models, not for {task}")
-        elif argument.startswith("--"):
-            hints += [f"did you mean --{close}?" for close in difflib.get_close_matches(name, known, n=1)]
-    return "; ".join([f"unrecognized arguments: {' '.join(unknown)}", *hints])
+    names = [f"--{each.name}" for each in fields(PRTSFTConfig)]
+    hints = {name: f"{name} is for language models, not for {task}" for name in names}
+    return describe_unknown(unknown, [f"--{action.dest}" for action in parser._actions], hints | _OTHER_NAMES)
 
 
 def _as_list(value: str | list[str] | None) -> list[str] | None:

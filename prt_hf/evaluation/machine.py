@@ -2,12 +2,14 @@
 
 import platform
 from collections.abc import Callable, Iterable, Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
 import torch
 from transformers import PreTrainedModel
+
+from .._version import __version__
 
 
 def hardware() -> dict[str, str | int]:
@@ -22,6 +24,17 @@ def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that figures depend on."""
     names = ("torch", "transformers", "peft", "prt_hf")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of Python and of all packages that this one may meet."""
+    found = {"prt_hf": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "vllm"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
 
 
 def now(model: PreTrainedModel) -> float:

@@ -120,7 +120,7 @@ def render_card(
         base_argument=f", base_model={_python(_shown(config.reward_base.id or 'BASE'))}" if needs_base else "",
         prt_class=PRT_CLASSES[config.task],
         processor_argument="image_processor" if config.task == IMAGE_CLASSIFICATION else "tokenizer",
-        sample=_SAMPLES[config.task],
+        sample="What is 2 + 3?" if config.is_chat else _SAMPLES[config.task],
         labels=config.contract.names if isinstance(config.contract, LabelContract) else (),
         most_labels=MOST_LABELS,
         measurements=measurements,

@@ -1,6 +1,7 @@
 """Read from and write to the Hub; no other module does."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ..contract import PRT_CONFIG_NAME
 from ..errors import PRTValueError, RewardFileError
 from .folder import folder_to_read
 
@@ -32,7 +34,8 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
     if Path(model_id).is_dir():
         return None
     try:
-        config = hf_hub_download(model_id, "config.json", revision=revision, token=token)
+        with _asked_for(model_id):
+            config = hf_hub_download(model_id, "config.json", revision=revision, token=token)
     except HFValidationError as error:
         raise PRTValueError(
             f"There is no model at {model_id}.",
@@ -51,12 +54,24 @@ def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> b
         return False  # loading the repository will report what is wrong with it
 
 
+def refuse_reward(path_or_repo: str, expected: str, token: str | bool | None = None) -> None:
+    """Raise `PRTValueError` if a place where a model is expected holds a reward."""
+    if has_file(path_or_repo, PRT_CONFIG_NAME, token):
+        raise PRTValueError(
+            f"{path_or_repo} is a reward, which is no model by itself.",
+            expected=expected,
+            found=PRT_CONFIG_NAME,
+            remedy="RewardModel.from_pretrained loads it; `rewards=[...]` or --reward add it to a model",
+        )
+
+
 def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
     """Return the path of one file of a reward, after downloading it if it is on the Hub."""
     if Path(path_or_repo).is_dir():
         return folder_to_read(Path(path_or_repo)) / name
     try:
-        return Path(hf_hub_download(str(path_or_repo), name, token=token))
+        with _asked_for(path_or_repo):
+            return Path(hf_hub_download(str(path_or_repo), name, token=token))
     except HFValidationError as error:
         raise _nothing_at(path_or_repo) from error
 
@@ -73,9 +88,10 @@ def local_folder(
         patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in _FETCHED]
         ignored = [*_HIDDEN, *(() if subfolder else _CHECKPOINTS)]
         try:
-            path_or_repo = snapshot_download(
-                str(path_or_repo), revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
-            )
+            with _asked_for(path_or_repo):
+                path_or_repo = snapshot_download(
+                    str(path_or_repo), revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored
+                )
         except HFValidationError as error:
             raise _nothing_at(path_or_repo) from error
     return folder_to_read(Path(path_or_repo, subfolder or ""))
@@ -172,6 +188,16 @@ def commit_files(
         create_pr=create_pr,
         parent_commit=branch.commit,
     )
+
+
+@contextmanager
+def _asked_for(place: str | Path) -> Iterator[None]:
+    """Say in errors of the Hub what was asked for, and that no folder here has that name."""
+    try:
+        yield
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        error.args = (f"There is no folder {place} here, and the Hub does not give it: {error}", *error.args[1:])
+        raise
 
 
 def _nothing_at(path_or_repo: str | Path) -> RewardFileError:

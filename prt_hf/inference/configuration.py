@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..contract import TEXT_GENERATION, LabelContract, RewardConfig, VocabularyContract
+from ..contract import ABOUT, TEXT_GENERATION, LabelContract, RewardConfig, VocabularyContract
 from ..errors import RewardFileError
 from ..hub.folder import RECIPE_TYPE
 from ..networks.anatomy import AUTO_CLASSES, unwrap_adapter
@@ -17,6 +17,7 @@ from ..networks.identity import reference_to
 from ..reward.model import RewardModel
 
 RECIPE_VERSION = "1.0"
+_ABOUT_RECIPE = "a recipe of prt_hf: `import prt_hf.inference` before an Auto class of transformers loads it"
 _MOST_REWARDS = 256  # each is loaded, and may bring a base of its own
 _BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
 _REWARD_ENTRY = dict.fromkeys(("id", "revision", "digest", "folder"), str | None) | {"strength": Real}
@@ -56,6 +57,7 @@ class PRTModelConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # of this model's own heads, which it has not
 
     def __post_init__(self, **kwargs):
+        kwargs.pop(ABOUT, None)
         check_counts(kwargs, "the recipe", RewardFileError)
         _check_version(self.recipe_version)
         _check_entries(self)
@@ -88,7 +90,7 @@ class PRTModelConfig(PreTrainedConfig):
         """Return the entries that are written to `config.json`."""
         entries = self.to_dict()
         entries.pop("_name_or_path", None)  # where this recipe was read from
-        return entries
+        return {ABOUT: _ABOUT_RECIPE} | entries
 
 
 def config_of(

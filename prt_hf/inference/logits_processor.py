@@ -169,7 +169,7 @@ class PRTLogitsProcessor(_TermProcessor):
 
     Raises:
         VocabularyMismatchError: the tokenizer has another vocabulary than the reward, and no update of it.
-        PRTValueError: `token_map` names unknown tokens, or maps two onto one.
+        PRTValueError: `token_map` names unknown tokens, or maps two onto one; or the reward is on the device `meta`.
 
     Example:
 
@@ -196,6 +196,13 @@ class PRTLogitsProcessor(_TermProcessor):
                 expected="a RewardModel",
                 found=type(reward).__name__,
                 remedy="RewardModel.from_pretrained(...)",
+            )
+        if reward.device.type == "meta" and not hasattr(unwrap_adapter(reward.network), "_hf_hook"):  # not offloaded
+            raise PRTValueError(
+                "The reward has no weights.",
+                expected="a device that holds them",
+                found="meta",
+                remedy="load it again, without the device `meta`",
             )
         tokenizer, contract = _tokenizer_of(tokenizer), reward.contract
         if not isinstance(contract, VocabularyContract):

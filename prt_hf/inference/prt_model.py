@@ -134,8 +134,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
 
         Args:
             backbone: id, path, or a model in memory, which becomes part of this model (frozen, evaluation mode).
-            rewards: folders, Hub ids, or rewards in memory. Rewards on one base are loaded on one copy of it; a reward
-                whose base is the backbone shares the backbone's weights.
+            rewards: folders, Hub ids, or rewards in memory; one, or a list. Rewards on one base are loaded on one copy
+                of it; a reward whose base is the backbone shares the backbone's weights.
             strengths (*optional*): 1 / lambda for each reward, by default as it was tuned.
             tokenizer (*optional*): the backbone's tokenizer or image processor, by default the one beside its weights.
             token_map (*optional*): the backbone's tokens -> the rewards', where names and roles do not tell, as in
@@ -149,9 +149,13 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             VocabularyMismatchError, LabelMismatchError: a reward and the backbone do not fit.
             PRTValueError: no rewards, or not one strength for each.
         """
-        if isinstance(rewards, str | Path | RewardModel) or not rewards:
+        rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
+        if not rewards or not all(isinstance(reward, str | Path | RewardModel) for reward in rewards):
             raise PRTValueError(
-                "`rewards` is not usable.", expected="a list with one reward or more", found=repr(rewards)
+                "`rewards` is not usable.",
+                expected="one reward or more: folders, Hub ids, or rewards in memory (RewardModel)",
+                found=", ".join(type(reward).__name__ for reward in rewards) or "none",
+                remedy="save a PeftModel in memory, and name its folder: an ordinary LoRA is carried over",
             )
         if isinstance(backbone, str | Path):
             backbone = load_pretrained(str(backbone), **load_kwargs)
@@ -294,6 +298,15 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 found=str(values),
             )
         self._strengths = [as_strength(each) for each in values]
+
+    @property
+    def strength(self) -> Strength | list[Strength]:
+        """The strength of the only reward; of several rewards, `strengths`. Setting it sets that of all."""
+        return self.strengths[0] if len(self.rewards) == 1 else self.strengths
+
+    @strength.setter
+    def strength(self, value: Strength) -> None:
+        self.strengths = [value] * len(self.rewards)
 
     def init_weights(self) -> None:
         """Leave the weights of the parts as they are."""

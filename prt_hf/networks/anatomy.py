@@ -186,7 +186,11 @@ def first_position(model: PreTrainedModel) -> int:
     return 0
 
 
-def check_length(length: int, limit: int | None) -> None:
+def check_length(
+    length: int,
+    limit: int | None,
+    remedy: str = "shorten the prompt or `max_new_tokens`, or tune a reward on a model with a longer context",
+) -> None:
     """Check that a network can read as many tokens.
 
     Raises:
@@ -197,7 +201,7 @@ def check_length(length: int, limit: int | None) -> None:
             "The sequence is longer than the reward's context.",
             expected=f"at most {limit} tokens (max_position_embeddings)",
             found=f"{length} tokens",
-            remedy="shorten the prompt or `max_new_tokens`, or tune a reward on a model with a longer context",
+            remedy=remedy,
         )
 
 

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from ..contract import IMAGE_CLASSIFICATION, ModelReference
 from ..errors import PRTValueError, RewardFileError
-from ..hub.client import commit_of
+from ..hub.client import commit_of, refuse_reward
 from .anatomy import AUTO_CLASSES, ProcessingClass, task_of_class
 from .checkpoints import check_attention, check_counts, load_whole
 from .identity import check_same_model, reference_to, remember_commit
@@ -98,8 +98,9 @@ def load_pretrained(model_id: str, **load_kwargs: Any) -> PreTrainedModel:
 
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels, lacks weights, or names an attention
-            that is not transformers' own.
+            that is not transformers' own; or it is a reward.
     """
+    refuse_reward(model_id, "a pretrained model", load_kwargs.get("token"))
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
     # Always given, because transformers would otherwise ask in the terminal whether to run the model's code.
     trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
@@ -136,6 +137,7 @@ def load_config(model_id: str, **config_kwargs: Any) -> PreTrainedConfig:
         PRTValueError: transformers does not know the architecture, or needs code that it may not run.
     """
     trusted = {"trust_remote_code": bool(config_kwargs.get("trust_remote_code"))}
+    commit_of(model_id, config_kwargs.get("revision"), config_kwargs.get("token"))  # whose errors name the model
     try:
         check_counts(PreTrainedConfig.get_config_dict(model_id, **config_kwargs)[0], model_id)
         return AutoConfig.from_pretrained(model_id, **config_kwargs | trusted)

@@ -9,9 +9,9 @@ from peft import PeftConfig, PeftModel, PeftType, get_peft_model_state_dict, set
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..contract import IMAGE_CLASSIFICATION, MINUS_BASE, PRT_CONFIG_NAME, TEXT_GENERATION, RewardConfig
+from ..contract import IMAGE_CLASSIFICATION, MINUS_BASE, TEXT_GENERATION, RewardConfig
 from ..errors import BaseModelMismatchError, PRTValueError, RewardFileError, UnsupportedError
-from ..hub.client import has_file, local_file
+from ..hub.client import has_file, local_file, refuse_reward
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weights
 from ..networks.adapter_config import read_peft_config
 from ..networks.adapters import bare_base, check_bare, wrap
@@ -64,13 +64,7 @@ def read_ordinary_adapter(
         UnsupportedError: its effect depends on the text, or it is a prompt.
     """
     place = str(place)
-    if has_file(place, PRT_CONFIG_NAME, token):
-        raise PRTValueError(
-            f"{place} is a reward, which is no model by itself.",
-            expected="a fine-tuned model, or an ordinary adapter",
-            found=PRT_CONFIG_NAME,
-            remedy="RewardModel.from_pretrained",
-        )
+    refuse_reward(place, "a fine-tuned model, or an ordinary adapter", token)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not has_file(place, name, token):
             raise RewardFileError(

@@ -16,6 +16,7 @@ from ..contract import (
     MINUS_BASE,
     NETWORK,
     PRT_CONFIG_NAME,
+    TEXT_GENERATION,
     Contract,
     Match,
     ModelReference,
@@ -26,7 +27,7 @@ from ..functional import signed_sum
 from ..hub.card import render_card
 from ..hub.card_merge import merged_or_new, read_card, write_card
 from ..hub.client import local_folder
-from ..hub.folder import ADAPTER_CONFIG, REWARD, check_files, replacing_files
+from ..hub.folder import ADAPTER_CONFIG, RECIPE_TYPE, REWARD, check_files, replacing_files
 from ..hub.publishing import Shareable, push_reward
 from ..networks.adapters import bare_base
 from ..networks.anatomy import check_length, context_length, contract_of, task_of
@@ -225,6 +226,21 @@ class RewardModel(Shareable):
             self._base = weights, bare_base(self.network)
         return Term(self.network), Term(self._base[1], -1.0)
 
+    def __repr__(self) -> str:
+        kind = "reward adapter" if self.config.is_adapter else "full reward"
+        if len(self.config.terms) > 1:
+            kind = "adapter that was carried over"
+        base, scored = self.config.reward_base, "tokens" if self.config.task == TEXT_GENERATION else "labels"
+        return (
+            f"RewardModel({self.config.task}, {kind}, base {base.id or base.architecture}, "
+            f"strength {self.strength:g}, {self.size} {scored})"
+        )
+
+    @property
+    def strength(self) -> float:
+        """1 / lambda in training; processors and PRT models have strengths of their own, which can be set."""
+        return self.config.strength
+
     @property
     def contract(self) -> Contract:
         """The vocabulary or the labels that the reward scores."""
@@ -304,6 +320,7 @@ class RewardModel(Shareable):
         kl_coef: float,
         entropy_coef: float,
         distilled_from: ModelReference | None = None,
+        is_chat: bool | None = None,
     ) -> None:
         """Record the training that `network` is about to get in `config`.
 
@@ -312,6 +329,7 @@ class RewardModel(Shareable):
             kl_coef: lambda.
             entropy_coef: alpha of Eq. 12.
             distilled_from (*optional*): the fine-tuned model whose distribution it is tuned to.
+            is_chat (*optional*): whether the texts are messages; by default as before.
         """
         first, *others = source_backbones
         self.config = replace(
@@ -321,6 +339,7 @@ class RewardModel(Shareable):
             kl_coef=kl_coef,
             entropy_coef=entropy_coef,
             distilled_from=distilled_from or self.config.distilled_from,
+            is_chat=self.config.is_chat if is_chat is None else is_chat,
         )
 
     def match_with(
@@ -360,7 +379,7 @@ class RewardModel(Shareable):
             **kwargs: for [`PRTLogitsProcessor`].
 
         Raises:
-            PRTValueError: the backbone was made in memory, and no tokenizer is given.
+            PRTValueError: the backbone was made in memory, and no tokenizer is given; or it has rewards of its own.
             VocabularyMismatchError: the reward does not fit the backbone.
 
         Example:
@@ -372,6 +391,13 @@ class RewardModel(Shareable):
         # The one import from a floor above: users expect the processor at the reward.
         from ..inference.logits_processor import PRTLogitsProcessor
 
+        if backbone.config.model_type == RECIPE_TYPE:
+            raise PRTValueError(
+                "The backbone is a PRT model, which adds its rewards by itself.",
+                expected="a pretrained model",
+                found=type(backbone).__name__,
+                remedy="PRTForCausalLM.from_parts(model.backbone, rewards=[*model.rewards, reward])",
+            )
         if tokenizer is None:
             tokenizer = processing_class_of(backbone, self.config.task)
         if tokenizer is None:

@@ -13,7 +13,7 @@ from ..errors import PRTValueError, UnsupportedError
 from ..networks.anatomy import check_length
 from ..networks.pixels import PIXELS, split_inputs
 from ..reward.backbones import Backbone, Batch
-from .collators import IMAGE, MASKS, PixelCollator, TokenCollator
+from .collators import IMAGE, MASKS, TRUNCATE, PixelCollator, TokenCollator
 from .saving import RewardSaver
 from .sharding import is_sharding, sharded
 from .stored import ROW, NumberedCollator, StoredBackbone, dataset_key, numbered, stored_states
@@ -78,7 +78,7 @@ class BackboneReader(RewardSaver):
             if inputs.get("position_ids") is not None:  # packed documents start anew
                 length = int(inputs["position_ids"].max()) + 1
             for limit in self._limits:
-                check_length(length, limit)
+                check_length(length, limit, TRUNCATE)
         if self.reward.config.task == TEXT_GENERATION:
             inputs["use_cache"] = False  # some models separate packed documents only without a cache
             labels = None if labels is None else labels[:, 1:]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pyarrow.compute
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import BaseImageProcessor, GenerationConfig, PreTrainedTokenizerBase
@@ -11,6 +12,7 @@ from transformers.utils import logging
 
 from ..errors import PRTValueError
 from ..functional import IGNORE_INDEX
+from ..networks.anatomy import check_length
 from ..networks.pixels import PRTImageProcessor
 
 logger = logging.get_logger(__name__)
@@ -18,7 +20,9 @@ logger = logging.get_logger(__name__)
 MASKS = ("attention_mask", "completion_mask", "assistant_masks")
 IMAGE = "image"
 LABELS = ("label", "labels")
+TRUNCATE = "cut rows off: `truncation=True, max_length=...` of the tokenizer, or `max_length` of PRTSFTConfig"
 _WATCHED_ROWS = 64
+_PACKED = {"position_ids", "seq_lengths"}
 
 
 @dataclass
@@ -100,13 +104,24 @@ def check_tokenized(*datasets: Dataset | IterableDataset | Sequence | None) -> N
                 found=", ".join(columns),
                 remedy="dataset.map(lambda row: tokenizer(row['text']))",
             )
-        if packed := {"position_ids", "seq_lengths"} & set(columns):
+        if packed := _PACKED & set(columns):
             raise PRTValueError(
                 "The data set is packed.",
                 expected="one document in each row",
                 found=", ".join(sorted(packed)),
                 remedy="pass a `data_collator` that keeps the documents of a row apart",
             )
+
+
+def check_lengths(dataset: Dataset | IterableDataset | Sequence | None, limit: int | None) -> None:
+    """Raise `ContextLengthError` if a table of token rows has one that is longer than the models can read."""
+    if limit is None or not isinstance(dataset, Dataset) or dataset.format["type"] == "custom":  # made when read
+        return
+    if "input_ids" not in dataset.column_names or _PACKED & set(dataset.column_names):
+        return
+    for rows in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=4096):
+        lengths = pyarrow.compute.list_value_length(rows["input_ids"])
+        check_length(pyarrow.compute.max(lengths).as_py(), limit, TRUNCATE)
 
 
 class EndWatch:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Image, IterableDataset, Value, load_dataset
 from PIL import Image as PILImage
 from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -41,7 +41,8 @@ def load_data(dataset: str, config: str | None = None) -> DatasetDict:
             return load_dataset(FORMATS[suffix], data_files=str(path))
         return load_dataset(dataset, config)
     except Exception as error:  # the datasets library raises what its many back ends raise
-        raise refusal(first_line(_innermost(error))) from error
+        inner = _innermost(error)
+        raise refusal("no rows" if isinstance(inner, StopIteration) else first_line(inner)) from error
 
 
 def prepare_rows(
@@ -121,6 +122,12 @@ def require_texts(rows: Dataset, column: str, dataset: str) -> None:
                 expected="a string in every row",
                 found=f"{value!r} in row {index}",
             )
+    if not any(map(str.strip, rows[column])):
+        raise PRTValueError(
+            f"The column {column!r} of the dataset {dataset} has empty texts only.",
+            expected="a text in some row",
+            found=f"{len(rows)} empty ones",
+        )
 
 
 def label_ids(rows: Dataset, column: str, id2label: dict) -> list[int]:
@@ -179,7 +186,7 @@ def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool
             found=", ".join(rows.column_names),
             remedy="`dataset_text_field` names the column of texts",
         )
-    if is_conversational(rows[0]) or is_conversational_from_value(rows[0]):
+    if holds_messages(rows):
         if not has_chat_template:
             raise PRTValueError(
                 f"The dataset {dataset} holds messages, and the tokenizer has no chat template to write them with.",
@@ -190,6 +197,14 @@ def check_language_rows(rows: Dataset, text_column: str, has_chat_template: bool
         return
     for column in ("prompt", "completion") if is_prompted else (text_column,):
         require_texts(rows, column, dataset)
+
+
+def holds_messages(rows: Dataset | IterableDataset | Sequence | None) -> bool:
+    """Return whether the rows of a data set are messages, by the first of them."""
+    if not isinstance(rows, Dataset | IterableDataset):
+        return False
+    first = next(iter(rows), {})
+    return is_conversational(first) or is_conversational_from_value(first)
 
 
 def classified_texts(

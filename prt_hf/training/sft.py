@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from ..errors import PRTValueError
@@ -17,9 +18,14 @@ from .trainer import PRTTrainer
 
 @dataclass
 class PRTSFTConfig(SFTConfig, PRTConfig):
-    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`]."""
+    """Arguments of [`PRTSFTTrainer`]: those of [`~trl.SFTConfig`], with its defaults, and of [`PRTConfig`].
+
+    `bf16` is by default what the machine can do; TRL's default fails without a GPU.
+    """
 
     def __post_init__(self):
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and is_torch_bf16_gpu_available()
         super().__post_init__()
         if self.loss_type != "nll":
             raise PRTValueError(
@@ -50,10 +56,12 @@ class PRTSFTTrainer(PRTTrainer, SFTData):
     assistant-only loss, truncation, packing, and padding-free batches.
 
     Args:
-        args ([`PRTSFTConfig`]): takes the place of a `PRTConfig`.
+        args ([`PRTSFTConfig`], *optional*): takes the place of a `PRTConfig`.
         formatting_func: TRL's.
         kwargs: [`PRTTrainer`]'s other arguments.
     """
+
+    config_class = PRTSFTConfig
 
     def _default_collator(self, train_dataset, eval_dataset) -> None:
         """Return None: TRL makes a collator that fits its packing."""

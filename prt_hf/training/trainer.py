@@ -29,8 +29,9 @@ from ..reward.finetuned import teacher_of
 from ..reward.model import RewardModel
 from ..vocabulary import unwrap_tokenizer
 from .backbone_reader import BackboneReader
-from .collators import EndWatch, TokenCollator, check_not_empty, check_tokenized
+from .collators import EndWatch, TokenCollator, check_lengths, check_not_empty, check_tokenized
 from .config import PRTConfig
+from .data import holds_messages
 from .fused_loss import training_loss, training_statistics
 from .metrics import RunningMeans, is_step_logged
 from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks
@@ -74,6 +75,7 @@ class PRTTrainer(BackboneReader):
         VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
         BaseModelMismatchError: `distill_from` was tuned from another model than the source backbone.
         PRTValueError: a data set is empty, or arguments exclude each other.
+        ContextLengthError: a data set has a row that is longer than one of the models can read.
         BackboneCacheError, UnsupportedError: states of the backbone cannot be stored or read; or, with the first batch,
             pixels of a backbone are missing.
 
@@ -83,6 +85,7 @@ class PRTTrainer(BackboneReader):
     KL to the fine-tuned model.
     """
 
+    config_class = PRTConfig
     # The loss is divided by `num_items_in_batch`, so accumulated micro-batches add up to the large batch.
     loss_is_scaled_for_ga = True
 
@@ -100,8 +103,9 @@ class PRTTrainer(BackboneReader):
         peft_config: PeftConfig | None = None,
         **trainer_kwargs: Any,
     ):
-        args = PRTConfig("tmp_trainer") if args is None else args
-        _check_arguments(args, trainer_kwargs, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        args = self.config_class("tmp_trainer") if args is None else args
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        _check_arguments(args, self.config_class, trainer_kwargs, **datasets)
         self.reward, self._sources = reward_and_backbones(model, backbone, processing_class, peft_config, args)
         if processing_class is not None:
             self.reward.processing_class = processing_class
@@ -110,6 +114,7 @@ class PRTTrainer(BackboneReader):
         for index, source in enumerate(self._sources):
             source.index = index
         self._is_language_model = self.reward.config.task == TEXT_GENERATION
+        self._is_chat = self._is_language_model and holds_messages(train_dataset)
         if not args.precompute_backbone:
             for source in self._sources:
                 source.load()
@@ -146,6 +151,7 @@ class PRTTrainer(BackboneReader):
         if self._is_language_model:
             generation_config = getattr(unwrap_adapter(self.model), "generation_config", None)
             self._end_watch = EndWatch(unwrap_tokenizer(processing_class), generation_config)
+        self._check_lengths()
         self.backbones = self._sources
         if args.precompute_backbone:
             if self.compute_metrics is not None:
@@ -154,6 +160,14 @@ class PRTTrainer(BackboneReader):
         else:
             for source in (*self._sources, *self._teachers):
                 self._place(source)
+
+    def _check_lengths(self) -> None:
+        """Raise `ContextLengthError` at the start of training, rather than when the first long row comes."""
+        limits = [*self._limits, *(source.limit for source in self._sources if source.network is not None)]
+        limit = min((each for each in limits if each is not None), default=None)
+        evaluated = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        for rows in (self.train_dataset, *evaluated):
+            check_lengths(rows, limit)
 
     def compute_loss(
         self,
@@ -247,6 +261,7 @@ class PRTTrainer(BackboneReader):
             kl_coef=self.args.kl_coef,
             entropy_coef=self.args.entropy_coef,
             distilled_from=self._teachers[0].origin if self._teachers else None,
+            is_chat=self._is_chat,
         )
         return super().train(*args, **kwargs)
 
@@ -310,14 +325,16 @@ class PRTTrainer(BackboneReader):
         return training_loss(*operands, **settings, entropy_coef=self.args.entropy_coef, num_items_in_batch=items)
 
 
-def _check_arguments(args: PRTConfig, trainer_kwargs: dict, **datasets) -> None:
+def _check_arguments(args: PRTConfig, config_class: type[PRTConfig], trainer_kwargs: dict, **datasets) -> None:
     """Raise for arguments that a reward cannot be tuned with.
 
     Raises:
         PRTValueError: names the argument.
     """
-    if not isinstance(args, PRTConfig):
-        raise PRTValueError("`args` is not for reward tuning.", expected="a PRTConfig", found=type(args).__name__)
+    if not isinstance(args, config_class):
+        raise PRTValueError(
+            "`args` are those of another trainer.", expected=f"a {config_class.__name__}", found=type(args).__name__
+        )
     for name in ("model_init", "compute_loss_func"):
         if trainer_kwargs.get(name) is not None:
             raise PRTValueError(

@@ -174,14 +174,14 @@ class VocabularyContract:
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         end = None if theirs is None else backbone.id_of(theirs)
         if end is not None and match.columns is not None and int(match.columns[end]) < 0:
-            logger.warning(
+            logger.warning_once(
                 f"The reward does not know the backbone's end token {theirs!r}, so it cannot end a text: "
                 f"token_map={{{theirs!r}: {ours or '<its end token>'!r}}} says which of its tokens that is."
             )
         elif match.renamed:
-            logger.warning(f"The vocabulary of the {owner} is the reward's with other names. {match}.")
+            logger.warning_once(f"The vocabulary of the {owner} is the reward's with other names. {match}.")
         elif ours and theirs and ours != theirs:
-            logger.warning(
+            logger.warning_once(
                 f"The reward was tuned with the end token {ours!r}, the backbone stops at {theirs!r}: pass "
                 f"`eos_token_id` to `generate` for both if texts do not end."
             )

@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from PIL import Image as PILImage
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ViTImageProcessorPil
 
@@ -277,3 +277,23 @@ def test_one_row_tells_nothing_and_rows_without_tokens_are_counted(data, weights
     found = json.loads(check(capsys, "reward", "target", "--data", "one.jsonl", "--json")[1])
     assert (found["worth_porting"], found["rows_without_predictions"]) == (None, 1)
     assert set(found["portability"]["standard_error"].values()) == {None}
+
+
+def test_an_ordinary_adapter_fits_where_the_reward_that_it_becomes_fits(folder, capsys):
+    """Without weights, and as `RewardModel.from_adapter` carries it over; refused for measurements, with a remedy."""
+    save(folder / "base", tiny.llama(1), tiny.tokenizer())
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained("lora")
+    carried = RewardModel.from_adapter("lora")
+    status, out, _ = check(capsys, "lora", "target", "--json")
+    found = json.loads(out)
+    assert (status, found["fits"]) == (0, True)
+    assert found["reward"]["contract"]["fingerprint"] == carried.contract.fingerprint
+    assert found["reward"]["terms"] == ["network", "-base"]
+    parameters = sum(value.numel() for name, value in carried.network.named_parameters() if "lora_" in name)
+    assert found["adapter_parameters"] == parameters
+    assert "lora: text-generation, adapter that is carried over" in check(capsys, "lora", "target")[1]
+    status, _, err = check(capsys, "lora", "nowhere")
+    assert status == 1 and "There is no folder nowhere here" in err
+    assert "There is no folder rewrd here" in check(capsys, "rewrd", "target")[2]
+    assert "reward is a reward, which is no model by itself" in check(capsys, "reward", "reward")[2]

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
@@ -127,17 +128,22 @@ def test_prompts_come_from_files_and_from_standard_input(folder, command, compos
     assert command(folder / "recipe")[1] == texts[0] + "\n", "as a whole"
 
 
-def test_chats_go_through_the_template(folder, command, composite, tmp_path):
-    status, out, err = command(folder / "recipe", "--chat", "--prompt", "w5")
-    assert (status, out) == (1, "") and "has no chat template" in err
+def test_prompts_go_through_the_template_where_there_is_one(folder, command, composite, tmp_path):
     tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] == 'user' and 'w3' or 'w4' }} {{ m['content'] }} {% endfor %}w9"
-    )
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
     model = PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"], tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "chatty")
     text = expected(composite, "w3 w5 w9")
-    assert command(tmp_path / "chatty", "--chat", "--prompt", "w5")[1] == text + "\n"
+    _, out, err = command(tmp_path / "chatty", "--prompt", "w5")
+    assert out == text + "\n" and err.endswith("chat template; --raw continues them as they are\n")
+    _, out, err = command(tmp_path / "chatty", "--raw", "--prompt", "w5")
+    assert out == expected(composite, "w5") + "\n" and "template" not in err
+    text = expected(composite, "w8 w6 w3 w5 w9")
+    assert command(tmp_path / "chatty", "--system", "w6", "--prompt", "w5")[1] == text + "\n"
+    for given in (("--system", "w6"), ("--reward_chat_template",)):
+        status, out, err = command(folder / "recipe", *given, "--prompt", "w5")
+        assert (status, out) == (1, "") and f"no --raw, or `messages`, with {given[0]}" in err
+    assert "expected: --system or --raw" in command(tmp_path / "chatty", "--raw", "--system", "w6")[2]
     turns = [
         {"role": "user", "content": "w5"},
         {"role": "assistant", "content": "w6"},
@@ -145,7 +151,12 @@ def test_chats_go_through_the_template(folder, command, composite, tmp_path):
     ]
     (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": turns}))
     text = expected(composite, "w3 w5 w4 w6 w3 w7 w9")
-    assert command(tmp_path / "chatty", "--file", tmp_path / "chats.jsonl")[1] == text + "\n"
+    for more in ([], ["--raw"]):
+        assert command(tmp_path / "chatty", "--file", tmp_path / "chats.jsonl", *more)[1] == text + "\n"
+    text = expected(composite, "w8 w6 w3 w5 w4 w6 w3 w7 w9")
+    assert command(tmp_path / "chatty", "--file", tmp_path / "chats.jsonl", "--system", "w6")[1] == text + "\n"
+    status, out, err = command(folder / "recipe", "--file", tmp_path / "chats.jsonl")
+    assert (status, out) == (1, "") and "has no chat template" in err
 
 
 @pytest.fixture(scope="module")
@@ -181,16 +192,17 @@ def test_prompts_are_read_by_the_tokenizer_of_each(family, command):
 
     prompts, chats, own = ["a<think>b", "cde"], ["xa<think>by", "xcdey"], ["<|user|>abca<think>b", "<|user|>abccde"]
     given = [family / "backbone", "--reward", family / "reward", "--prompt", *prompts]
-    assert command(*given)[1] == made(prompts)
+    raw = [*given, "--raw"]
+    assert command(*raw)[1] == made(prompts)
     token_map = {"<think>": "<|reserved_1|>"}
     mapped = made(prompts, token_map=token_map)
     assert mapped != made(prompts)
-    assert command(*given, "--token_map", json.dumps(token_map))[1] == mapped
-    assert command(*given, "--chat")[1] == made(chats)
+    assert command(*raw, "--token_map", json.dumps(token_map))[1] == mapped
+    assert command(*given)[1] == made(chats)
     assert made(chats, own) != made(chats)
     for more in ([], ["--batch_size", 2], ["--speculative"]):
-        assert command(*given, "--chat", "--reward_chat_template", *more)[1] == made(chats, own), more
-    assert "Texts have no chat template." in command(*given, "--reward-chat-template")[2]
+        assert command(*given, "--reward_chat_template", *more)[1] == made(chats, own), more
+    assert "Texts have no chat template." in command(*raw, "--reward-chat-template")[2]
     for wrong in ("<think>", '["<think>"]', '{"<think>": 3}'):
         with pytest.raises(SystemExit, match="2"):
             command(*given, "--token_map", wrong)
@@ -224,6 +236,24 @@ def test_texts_end_where_the_model_ends_them(folder, command):
     assert (record["new_tokens"], record["text"]) == (end + 1, tiny.tokenizer().decode(tokens[: end + 1]))
 
 
+def test_an_empty_text_comes_with_a_hint(folder, command, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    model = PRTForCausalLM.from_parts(str(folder / "backbone"), [folder / "reward"], tokenizer=tokenizer)
+    model.generation_config.suppress_tokens = [0, 1, *range(3, tiny.VOCABULARY)]
+    model.save_pretrained(tmp_path / "mute")
+    for more, hint in (([], "try another prompt"), (["--raw"], "the model is made for chats; leave --raw out")):
+        for way in ([], ["--no_stream"]):
+            status, out, err = command(tmp_path / "mute", "--prompt", "w5", *more, *way)
+            assert (status, out) == (0, "\n") and "text 1 is empty: " in err and hint in err
+
+
+def test_a_terminal_without_a_prompt_is_not_waited_for(folder, command, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    status, out, err = command(folder / "recipe")
+    assert (status, out) == (1, "") and "There is no prompt." in err and "`prt-hf chat`" in err
+
+
 MISTAKES = {
     "no reward": (("backbone", "--prompt", "w5"), "There is no reward.\n  expected: --reward, or the recipe"),
     "a recipe and a reward": (
@@ -246,8 +276,10 @@ MISTAKES = {
         "Speculation takes one prompt at a time.\n  expected: --batch_size 1\n  found: 2",
     ),
     "no such device": (("recipe", "--device", "nowhere", "--prompt", "w5"), "The device nowhere cannot be used."),
-    "no such backbone": (("no/such", "--reward", "reward", "--prompt", "w5"), "connect"),
-    "no such reward": (("backbone", "--reward", "no/such", "--prompt", "w5"), "snapshot"),
+    "no such backbone": (("no/such", "--reward", "reward", "--prompt", "w5"), "no folder no/such here, and the Hub"),
+    "no such reward": (("backbone", "--reward", "no/such", "--prompt", "w5"), "no folder no/such here, and the Hub"),
+    "a mistyped folder": (("bakbone", "--reward", "reward", "--prompt", "w5"), "There is no folder bakbone here"),
+    "a reward as the backbone": (("reward", "--reward", "reward", "--prompt", "w5"), "reward is a reward, which is no"),
     "no reward there": (("backbone", "--reward", "backbone", "--prompt", "w5"), "backbone holds no reward."),
     "an unknown architecture": (("alien", "--reward", "reward", "--prompt", "w5"), "The configuration of alien cannot"),
     "too long": (("recipe", "--prompt", " ".join(["w5"] * 300)), "Prompt 1 leaves no room for a text"),
@@ -291,7 +323,7 @@ def test_lengths_are_known_before_the_first_text(folder, capsys):
 
 
 def test_an_interruption_has_its_status(folder, monkeypatch, capsys):
-    class Interrupted:
+    class Interrupted(io.StringIO):
         def read(self):
             raise KeyboardInterrupt
 

@@ -63,6 +63,7 @@ def home(tmp_path_factory):
     write(home / "prompts.jsonl", [{"prompt": text} for text in texts])
     write(home / "numbers.jsonl", [{"text": row} for row in range(4)])
     (home / "empty.jsonl").write_text("")
+    write(home / "blank.jsonl", [{"text": text} for text in ("", " ", "")])
 
     labels = [tiny.COLOURS[(3 * row) % 4] for row in range(16)]
     Dataset.from_dict({"sentence": texts, "label": labels}).to_csv(home / "sentences.csv")
@@ -321,7 +322,11 @@ def test_it_evaluates_and_reports_and_names_the_next_commands(home, tmp_path, ca
     assert train(home / "lm", home / "split", tmp_path / "text", *more) == 0
     printed = capsys.readouterr().out
     assert f"train_loss {report['train_loss']:.4f}, eval_loss {report['metrics']['eval_loss']:.4f}" in printed
-    assert f"prt-hf generate BACKBONE --reward {tmp_path / 'text'} --prompt" in printed
+    assert f"prt-hf generate BACKBONE --reward {tmp_path / 'text'} --raw --prompt" in printed
+    names = ["--model", str(home / "chat-lm"), "--dataset", str(home / "messages.jsonl")]  # as guessed
+    assert main(["train", *names, *flags(output_dir=tmp_path / "chat", **COMMON)]) == 0
+    assert f"\n  prt-hf chat BACKBONE --reward {tmp_path / 'chat'}\n" in capsys.readouterr().out
+    assert "prt-hf chat" in (tmp_path / "chat" / "README.md").read_text()
 
 
 def test_a_saved_reward_is_tuned_on_at_its_scale(home, tmp_path):
@@ -359,7 +364,20 @@ def test_the_learning_rate_fits_what_is_tuned(home, tmp_path, more, rate):
     ("model", "data", "more", "message"),
     [
         ("lm", "nothing.jsonl", [], "nothing.jsonl cannot be loaded"),
-        ("lm", "empty.jsonl", [], "empty.jsonl"),
+        (
+            "lm",
+            "empty.jsonl",
+            [],
+            "empty.jsonl cannot be loaded.\n  expected: a dataset of the Hub, a folder, or a file",
+        ),
+        ("lm", "blank.jsonl", [], "empty texts only.\n  expected: a text in some row\n  found: 3 empty ones"),
+        (
+            "lm",
+            "text.jsonl",
+            ["--lora_target_modules", "q_proj", "v_projj"],
+            "o_proj, q_proj, up_proj, v_proj, or all-",
+        ),
+        ("lm", "text.jsonl", ["--report_to", "clearml"], "requires"),
         ("lm", "sentences.csv", [], "expected: `text`, or `prompt` and `completion`, or `messages`, or `input_ids`"),
         ("lm", "prompts.jsonl", [], "no columns that a language model is tuned on"),
         ("lm", "numbers.jsonl", [], "expected: a string in every row\n  found: 0 in row 0"),
@@ -393,6 +411,9 @@ def test_what_is_wrong_is_said(home, tmp_path, capsys, model, data, more, messag
     ("model", "more", "message"),
     [
         ("lm", ["--learnin_rate", "1"], "unrecognized arguments: --learnin_rate 1; did you mean --learning_rate?"),
+        ("lm", ["--lr", "1"], "unrecognized arguments: --lr 1; did you mean --learning_rate?"),
+        ("lm", ["--use_peft"], "--use_peft; an adapter is tuned unless --full is given"),
+        ("lm", ["--load_in_4bits"], "unrecognized arguments: --load_in_4bits"),
         ("bert", ["--packing"], "--packing is for language models, not for text-classification"),
         ("lm", ["--max_steps", "few"], "argument --max_steps/--max-steps: invalid int value: 'few'"),
         (

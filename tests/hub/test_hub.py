@@ -102,3 +102,16 @@ def test_a_reward_of_the_hub_is_tuned_on(hub, repositories, tmp_path, monkeypatc
     again.train()
     assert again.reward.config.source_backbone.id == "me/other"
     assert again.reward.config.source_backbone.revision == commit
+
+
+def test_errors_name_the_place_that_was_asked_for(hub, repositories):
+    """A mistyped folder is asked for at the Hub, which does not say so."""
+    for door in (
+        lambda: RewardModel.from_pretrained("my/reward-folder"),
+        lambda: RewardModel.from_base("my/base-folder"),
+        lambda: RewardModel.from_pretrained("me/reward", base_model="my/base-folder"),
+    ):
+        with pytest.raises(RepositoryNotFoundError, match="(?s)no folder my/(reward|base)-folder here.*404"):
+            door()
+    with pytest.raises(RevisionNotFoundError, match="(?s)no folder me/reward here, and the Hub does not give it.*404"):
+        RewardModel.from_pretrained("me/reward", revision="no-such-branch")

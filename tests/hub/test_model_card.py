@@ -99,6 +99,21 @@ def test_the_lines_for_text_generation_run(here, is_base_on_hub, capsys):
     assert capsys.readouterr().out == scope["tokenizer"].decode(expected[0]) + "\n"
 
 
+def test_the_lines_of_a_reward_that_was_tuned_on_chats_run(here, capsys):
+    base = saved("base", tiny.llama(1), tiny.tokenizer(chat_template=tiny.CHAT_TEMPLATE))
+    reward = RewardModel.from_base(base, peft_config=LoraConfig(init_lora_weights=False))
+    reward.trained_with(reward.config.reward_base, kl_coef=1.0, entropy_coef=0.0, is_chat=True)
+    reward.save_pretrained("me/reward")
+    loaded = RewardModel.from_pretrained("me/reward")
+    assert loaded.config.is_chat
+    card = render_card(loaded.config, "me/reward")
+    assert "\nprt-hf chat base --reward me/reward\n" in part(card, "usage")
+    scope = run(card)
+    assert scope["text"] == "w3 What is 2 + 3? w9"
+    expected = PRTForCausalLM.from_parts(base, "me/reward").generate(**scope["inputs"], max_new_tokens=64)
+    assert torch.equal(scope["output"], expected)
+
+
 def test_the_lines_for_text_classification_run(here, capsys):
     base = saved("base", tiny.bert(1), tiny.tokenizer())
     saved("me/target", tiny.bert(2, names=tiny.COLOURS[::-1]), tiny.tokenizer())

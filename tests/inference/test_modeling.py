@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import (
     DistilBertConfig,
@@ -928,3 +928,41 @@ def test_inputs_that_every_row_shares():
     with torch.no_grad():
         shared = model(rows, position_ids=torch.arange(6)[None], use_cache=False).logits
         torch.testing.assert_close(shared, model(rows, use_cache=False).logits, atol=1e-4, rtol=1e-4)
+
+
+# First mistakes
+
+
+def test_one_strength_is_that_of_all_rewards():
+    base = tiny.llama(1)
+    one = PRTForCausalLM.from_parts(base, adapter(base, 1), tokenizer=tiny.tokenizer())
+    two = PRTForCausalLM.from_parts(base, [adapter(base, 1), adapter(base, 2)], [0.5, 2.0], tokenizer=tiny.tokenizer())
+    assert (one.strength, two.strength) == (1.0, [0.5, 2.0])
+    one.strength, two.strength = 0.25, -1
+    assert (one.strengths, two.strengths, one.strength) == ([0.25], [-1, -1], 0.25)
+    prompts = tiny.prompts()
+    weaker = PRTForCausalLM.from_parts(base, one.rewards, [0.25], tokenizer=tiny.tokenizer())
+    assert torch.equal(one(prompts).logits, weaker(prompts).logits)
+    with pytest.raises(PRTValueError, match="`strength` is not usable"):
+        one.strength = "strong"
+
+
+def test_what_is_no_reward_is_named():
+    base = tiny.llama(1)
+    lora = get_peft_model(tiny.llama(2), LoraConfig(target_modules="all-linear"))
+    for given, found in (
+        (lora, "PeftModel"),
+        ([lora], "PeftModel"),
+        ([], "none"),
+        (None, "None"),
+    ):
+        with pytest.raises(PRTValueError, match=f"(?s)folders, Hub ids, or rewards in memory.*found: {found}"):
+            PRTForCausalLM.from_parts(base, given, tokenizer=tiny.tokenizer())
+
+
+def test_a_differing_end_token_is_told_once(caplog):
+    base, source = tiny.llama(1), tiny.llama(2)
+    tokenizer = tiny.tokenizer(eos_token="w9")
+    model = PRTForCausalLM.from_parts(base, [adapter(source, 1), adapter(source, 2)], tokenizer=tokenizer)
+    model.generate(tiny.prompts(1), max_new_tokens=2, speculative=True)
+    assert sum("the backbone stops at 'w9'" in record.message for record in caplog.records) == 1

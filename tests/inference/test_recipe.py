@@ -588,3 +588,15 @@ def test_what_a_recipe_cannot_do(model, recipe):
         model.save_pretrained(recipe, push_to_hub=True)
     with pytest.raises(UnsupportedError, match="a recipe has no weights"):
         AutoModelForCausalLM.from_pretrained(recipe, output_loading_info=True)
+
+
+def test_a_recipe_says_what_it_needs_to_be_loaded(made, tmp_path):
+    """Where transformers alone reports an unknown model type; the entry stays what it is over loads and saves."""
+    folder, _ = made
+    about = "a recipe of prt_hf: `import prt_hf.inference` before an Auto class of transformers loads it"
+    assert json.loads((folder / "recipe" / "config.json").read_text())["about"] == about
+    assert "**Load it after `import prt_hf.inference`:**" in (folder / "recipe" / "README.md").read_text()
+    PRTForCausalLM.from_pretrained(folder / "recipe").save_pretrained(tmp_path / "again")
+    ours, theirs = (place / "config.json" for place in (folder / "recipe", tmp_path / "again"))
+    assert json.loads(ours.read_text())["about"] == json.loads(theirs.read_text())["about"]
+    assert not hasattr(PRTModelConfig.from_pretrained(tmp_path / "again"), "about")

@@ -1,6 +1,7 @@
 """A reward from its base, to a folder, and back."""
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -34,7 +35,9 @@ from prt_hf import (
     default_peft_config,
 )
 from prt_hf.errors import PRTValueError, UnsupportedError
+from prt_hf.evaluation import check_fit
 from prt_hf.networks.anatomy import head_of, task_of
+from prt_hf.networks.auto import load_pretrained
 from prt_hf.networks.identity import reference_to, weights_fingerprint
 
 
@@ -594,3 +597,51 @@ def test_peft_models_that_could_not_be_loaded_again(tokenizer):
 def test_nothing_there(tmp_path):
     with pytest.raises(RewardFileError, match="(?s)There is nothing at .*nowhere"):
         RewardModel.from_pretrained(tmp_path / "nowhere")
+
+
+# First mistakes
+
+
+def test_a_reward_is_described_in_a_line(saved, tokenizer):
+    reward = RewardModel.from_pretrained(saved[0])
+    base = reward.config.reward_base.id
+    assert repr(reward) == f"RewardModel(text-generation, reward adapter, base {base}, strength 1, 97 tokens)"
+    reward = RewardModel.from_base(tiny.vit())
+    reward.trained_with(reward.config.reward_base, kl_coef=4.0, entropy_coef=0.0)
+    found = "RewardModel(image-classification, full reward, base ViTForImageClassification, strength 0.25, 4 labels)"
+    assert repr(reward) == found and reward.strength == 0.25
+    with pytest.raises(AttributeError):
+        reward.strength = 1.0  # which nothing would read
+
+
+def test_backbones_that_a_processor_cannot_be_for(saved, base_folder, tokenizer):
+    reward = RewardModel.from_pretrained(saved[0])
+    model = PRTForCausalLM.from_parts(str(base_folder), saved[0])
+    with pytest.raises(PRTValueError, match="(?s)is a PRT model, which adds its rewards by itself.*model.backbone"):
+        reward.processor(model)
+    reward.to("meta")
+    with pytest.raises(PRTValueError, match="(?s)The reward has no weights.*found: meta"):
+        reward.processor(model.backbone)
+
+
+@pytest.mark.parametrize("is_adapter", [True, False])
+def test_a_reward_in_the_place_of_a_model_is_named(base_folder, tmp_path, is_adapter):
+    """Transformers and PEFT would load it: the files say what it is."""
+    reward = RewardModel.from_base(str(base_folder), peft_config=LoraConfig() if is_adapter else None)
+    reward.save_pretrained(tmp_path / "reward")
+    place = str(tmp_path / "reward")
+    assert json.loads((tmp_path / "reward" / "prt_config.json").read_text())["about"].startswith(
+        "a reward of prt_hf, not"
+    )
+    for door in (
+        lambda: PRTForCausalLM.from_parts(place, [place]),
+        lambda: RewardModel.from_base(place),
+        lambda: RewardModel.from_pretrained(place, base_model=place) if is_adapter else load_pretrained(place),
+        lambda: check_fit(place, place),
+    ):
+        with pytest.raises(PRTValueError, match="reward is a reward, which is no model by itself"):
+            door()
+    card = (tmp_path / "reward" / "README.md").read_text().split("# reward\n")[1]
+    words = re.sub("<!--.*?-->", "", card).split()
+    assert " ".join(words).startswith("**This is a reward, not a model: load it with `RewardModel` of prt_hf.**")
+    assert ("pipelines and PEFT open" in " ".join(words)) is is_adapter

@@ -11,7 +11,14 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from prt_hf.errors import PRTValueError
-from prt_hf.training.data import classified_images, classified_texts, label_ids, load_data, pixel_values
+from prt_hf.training.data import (
+    check_language_rows,
+    classified_images,
+    classified_texts,
+    label_ids,
+    load_data,
+    pixel_values,
+)
 
 ID2LABEL = tiny.labels()["id2label"]  # red, green, blue, grey
 
@@ -114,3 +121,13 @@ def test_pixels_of_16_bits_are_those_of_8():
     assert torch.equal(pixel_values(deep, processor, config), pixel_values(shallow, processor, config))
     with pytest.raises(PRTValueError, match="(?s)pixels have no known range.*found: mode F"):
         pixel_values(Image.new("F", (8, 8)), processor, config)
+
+
+def test_data_without_a_word_are_refused(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(PRTValueError, match="(?s)empty.jsonl cannot be loaded.*found: no rows"):
+        load_data(str(tmp_path / "empty.jsonl"))
+    rows = Dataset.from_dict({"text": ["", " \n", ""]})
+    with pytest.raises(PRTValueError, match="(?s)'text' of the dataset mine has empty texts only.*found: 3 empty ones"):
+        check_language_rows(rows, "text", False, "mine")
+    check_language_rows(Dataset.from_dict({"text": ["", "a word"]}), "text", False, "mine")

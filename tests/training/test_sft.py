@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from torch.nn import functional as F
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig, SFTTrainer
 
 from prt_hf import PRTConfig, PRTTrainer, RewardModel
@@ -405,7 +406,27 @@ def test_a_chat_template_from_a_file(tuner, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(reference(trainer, rows), rel=1e-5)
 
 
-def test_arguments_of_another_trainer(tmp_path):
-    args = SFTConfig(str(tmp_path), use_cpu=True, bf16=False)
-    with pytest.raises(PRTValueError, match="(?s)not for reward tuning.*a PRTConfig.*found: SFTConfig"):
-        PRTSFTTrainer(tiny.llama(1), args, train_dataset=text(documents()), processing_class=tiny.tokenizer())
+def test_arguments_of_another_trainer_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"train_dataset": text(documents()), "processing_class": tiny.tokenizer()}
+    for args in (SFTConfig(str(tmp_path), use_cpu=True, bf16=False), PRTConfig(str(tmp_path), use_cpu=True)):
+        message = f"(?s)of another trainer.*a PRTSFTConfig.*found: {type(args).__name__}"
+        with pytest.raises(PRTValueError, match=message):
+            PRTSFTTrainer(tiny.llama(1), args, **given)
+    trainer = PRTSFTTrainer(tiny.llama(1), **given)
+    assert isinstance(trainer.args, PRTSFTConfig) and trainer.args.output_dir == "tmp_trainer"
+    can = is_torch_bf16_gpu_available()
+    assert trainer.args.bf16 is can and PRTSFTConfig("out", bf16=False).bf16 is False
+    assert not PRTSFTConfig("out", use_cpu=True, fp16=True).bf16
+
+
+def test_a_reward_knows_whether_it_was_tuned_on_messages(tuner, tmp_path):
+    """In its card and after it was loaded and saved; the last training counts."""
+    data = documents()
+    for make, is_chat in ((messages, True), (messages_apart, True), (text, False)):
+        trainer = tuner(tiny.llama(1), make(data), max_steps=1)
+        trainer.train()
+        assert trainer.reward.config.is_chat is is_chat
+        trainer.save_model()
+        assert ("prt-hf chat" in (tmp_path / "out" / "README.md").read_text()) is is_chat
+        (tmp_path / "out" / "README.md").unlink()

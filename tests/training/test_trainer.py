@@ -521,8 +521,21 @@ def test_batches_without_labels_beside_others_are_fine(config, tokenizer):
 
 
 def test_texts_longer_than_the_context(config, tokenizer):
-    with pytest.raises(ContextLengthError, match="at most 12 tokens"):
-        PRTTrainer(tiny.gpt2(n_positions=12), config(), None, texts(), processing_class=tokenizer).train()
+    """Told before the first step, in the rows as they are chosen; rows that are made when they are read, at theirs."""
+    rows = texts()
+    message = "(?s)at most 12 tokens.*found: 18 tokens.*remedy: cut rows off: `truncation=True, max_length"
+    short = rows.select([index for index, row in enumerate(rows) if len(row["input_ids"]) <= 12])
+    for given in ((rows, None), (short, rows), (short, {"all": rows})):
+        with pytest.raises(ContextLengthError, match=message):
+            PRTTrainer(tiny.gpt2(n_positions=12), config(), None, *given, processing_class=tokenizer)
+    with pytest.raises(ContextLengthError, match=message):  # of the backbone
+        keywords = {"processing_class": tokenizer, "backbone": tiny.gpt2(1, n_positions=12)}
+        PRTTrainer(tiny.llama(), config(), None, rows, **keywords)
+    PRTTrainer(tiny.gpt2(n_positions=12), config(), None, short, processing_class=tokenizer)
+    late = rows.with_transform(lambda batch: batch)
+    trainer = PRTTrainer(tiny.gpt2(n_positions=12), config(), None, late, processing_class=tokenizer)
+    with pytest.raises(ContextLengthError, match="(?s)at most 12 tokens.*remedy: cut rows off"):
+        trainer.train()
 
 
 def test_broken_networks_are_named(config, tokenizer):
