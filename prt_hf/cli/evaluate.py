@@ -4,6 +4,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..contract import PRT_CONFIG_NAME
 from ..errors import PRTValueError
 from .arguments import (
     add_command,
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
             expected=f"{len(args.targets)}, as many as --targets, in the same order",
             found=str(len(args.finetuned)),
         )
-    if args.write_card and not Path(args.reward).is_dir():
+    if args.write_card and not Path(args.reward, PRT_CONFIG_NAME).is_file():
         raise PRTValueError(
             "The card can only be written into a folder.",
             expected="the reward's folder",
@@ -76,9 +77,9 @@ def run(args: argparse.Namespace) -> None:
         )
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
-    from ..reward.model import RewardModel
+    from ..evaluation import load_reward
 
-    reward = RewardModel.from_pretrained(args.reward, **load_kwargs(args))
+    reward = load_reward(args.reward, **load_kwargs(args))
     device = chosen_device(args)
     if device is not None:
         reward.to(device)

@@ -1,6 +1,6 @@
 """Prop. 3.2: whether a reward fits a backbone, and whether it is worth porting there."""
 
-from .fit import Fit, check_fit
+from .fit import Fit, check_fit, check_fits, load_reward
 from .portability import Portability, measure_portability
 from .report import portability_report
 from .results import PortabilityReport
@@ -12,6 +12,8 @@ __all__ = [
     "PortabilityReport",
     "batches",
     "check_fit",
+    "check_fits",
+    "load_reward",
     "measure_portability",
     "portability_report",
 ]

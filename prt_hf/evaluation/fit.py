@@ -1,6 +1,8 @@
 """Check without any weights whether a reward and a backbone fit, and what the two cost together."""
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
 from ..errors import PRTError, RewardFileError
-from ..hub.client import local_file
+from ..hub.client import has_file, local_file
 from ..hub.folder import ADAPTER_CONFIG, check_files
 from ..networks.adapter_config import read_peft_config
 from ..networks.adapters import wrap
@@ -18,6 +20,7 @@ from ..networks.anatomy import context_length, head_of, pretrained_parameters
 from ..networks.auto import load_processing_class, load_skeleton
 from ..networks.identity import reference_to
 from ..reward.full import check_full
+from ..reward.loading import read_ordinary_adapter
 from ..reward.model import RewardModel
 from ..vocabulary import unwrap_tokenizer
 
@@ -109,10 +112,47 @@ def check_fit(
         RewardFileError: There is no reward, or an incomplete one.
         PRTValueError: There is no model, or not one that predicts tokens or labels.
     """
-    skeleton, base = _skeleton_of_reward(reward, token, kwargs.get("trust_remote_code"))
+    return check_fits([reward], [backbone], dtype=dtype, token=token, **kwargs)[str(reward), backbone]
+
+
+def check_fits(
+    rewards: Sequence[str | Path],
+    backbones: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> dict[tuple[str, str], Fit]:
+    """Check every reward with every backbone, as [`check_fit`] does; each configuration and tokenizer is read once.
+
+    Ordinary adapters may be among the rewards: r = log pi_ft - log pi_pt.
+    """
+    found, models = {}, {}
+    for place in rewards:
+        reward, base = _skeleton_of_reward(place, token, kwargs.get("trust_remote_code"))
+        for backbone in backbones:
+            key = backbone, reward.config.task
+            if key not in models:
+                theirs = load_processing_class(backbone, reward.config.task, token=token, **kwargs)
+                models[key] = load_skeleton(backbone, token=token, **kwargs), theirs
+            found[str(place), backbone] = _fit(reward, base, *models[key], dtype)
+    return found
+
+
+def load_reward(place: str | Path, **load_kwargs: Any) -> RewardModel:
+    """Load a reward, or carry an ordinary adapter over; the arguments are those of [`RewardModel.from_pretrained`]."""
+    is_ordinary = _is_ordinary_adapter(place, load_kwargs.get("token"))
+    return (RewardModel.from_adapter if is_ordinary else RewardModel.from_pretrained)(place, **load_kwargs)
+
+
+def _is_ordinary_adapter(place: str | Path, token: str | bool | None) -> bool:
+    return not has_file(str(place), PRT_CONFIG_NAME, token) and has_file(str(place), ADAPTER_CONFIG, token)
+
+
+def _fit(
+    skeleton: RewardModel, base: PreTrainedModel, model: PreTrainedModel, theirs: Any, dtype: torch.dtype | None
+) -> Fit:
     config = skeleton.config
-    model = load_skeleton(backbone, token=token, **kwargs)
-    theirs = load_processing_class(backbone, config.task, token=token, **kwargs)
     problems, match = [], None
     try:
         match = skeleton.match_with(model, theirs)
@@ -146,7 +186,15 @@ def check_fit(
 def _skeleton_of_reward(
     place: str | Path, token: str | bool | None, trust_remote_code: bool | None
 ) -> tuple[RewardModel, PreTrainedModel]:
-    """Return a reward without its weights, and the network that its adapter is on (or the full reward)."""
+    """Return a reward without its base's weights, and the network that its adapter is on (or the full reward)."""
+    if _is_ordinary_adapter(place, token):
+        adapter = read_ordinary_adapter(place, token)
+        named, base = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}, None
+        if adapter.base_model_name_or_path:
+            base = load_skeleton(adapter.base_model_name_or_path, token=token, **named)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*copying from a non-meta parameter")  # on purpose
+            return RewardModel.from_adapter(place, base_model=base, token=token), base
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))
     if Path(place).is_dir():
         check_files(Path(place), config)

@@ -27,6 +27,7 @@ from ..reward.finetuned import TunedModel
 from ..reward.model import RewardModel
 from ..training.data import require_column
 from ..vocabulary import VocabularyMatch
+from .fit import load_reward
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
@@ -65,7 +66,8 @@ def portability_report(
     together with the others.
 
     Args:
-        reward ([`RewardModel`], folder or id): The reward. If it is in memory, everything runs on its device.
+        reward ([`RewardModel`], folder or id): The reward, or an ordinary adapter to be carried over. If it is in
+            memory, everything runs on its device.
         targets: Ids, folders or models in memory; or a mapping of names to these.
         dataset (`Dataset`): Rows as [`~evaluation.batches`] takes them, with labels.
         methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`. A method whose model is not
@@ -100,7 +102,7 @@ def portability_report(
         check_writable(output_dir)
     reward_name = reward_name or _name_of(reward.network if isinstance(reward, RewardModel) else reward)
     if not isinstance(reward, RewardModel):
-        reward = RewardModel.from_pretrained(reward, **load_kwargs)
+        reward = load_reward(reward, **load_kwargs)
     targets = _named_targets(targets)
     finetuned = {} if finetuned is None else _by_target(finetuned, targets)
     _check_rows(dataset, reward)

@@ -265,6 +265,8 @@ class PortabilityReport:
         for place, head in zip(self.targets.values(), self._heads()[1:], strict=True):
             worth, reasons = self.verdict()[place.name]
             lines += [f"- {head}: {VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
+            if place.portability and place.portability.proposal:
+                lines.append(f"  - {place.portability.proposal}")
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
     def _heads(self) -> list[str]:
