@@ -35,7 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = add_command(
         commands, "check", "check whether a reward fits a backbone, and what it gains there", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("reward", help="Hub id or folder of a reward, or of a plain LoRA")
+    parser.add_argument("reward", help="Hub id or folder of a reward, or of an ordinary LoRA adapter")
     parser.add_argument("backbone", help="Hub id or folder of a backbone")
     add_evaluation_data(parser, samples=100)
     add_json(parser)
@@ -73,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _measure(args, fit):
     """Return the portability, and the number of rows that had nothing to predict after they were cut off."""
-    from ..evaluation import batches, load_reward, measure_portability
+    from ..evaluation import batches, measure_portability
+    from ..inference.recipe import load_reward
     from ..reward.backbones import Backbone, source_backbones
 
     device, kwargs = chosen_device(args), load_kwargs(args)
     rows = evaluation_rows(args)
-    reward = load_reward(args.reward, **kwargs)
+    reward, _ = load_reward(args.reward, [], kwargs)
     if device is not None:
         reward.to(device)
     backbones = [source_backbones(reward, **kwargs)[0], Backbone(reward, args.backbone, **kwargs | config_kwargs(args))]
@@ -95,7 +96,8 @@ def _describe_fit(args, fit) -> list[str]:
 
     reward, source = fit.reward, fit.reward.source_backbone
     kind = "reward adapter" if reward.is_adapter else "full reward"
-    kind = "plain adapter, carried over: log pi_ft - log pi_pt" if len(reward.terms) > 1 else kind
+    if len(reward.terms) > 1:
+        kind = "adapter that is carried over"
     lines = {
         "reward": f"{args.reward}: {reward.task}, {kind}, kl_coef {reward.kl_coef:g}, strength {reward.strength:g}",
         "base": f"{_named(reward.reward_base)}, {reward.reward_base.architecture}",

@@ -139,16 +139,6 @@ def check_fits(
     return found
 
 
-def load_reward(place: str | Path, **load_kwargs: Any) -> RewardModel:
-    """Load a reward, or carry an ordinary adapter over; the arguments are those of [`RewardModel.from_pretrained`]."""
-    is_ordinary = _is_ordinary_adapter(place, load_kwargs.get("token"))
-    return (RewardModel.from_adapter if is_ordinary else RewardModel.from_pretrained)(place, **load_kwargs)
-
-
-def _is_ordinary_adapter(place: str | Path, token: str | bool | None) -> bool:
-    return not has_file(str(place), PRT_CONFIG_NAME, token) and has_file(str(place), ADAPTER_CONFIG, token)
-
-
 def _fit(
     skeleton: RewardModel, base: PreTrainedModel, model: PreTrainedModel, theirs: Any, dtype: torch.dtype | None
 ) -> Fit:
@@ -187,7 +177,7 @@ def _skeleton_of_reward(
     place: str | Path, token: str | bool | None, trust_remote_code: bool | None
 ) -> tuple[RewardModel, PreTrainedModel]:
     """Return a reward without its base's weights, and the network that its adapter is on (or the full reward)."""
-    if _is_ordinary_adapter(place, token):
+    if has_file(place, ADAPTER_CONFIG, token) and not has_file(place, PRT_CONFIG_NAME, token):
         adapter = read_ordinary_adapter(place, token)
         named, base = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}, None
         if adapter.base_model_name_or_path:

@@ -129,6 +129,15 @@ class Tally:
         """The number of rows with supervised positions."""
         return int((self._counts > 0).sum())
 
+    @property
+    def counts(self) -> list[int]:
+        """The number of positions of each row."""
+        return self._counts.int().tolist()
+
+    def scores(self, terms: Terms, measure: str) -> list[float]:
+        """Return the sum of a measure over the positions of each row, to six decimals."""
+        return [round(value, 6) for value in self._sums_of(terms, measure).tolist()]
+
     def halves(self) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Return the indices of every other row with supervised positions, and of the rows between them."""
         rows = self._counts.nonzero()[:, 0]
