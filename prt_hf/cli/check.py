@@ -175,7 +175,8 @@ def _describe(found, skipped: int) -> list[str]:
                 cells = "".join(f"{scale * values[way]:>9.{digits}f}" for way in ways)
                 lines.append(f"  {text:<24}{cells}")
     lines += ["", f"worth porting: {VERDICTS[worth]}"]
-    return lines + [f"  {reason}" for reason in reasons]
+    lines += [f"  {reason}" for reason in reasons]
+    return lines if found.proposal is None else [*lines, str(found.proposal)]
 
 
 def _named(reference) -> str:

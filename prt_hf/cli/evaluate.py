@@ -3,9 +3,9 @@
 import argparse
 import json
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from ..errors import PRTValueError
+from . import fleet
 from .arguments import (
     add_command,
     add_evaluation_data,
@@ -23,15 +23,20 @@ backbone with the reward (prt), the reward alone (reward_only, the control), the
 needs --eft), and the fine-tuned backbone (finetuned, the upper bound, needs --finetuned). Prints accuracy and negative
 log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory, and
 whether the reward is worth porting. With --tasks, lm-evaluation-harness runs its tasks on each backbone, alone and with
-the reward."""
+the reward. With several rewards, tells first what fits, from configurations alone, then what each gains on each
+backbone."""
 EXAMPLES = """examples:
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
   prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-7B --tasks gsm8k ifeval --samples 200 --output_dir report
   prt-hf evaluate bullets --targets new-model --data test.jsonl --eft old-tuned --finetuned new-tuned --write_card
+  prt-hf evaluate me/gsm8k-reward me/style-lora --targets Qwen/Qwen3-4B --data test.jsonl --output_dir new --compare old
+  prt-hf evaluate rewards.yaml --targets Qwen/Qwen2.5-7B Qwen/Qwen3-4B --output_dir fleet
 
+A YAML file lists rewards, each with data of its own: `- {reward: me/gsm8k-reward, data: gsm8k.jsonl, split: test}`.
 --output_dir receives report.json, report.md and report.png (the paper's bar chart). It is updated after each backbone:
-after an interruption the same command continues, and with more --targets it measures only the new ones."""
+after an interruption the same command continues, and with more --targets it measures only the new ones. Of several
+rewards, each has a folder there, beside fleet.md (the table), fleet.json and fleet.png (a heat map)."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -39,7 +44,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser = add_command(
         commands, "evaluate", "measure a reward on several backbones, beside EFT and fine-tuning", DESCRIPTION, EXAMPLES
     )
-    parser.add_argument("reward", help="Hub id or folder of a reward, or of an ordinary LoRA adapter")
+    parser.add_argument(
+        "rewards",
+        nargs="+",
+        metavar="reward",
+        help="Hub ids or folders of rewards or of ordinary LoRA adapters; or one YAML file that lists them",
+    )
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
     add_evaluation_data(parser, samples=500)
     add_option(
@@ -53,6 +63,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         parser, "tasks", nargs="+", help="tasks of lm-evaluation-harness (pip install lm_eval), limited by --samples"
     )
     add_option(parser, "include_path", help="folder with your own tasks (YAML) for --tasks")
+    add_option(
+        parser,
+        "compare",
+        metavar="REPORT",
+        help="folder of an earlier report; the exit status is 1 if anything is worse now",
+    )
     add_option(parser, "output_dir", help="folder for the report; default: no files")
     add_option(parser, "write_card", action="store_true", help="write the figures into the card in the reward's folder")
     add_json(parser)
@@ -60,27 +76,30 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure a reward and print the reports."""
+def run(args: argparse.Namespace) -> int:
+    """Measure a reward and print the reports; return the exit status."""
+    if fleet.is_fleet(args):
+        return fleet.run(args)
+    (args.reward,) = args.rewards
     if args.finetuned and len(args.finetuned) != len(args.targets):
         raise PRTValueError(
             "The fine-tuned models do not pair with the targets.",
             expected=f"{len(args.targets)}, as many as --targets, in the same order",
             found=str(len(args.finetuned)),
         )
-    if args.write_card and not Path(args.reward).is_dir():
+    from ..contract import PRT_CONFIG_NAME
+
+    if args.write_card and not Path(args.reward, PRT_CONFIG_NAME).is_file():
         raise PRTValueError(
             "The card can only be written into a folder.",
             expected="the reward's folder",
             found=args.reward,
             remedy="evaluate the folder that `prt-hf train` wrote, and push it with `prt-hf push`",
         )
+    if args.compare:
+        fleet.check_comparable(args)
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
-    if args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=args.output_dir):  # cannot be written to? Then before anything is measured
-            pass
     from ..inference.recipe import load_reward
 
     reward, _ = load_reward(args.reward, [], load_kwargs(args))
@@ -102,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(found | ({"tasks": reports[-1].to_dict()} if args.tasks else {})))
     else:
         print("\n".join(report.table() for report in reports), end="")
+    return fleet.compare_report(args, reports[0]) if args.compare else 0
 
 
 def _measure(args: argparse.Namespace, reward):

@@ -1,4 +1,4 @@
-"""Draw the paper's bar chart: for each backbone its methods side by side."""
+"""Draw the paper's bar chart, for each backbone its methods side by side; and rewards by backbones."""
 
 import math
 import textwrap
@@ -11,6 +11,7 @@ _REMARKS = {"finetuned": " (oracle)"}
 _WIDTH = 0.8  # of all bars of a backbone, which are 1 apart
 _LETTERS = 20  # of a line below a group
 CONTROL = "reward_only"
+_BLUE, _RED, _GREY = (0.12, 0.31, 0.47), (0.69, 0.23, 0.18), (0.9, 0.9, 0.9)
 
 
 class Bar(NamedTuple):
@@ -86,3 +87,56 @@ def _broken(name: str) -> str:
 
 def _length(error: float) -> float:
     return error if math.isfinite(error) else math.nan  # which is not drawn
+
+
+class Cell(NamedTuple):
+    """A field of the heat map: its height among those of its unit, None if it has none, and its text."""
+
+    value: float | None
+    unit: str
+    text: str
+
+
+def draw_heat_map(
+    rows: Sequence[str], columns: Sequence[str], cells: Sequence[Sequence[Cell]], path: str | Path
+) -> None:
+    """Draw rewards by backbones into a PNG file: blue gains, red loses, grey does not fit.
+
+    The deepest colour is the largest gain or loss of its unit.
+    """
+    from matplotlib.figure import Figure
+
+    largest: dict[str, float] = {}
+    for cell in (cell for row in cells for cell in row if cell.value is not None and math.isfinite(cell.value)):
+        largest[cell.unit] = max(largest.get(cell.unit, 0.0), abs(cell.value))
+    colours = [[_heat(cell, largest.get(cell.unit, 0.0)) for cell in row] for row in cells]
+    names = [_broken(name) for name in rows]
+    longest = max(len(line) for name in names for line in name.splitlines())
+    size = (1.6 + 0.09 * longest + 1.8 * len(columns), 1.3 + 0.75 * len(rows))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(colours, aspect="auto")
+    for row, line in enumerate(cells):
+        for column, cell in enumerate(line):
+            is_dark = sum(colours[row][column]) < 1.5
+            style = {"color": "white" if is_dark else "#222222", "fontsize": 9}
+            axes.text(column, row, cell.text, ha="center", va="center", **style)
+    axes.set_xticks(range(len(columns)), [_broken(name) for name in columns])
+    axes.set_yticks(range(len(rows)), names)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    for border in range(1, len(columns)):
+        axes.axvline(border - 0.5, color="white", linewidth=3)
+    for border in range(1, len(rows)):
+        axes.axhline(border - 0.5, color="white", linewidth=3)
+    figure.supxlabel("gain over the bare backbone +- half a 95 % interval; worth porting?", fontsize=9)
+    figure.savefig(path, dpi=150, format="png")
+
+
+def _heat(cell: Cell, largest: float) -> tuple[float, float, float]:
+    """Return red, green and blue from 0 to 1."""
+    if cell.value is None or not math.isfinite(cell.value):
+        return _GREY
+    share = abs(cell.value) / largest if largest else 0.0
+    full = _BLUE if cell.value > 0 else _RED
+    return tuple(1 - share * (1 - channel) for channel in full)

@@ -1,6 +1,7 @@
 """Check without any weights whether a reward and a backbone fit, and what the two cost together."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,11 +119,38 @@ def check_fit(
         RewardFileError: There is no reward, or an incomplete one.
         PRTValueError: There is no model, or not one that predicts tokens or labels.
     """
-    skeleton, base = _skeleton_of_reward(reward, token, kwargs.get("trust_remote_code"))
+    return check_fits([reward], [backbone], dtype=dtype, token=token, **kwargs)[str(reward), backbone]
+
+
+def check_fits(
+    rewards: Sequence[str | Path],
+    backbones: Sequence[str],
+    *,
+    dtype: torch.dtype | None = None,
+    token: str | bool | None = None,
+    **kwargs: Any,
+) -> dict[tuple[str, str], Fit]:
+    """Check every reward with every backbone, as [`check_fit`] does; each configuration and tokenizer is read once.
+
+    Ordinary adapters may be among the rewards: r = log pi_ft - log pi_pt.
+    """
+    found, models = {}, {}
+    for place in rewards:
+        reward, base = _skeleton_of_reward(place, token, kwargs.get("trust_remote_code"))
+        for backbone in backbones:
+            key = backbone, reward.config.task
+            if key not in models:
+                refuse_reward(backbone, "a pretrained model", token)
+                theirs = load_processing_class(backbone, reward.config.task, token=token, **kwargs)
+                models[key] = load_skeleton(backbone, token=token, **kwargs), theirs
+            found[str(place), backbone] = _fit(reward, base, *models[key], dtype)
+    return found
+
+
+def _fit(
+    skeleton: RewardModel, base: PreTrainedModel, model: PreTrainedModel, theirs: Any, dtype: torch.dtype | None
+) -> Fit:
     config = skeleton.config
-    refuse_reward(backbone, "a pretrained model", token)
-    model = load_skeleton(backbone, token=token, **kwargs)
-    theirs = load_processing_class(backbone, config.task, token=token, **kwargs)
     problems, match = [], None
     try:
         match = skeleton.match_with(model, theirs)
@@ -156,7 +184,7 @@ def check_fit(
 def _skeleton_of_reward(
     place: str | Path, token: str | bool | None, trust_remote_code: bool | None
 ) -> tuple[RewardModel, PreTrainedModel]:
-    """Return a reward without its weights, and the network that its adapter is on (or the full reward)."""
+    """Return a reward without its base's weights, and the network that its adapter is on (or the full reward)."""
     if has_file(place, ADAPTER_CONFIG, token) and not has_file(place, PRT_CONFIG_NAME, token):
         return _skeleton_of_adapter(place, token, trust_remote_code)
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))

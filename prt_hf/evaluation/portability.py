@@ -13,7 +13,8 @@ from ..functional import check_supervised
 from ..reward.backbones import Backbone, source_backbones
 from ..reward.model import RewardModel
 from .reading import Reading
-from .tally import ACCURACY, NLL, SOURCE, TARGET, TERMS, Tally
+from .strength import Proposal, propose
+from .tally import ACCURACY, ERRORS, NLL, SOURCE, TARGET, TERMS, Tally
 
 WAYS = {
     "source": TERMS[SOURCE]["pretrained"],
@@ -23,7 +24,6 @@ WAYS = {
     "reward_only": TERMS[TARGET]["reward_only"],
 }
 RIVALS = {"target": "the target by itself", "prt_source": "the source with it", "reward_only": "the reward by itself"}
-_ERRORS = 2  # standard errors that a difference has to be away from 0
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Portability:
             `reward_only`: in nats per token for language models, in accuracy for classifiers.
         standard_error (`dict[str, float]`, *optional*): The standard error of each advantage. A row counts as one draw,
             however many tokens it has; for a single row it is unknown (NaN).
+        proposal ([`~evaluation.strength.Proposal`], *optional*): Another strength; None for fewer than four rows.
     """
 
     task: str
@@ -65,6 +66,7 @@ class Portability:
     accuracy: dict[str, float] | None = None
     advantage: dict[str, float] | None = None
     standard_error: dict[str, float] | None = None
+    proposal: Proposal | None = None
 
     def verdict(self) -> tuple[bool | None, list[str]]:
         """Return whether the reward is worth porting, and why.
@@ -95,7 +97,7 @@ class Portability:
         None if the two are within two standard errors of each other.
         """
         advantage, error = self.advantage[rival], self.standard_error[rival]
-        if math.isnan(advantage) or math.isnan(error) or (error and abs(advantage) <= _ERRORS * error):
+        if math.isnan(advantage) or math.isnan(error) or (error and abs(advantage) <= ERRORS * error):
             return None
         return advantage > 0
 
@@ -106,7 +108,9 @@ class Portability:
     @classmethod
     def from_dict(cls, entries: dict) -> "Portability":
         """Read what [`to_dict`] returned."""
-        return cls(**{name: from_json_numbers(value) if name in _FIGURES else value for name, value in entries.items()})
+        proposal = entries.get("proposal")
+        figures = {name: from_json_numbers(value) if name in _FIGURES else value for name, value in entries.items()}
+        return cls(**figures | {"proposal": proposal and Proposal(**proposal)})
 
 
 def measure_portability(
@@ -167,6 +171,7 @@ def portability_of(tally: Tally, task: str, is_labelled: bool = True) -> Portabi
             "accuracy": {way: tally.mean(terms, ACCURACY) for way, terms in WAYS.items()},
             "advantage": {rival: difference for rival, (difference, _) in apart.items()},
             "standard_error": {rival: error for rival, (_, error) in apart.items()},
+            "proposal": propose(tally),
         }
     return Portability(
         task=task,

@@ -1,6 +1,6 @@
 """Read batches with several networks: their logits at the supervised positions, time and memory."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError
 from ..functional import IGNORE_INDEX, check_finite
 from ..networks.anatomy import check_length, context_length, pretrained_parameters
-from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
+from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import split_inputs
 from ..reward.backbones import Backbone, Batch
 from ..reward.model import RewardModel
@@ -161,12 +161,17 @@ class Reading:
             return batch.chosen(reward(**batch.inputs))
 
         def reward_projection(batch: Batch) -> Projection:
-            hidden = batch.chosen(last_hidden_state(reward.network, batch.inputs))
-            return projection(reward.network, hidden, reward.columns).cast()
+            terms = []
+            for network, sign in reward.terms:
+                hidden = batch.chosen(last_hidden_state(network, batch.inputs))
+                terms.append((sign, projection(network, hidden, reward.columns).cast()))
+            return signed_projection(terms)
 
         readers = {}
         if self._reads_reward:
-            is_projected = is_text and why_not_projected(reward.network, batch.inputs) is None
+            networks = [network for network, _ in reward.terms] if is_text else []
+            is_projected = is_text and not any(why_not_projected(network, batch.inputs) for network in networks)
+            is_projected &= len(networks) < 2 or Head.of(reward.network).softcap is None
             readers[REWARD] = reward_projection if is_projected else reward_logits
         for name, backbone in self._backbones.items():
             if is_text and backbone.why_not_projected(batch) is None:
@@ -218,6 +223,18 @@ class Reading:
         if name in self._backbones and self._backbones[name].shares_reward_network:  # the adapter is off
             return [*pretrained_parameters(network).values(), *network.buffers()]
         return [*network.parameters(), *network.buffers()]
+
+
+def signed_projection(terms: Sequence[tuple[float, Projection]]) -> Projection:
+    """Return `sum(sign * projection)` of heads without softcaps as one projection; a single term is returned as is."""
+    if len(terms) == 1:
+        return terms[0][1]
+    biases = [sign * each.bias for sign, each in terms if each.bias is not None]
+    return Projection(
+        tuple(sign * hidden for sign, each in terms for hidden in each.hidden),
+        tuple(weight for _, each in terms for weight in each.weights),
+        sum(biases) if biases else None,
+    )
 
 
 def _exact(values: torch.Tensor) -> torch.Tensor:

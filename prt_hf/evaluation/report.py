@@ -19,6 +19,7 @@ from ..errors import PRTValueError
 from ..hub.card import METHODS
 from ..hub.folder import check_writable
 from ..hub.training_record import hub_ids
+from ..inference.recipe import load_reward
 from ..networks.anatomy import context_length, unwrap_adapter
 from ..networks.auto import CONFIG_KWARGS, load_processing_class, load_skeleton
 from ..networks.identity import as_bytes, weights_digest_of_model
@@ -65,7 +66,8 @@ def portability_report(
     together with the others.
 
     Args:
-        reward ([`RewardModel`], folder or id): The reward. If it is in memory, everything runs on its device.
+        reward ([`RewardModel`], folder or id): The reward, or an ordinary adapter to be carried over. If it is in
+            memory, everything runs on its device.
         targets: Ids, folders or models in memory; or a mapping of names to these.
         dataset (`Dataset`): Rows as [`~evaluation.batches`] takes them, with labels.
         methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`. A method whose model is not
@@ -100,7 +102,7 @@ def portability_report(
         check_writable(output_dir)
     reward_name = reward_name or _name_of(reward.network if isinstance(reward, RewardModel) else reward)
     if not isinstance(reward, RewardModel):
-        reward = RewardModel.from_pretrained(reward, **load_kwargs)
+        reward, _ = load_reward(reward, [], load_kwargs)
     targets = _named_targets(targets)
     finetuned = {} if finetuned is None else _by_target(finetuned, targets)
     _check_rows(dataset, reward)
@@ -197,11 +199,12 @@ class _Run:
             called = ", ".join(METHODS[method] for method in dict.fromkeys([*at_target, *at_source]))
             batches = progress(read(list(backbones.values())), f"{self._place.name}: {called}")
             tally = counted(reading, batches, report.strength)
-            report.rows, report.positions = tally.rows, tally.positions
+            report.rows, report.positions, report.counts = tally.rows, tally.positions, tally.counts
             for place, method, key, terms in asked:
                 place.figures[method], place.keys[method] = _figures(tally, reading, terms), key
             if "prt" in at_target:
                 self._place.portability = portability_of(tally, reward.config.task)
+                self._place.scores = tally.scores(TERMS[TARGET]["prt"], report.measure)
         finally:
             reading.unload()
 

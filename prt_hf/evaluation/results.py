@@ -54,12 +54,15 @@ class Place:
         figures (`dict[str, Figures]`): The figures of each method.
         portability ([`~evaluation.Portability`], *optional*): Of a target, if PRT was measured.
         keys (`dict[str, dict[str, str]]`): Method -> network -> key of the weights that the figures were measured on.
+        scores (list of `float`): The sum over the positions of each row of the verdict's measure with PRT, so that
+            reports are compared row by row.
     """
 
     name: str
     figures: dict[str, Figures] = field(default_factory=dict)
     portability: Portability | None = None
     keys: dict[str, dict[str, str]] = field(default_factory=dict)
+    scores: list[float] = field(default_factory=list)
 
     def forget(self, known: Mapping[str, str]) -> None:
         """Drop figures that were measured on other networks than the `known` ones: network -> its key now."""
@@ -67,7 +70,7 @@ class Place:
             if any(known.get(name, key) != key for name, key in keys.items()):
                 del self.keys[method], self.figures[method]
                 if method == "prt":
-                    self.portability = None
+                    self.portability, self.scores = None, []
 
 
 @dataclass
@@ -84,6 +87,7 @@ class PortabilityReport:
         targets (`dict[str, Place]`): The targets by name.
         rows (`int`): The number of rows that were measured.
         positions (`int`): The number of supervised tokens, or of examples.
+        counts (list of `int`): The number of positions of each row.
         notes (list of `str`): What was left out, and why.
         settings (`dict`): Keys of reward, source and data, and the strength; figures under other settings are refused.
     """
@@ -97,6 +101,7 @@ class PortabilityReport:
     targets: dict[str, Place] = field(default_factory=dict)
     rows: int = 0
     positions: int = 0
+    counts: list[int] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     settings: dict = field(default_factory=dict)
 
@@ -265,6 +270,8 @@ class PortabilityReport:
         for place, head in zip(self.targets.values(), self._heads()[1:], strict=True):
             worth, reasons = self.verdict()[place.name]
             lines += [f"- {head}: {VERDICTS[worth]}", *(f"  - {reason}" for reason in reasons)]
+            if place.portability and place.portability.proposal:
+                lines.append(f"  - {place.portability.proposal}")
         return "\n".join([*lines, *(f"- {note}" for note in self.notes)])
 
     def _heads(self) -> list[str]:
@@ -315,13 +322,14 @@ def _config_of(reward: str | Path | RewardModel) -> RewardConfig:
 def _place_to_dict(place: Place) -> dict:
     portability = place.portability and place.portability.to_dict()
     figures = {method: to_json_numbers(asdict(figures)) for method, figures in place.figures.items()}
-    return vars(place) | {"figures": figures, "portability": portability}
+    return vars(place) | {"figures": figures, "portability": portability, "scores": to_json_numbers(place.scores)}
 
 
 def _place_from_dict(entries: dict) -> Place:
     portability = entries["portability"] and Portability.from_dict(entries["portability"])
     figures = {method: _figures(each) for method, each in entries["figures"].items()}
-    return Place(**entries | {"figures": figures, "portability": portability})
+    scores = from_json_numbers(entries.get("scores", []))
+    return Place(**entries | {"figures": figures, "portability": portability, "scores": scores})
 
 
 def _figures(entries: dict) -> Figures:

@@ -9,7 +9,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 
-from ..contract import PRT_CONFIG_NAME, is_number, is_name
+from ..contract import PRT_CONFIG_NAME, is_name, is_number
 from ..errors import PRTError, PRTValueError, RewardFileError, UnsupportedError
 from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes
 from .checkpoints import read_entries

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, ModelReference, RewardConfig, contract_to_dict
-from ..errors import PRTValueError, UnsupportedError, VocabularyMismatchError
+from ..errors import PRTValueError, VocabularyMismatchError
 from ..functional import IGNORE_INDEX
 from ..hub.client import commit_of
 from ..networks.adapters import bare_base, check_bare
@@ -94,7 +94,6 @@ class Backbone:
     tokens: VocabularyMatch | None = None
 
     def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
-        _check_one_network(reward)
         self._reward, self.network, self._named, self._load_kwargs = reward, None, network, load_kwargs
         if isinstance(network, PreTrainedModel | PeftModel):
             check_bare(network)
@@ -284,7 +283,6 @@ class OwnBase(Backbone):
     shares_reward_network = True
 
     def __init__(self, reward: RewardModel):
-        _check_one_network(reward)
         self._reward, self._named, self._trunk = reward, None, None
         self.processing_class = reward.processing_class
         self.network: PeftModel = reward.network
@@ -378,18 +376,3 @@ def _earlier_source(reward: RewardModel, reference: ModelReference, load_kwargs:
             found=str(reference),
         )
     return Backbone(reward, reference, **load_kwargs)
-
-
-def _check_one_network(reward: RewardModel) -> None:
-    """Check that a reward is its network's logits.
-
-    Raises:
-        UnsupportedError: it is a sum of several terms.
-    """
-    if len(reward.config.terms) > 1:
-        raise UnsupportedError(
-            "An adapter that was carried over is a reward of two networks, and neither tuned nor measured as one.",
-            expected="a reward that PRTTrainer made",
-            found="log pi_ft - log pi_pt",
-            remedy="PRTTrainer(base, distill_from=adapter) makes a reward of it; `prt-hf evaluate --eft` measures it",
-        )

@@ -7,7 +7,7 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from ..contract import PRT_CONFIG_NAME
-from ..errors import PRTValueError
+from ..errors import PRTValueError, UnsupportedError
 from ..hub.client import has_file
 from ..networks.anatomy import ProcessingClass, task_of
 from ..networks.auto import load_pretrained, load_processing_class
@@ -58,6 +58,13 @@ def reward_and_backbones(
 
 def _continued(reward: RewardModel, peft_config: PeftConfig | None, args: PRTConfig) -> RewardModel:
     """Return an existing reward after checking that it can be tuned as the arguments say."""
+    if len(reward.config.terms) > 1:
+        raise UnsupportedError(
+            "An adapter that was carried over is a reward of two networks, and not tuned as one.",
+            expected="a reward that PRTTrainer made",
+            found="log pi_ft - log pi_pt",
+            remedy="PRTTrainer(base, distill_from=adapter) makes a reward of it",
+        )
     if peft_config is not None:
         raise PRTValueError(
             "The reward exists already.", expected="no `peft_config` beside a RewardModel", found=repr(peft_config)

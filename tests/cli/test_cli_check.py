@@ -189,6 +189,7 @@ def test_data_is_measured(data, weights, capsys):
         found = json.loads(out)
         assert (status, found["fits"], found["portability"]["positions"]) == (0, True, 45)
         assert found["portability"].pop("task") == "text-generation"
+        assert found["portability"].pop("proposal")["rows"] == 2, "of the shuffled rows"
         for name, value in found["portability"].items():
             assert value == pytest.approx(getattr(expected, name), rel=1e-4), name
         assert (found["worth_porting"], found["verdict"]) == expected.verdict()
