@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ..errors import ContextLengthError, PRTValueError
+from . import quantization
 from .arguments import (
     add_command,
     add_json,
@@ -116,6 +117,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--speculative drafted and accepted",
     )
     add_loading_options(parser, batch_size=1)
+    quantization.add_arguments(parser)
     return parser
 
 
@@ -254,6 +256,7 @@ def _load(args):
     from ..networks.auto import load_config, load_pretrained, load_processing_class
 
     device, kwargs, backbone_kwargs = chosen_device(args), load_kwargs(args), config_kwargs(args)
+    quantized = quantization.quantization_kwargs(args)
     is_recipe = isinstance(load_config(args.backbone, **backbone_kwargs), PRTModelConfig)
     if is_recipe == bool(args.reward):
         raise PRTValueError(
@@ -266,13 +269,13 @@ def _load(args):
             f"{args.backbone} is a recipe, which has its own map of tokens.", expected="no --token_map", found="one"
         )
     if is_recipe:
-        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | backbone_kwargs)
+        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | backbone_kwargs | quantized)
         _check_strengths(args.strength, len(model.strengths))
         model.strengths = args.strength or model.strengths
     else:
         _check_strengths(args.strength, len(args.reward))
         tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **backbone_kwargs)
-        backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs)
+        backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs | quantized)
         kwargs["token_map"] = args.token_map
         model = PRTForCausalLM.from_parts(backbone, args.reward, args.strength or None, tokenizer, **kwargs)
     return model if device is None else model.to(device)

@@ -93,6 +93,7 @@ def check_fit(
     backbone: str,
     *,
     dtype: torch.dtype | None = None,
+    is_quantized: bool = False,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> Fit:
@@ -102,6 +103,7 @@ def check_fit(
         reward: A folder, or an id on the Hub.
         backbone: A folder, or an id on the Hub.
         dtype (`torch.dtype`, *optional*): The precision that memory is computed for.
+        is_quantized (`bool`): Whether the backbone is going to be quantised, so that its weights are not the reward's.
         token: A token for the Hub.
         **kwargs: `revision` of the backbone; `trust_remote_code` of both models.
 
@@ -120,7 +122,8 @@ def check_fit(
         problems.append(str(error))
     tokens = match and match.tokens
     found, named = reference_to(model), config.reward_base
-    is_shared = config.is_adapter and found.id == named.id and found.revision == named.revision
+    is_same = found.id == named.id and found.revision == named.revision
+    is_shared = config.is_adapter and is_same and not is_quantized
     held = [model, skeleton.network] if not is_shared else [skeleton.network]
     return Fit(
         reward=config,
