@@ -239,6 +239,7 @@ def prt_statistics(
 
     - `count`: 1 at supervised positions
     - `loss`: -log pi_theta(y* | x), with `teacher_logits` KL(teacher || pi_theta); nats, without the entropy term
+    - `backbone_loss`: the same of pi_pt, the backbone by itself
     - `accuracy`: whether pi_theta is right; `reward_accuracy`: whether the reward alone is (Fig. 6a)
     - `reward_entropy`: H(softmax(r)) of Eq. 12, nats
     - `reward_abs`: mean over tokens of |r - mean(r)|: r is defined up to a constant per context (Prop. 3.1)
@@ -249,11 +250,15 @@ def prt_statistics(
     log_backbone = torch.log_softmax(backbone_logits, -1)
     log_probs = _log_probs(log_backbone, reward, 1 / kl_coef)
     divergence = log_probs.exp() * (log_probs - log_backbone)
+    teacher = None if teacher_logits is None else teacher_logits[keep].float()
+
+    def loss(of: torch.Tensor) -> torch.Tensor:
+        return -of.gather(-1, chosen[:, None])[:, 0] if teacher is None else _divergence(teacher, of)
+
     values = {
         "count": torch.ones_like(chosen),
-        "loss": -log_probs.gather(-1, chosen[:, None])[:, 0]
-        if teacher_logits is None
-        else _divergence(teacher_logits[keep].float(), log_probs),
+        "loss": loss(log_probs),
+        "backbone_loss": loss(log_backbone),
         "accuracy": log_probs.argmax(-1) == chosen,
         "reward_accuracy": reward.argmax(-1) == chosen,
         "reward_entropy": reward_entropy(reward),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ..errors import ContextLengthError
+from . import quantization
 from .arguments import add_command, add_loading_options
 from .generation import (
     add_generation,
@@ -39,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add_templates(parser)
     add_generation(parser, _LONGEST)
     add_loading_options(parser)
+    quantization.add_arguments(parser)
     return parser
 
 

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from ..errors import PRTError
+from . import quantization
 from .arguments import (
     add_command,
     add_evaluation_data,
@@ -40,6 +41,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add_evaluation_data(parser, samples=100)
     add_json(parser)
     add_loading_options(parser, batch_size=8)
+    quantization.add_arguments(parser)
     return parser
 
 
@@ -52,8 +54,9 @@ def run(args: argparse.Namespace) -> int:
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
-        fit = check_fit(args.reward, args.backbone, dtype=dtype, **config_kwargs(args))
-        portability, skipped = _measure(args, fit) if fit.fits and args.data else (None, 0)
+        quantized = quantization.quantization_kwargs(args)
+        fit = check_fit(args.reward, args.backbone, dtype=dtype, is_quantized=bool(quantized), **config_kwargs(args))
+        portability, skipped = _measure(args, fit, quantized) if fit.fits and args.data else (None, 0)
     except Exception as error:
         if not args.json or not (isinstance(error, PRTError | OSError) or is_of_hub(error)):
             raise
@@ -71,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     return int(not fit.fits)
 
 
-def _measure(args, fit):
+def _measure(args, fit, quantized):
     """Return the portability, and the number of rows that had nothing to predict after they were cut off."""
     from ..evaluation import batches, measure_portability
     from ..inference.recipe import load_reward
@@ -82,7 +85,8 @@ def _measure(args, fit):
     reward, _ = load_reward(args.reward, [], kwargs)
     if device is not None:
         reward.to(device)
-    backbones = [source_backbones(reward, **kwargs)[0], Backbone(reward, args.backbone, **kwargs | config_kwargs(args))]
+    target_kwargs = kwargs | config_kwargs(args) | quantized
+    backbones = [source_backbones(reward, **kwargs)[0], Backbone(reward, args.backbone, **target_kwargs)]
     for backbone in backbones:
         backbone.load()
     length = min([args.max_length, *filter(None, (fit.backbone_context, fit.reward_context))])
@@ -106,7 +110,8 @@ def _describe_fit(args, fit) -> list[str]:
         reward.contract.kind: _contract(fit),
         "context": f"reward {fit.reward_context or 'unlimited'}, backbone {fit.backbone_context or 'unlimited'} tokens",
         "parameters": _parameters(fit),
-        "weights": f"{_size(fit.weight_bytes)}B in memory, {args.dtype or 'each as it is stored'}",
+        "weights": f"{_size(fit.weight_bytes)}B in memory, {args.dtype or 'each as it is stored'}"
+        + ("; less, as the backbone is quantised" if quantization.is_asked(args) else ""),
     }
     if reward.task == IMAGE_CLASSIFICATION:
         del lines["context"]

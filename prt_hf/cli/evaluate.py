@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from ..errors import PRTValueError
-from . import fleet
+from . import fleet, quantization
 from .arguments import (
     add_command,
     add_evaluation_data,
@@ -73,6 +73,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add_option(parser, "write_card", action="store_true", help="write the figures into the card in the reward's folder")
     add_json(parser)
     add_loading_options(parser, batch_size=8)
+    quantization.add_arguments(parser)
     return parser
 
 
@@ -102,15 +103,16 @@ def run(args: argparse.Namespace) -> int:
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
     from ..inference.recipe import load_reward
 
+    quantized = quantization.quantization_kwargs(args)
     reward, _ = load_reward(args.reward, [], load_kwargs(args))
     device = chosen_device(args)
     if device is not None:
         reward.to(device)
     reports = []
     if args.data:
-        reports.append(_measure(args, reward))
+        reports.append(_measure(args, reward, quantized))
     if args.tasks:
-        reports.append(_ask(args, reward))
+        reports.append(_ask(args, reward, quantized))
     if args.write_card:
         from ..evaluation.results import write_measurements
 
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
     return fleet.compare_report(args, reports[0]) if args.compare else 0
 
 
-def _measure(args: argparse.Namespace, reward):
+def _measure(args: argparse.Namespace, reward, quantized: dict):
     from tqdm.auto import tqdm
 
     from ..evaluation import portability_report
@@ -143,6 +145,7 @@ def _measure(args: argparse.Namespace, reward):
         output_dir=args.output_dir,
         progress=lambda batches, text: tqdm(batches, text, unit="batch"),
         revision=args.revision,
+        **quantized,
         **load_kwargs(args),
     )
     if args.output_dir:
@@ -150,7 +153,7 @@ def _measure(args: argparse.Namespace, reward):
     return report
 
 
-def _ask(args: argparse.Namespace, reward):
+def _ask(args: argparse.Namespace, reward, quantized: dict):
     from ..evaluation.harness import task_report
 
     report = task_report(
@@ -162,7 +165,7 @@ def _ask(args: argparse.Namespace, reward):
         batch_size=args.batch_size,
         include_path=args.include_path,
         output_dir=args.output_dir,
-        **load_kwargs(args) | ({"revision": args.revision} if args.revision else {}),
+        **load_kwargs(args) | ({"revision": args.revision} if args.revision else {}) | quantized,
     )
     if args.output_dir:
         report.save(args.output_dir)

@@ -8,6 +8,7 @@ from pathlib import Path
 from time import perf_counter
 
 from ..errors import ContextLengthError, PRTValueError
+from . import quantization
 from .arguments import add_command, add_json, add_loading_options, add_option
 from .generation import (
     add_generation,
@@ -63,6 +64,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--speculative drafted and accepted",
     )
     add_loading_options(parser, batch_size=1)
+    quantization.add_arguments(parser)
     return parser
 
 

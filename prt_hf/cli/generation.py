@@ -3,6 +3,7 @@
 import argparse
 
 from ..errors import PRTValueError
+from . import quantization
 from .arguments import (
     add_option,
     boolean,
@@ -114,6 +115,7 @@ def load_model(args: argparse.Namespace):
     from ..networks.auto import load_config, load_pretrained, load_processing_class
 
     device, kwargs, backbone_kwargs = chosen_device(args), load_kwargs(args), config_kwargs(args)
+    quantized = quantization.quantization_kwargs(args)
     refuse_reward(args.backbone, "a backbone, or a recipe", args.token)
     is_recipe = isinstance(load_config(args.backbone, **backbone_kwargs), PRTModelConfig)
     if is_recipe == bool(args.reward):
@@ -127,13 +129,13 @@ def load_model(args: argparse.Namespace):
             f"{args.backbone} is a recipe, which has its own map of tokens.", expected="no --token_map", found="one"
         )
     if is_recipe:
-        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | backbone_kwargs)
+        model = PRTForCausalLM.from_pretrained(args.backbone, **kwargs | backbone_kwargs | quantized)
         _check_strengths(args.strength, len(model.strengths))
         model.strengths = args.strength or model.strengths
     else:
         _check_strengths(args.strength, len(args.reward))
         tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **backbone_kwargs)
-        backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs)
+        backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs | quantized)
         kwargs["token_map"] = args.token_map
         model = PRTForCausalLM.from_parts(backbone, args.reward, args.strength or None, tokenizer, **kwargs)
     return model if device is None else model.to(device)

@@ -103,6 +103,7 @@ def check_fit(
     backbone: str,
     *,
     dtype: torch.dtype | None = None,
+    is_quantized: bool = False,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> Fit:
@@ -112,6 +113,7 @@ def check_fit(
         reward: A folder, or an id on the Hub, of a reward or of an ordinary LoRA adapter, which is carried over.
         backbone: A folder, or an id on the Hub.
         dtype (`torch.dtype`, *optional*): The precision that memory is computed for.
+        is_quantized (`bool`): Whether the backbone is going to be quantised, so that its weights are not the reward's.
         token: A token for the Hub.
         **kwargs: `revision` of the backbone; `trust_remote_code` of both models.
 
@@ -119,7 +121,8 @@ def check_fit(
         RewardFileError: There is no reward, or an incomplete one.
         PRTValueError: There is no model, or not one that predicts tokens or labels.
     """
-    return check_fits([reward], [backbone], dtype=dtype, token=token, **kwargs)[str(reward), backbone]
+    found = check_fits([reward], [backbone], dtype=dtype, is_quantized=is_quantized, token=token, **kwargs)
+    return found[str(reward), backbone]
 
 
 def check_fits(
@@ -127,6 +130,7 @@ def check_fits(
     backbones: Sequence[str],
     *,
     dtype: torch.dtype | None = None,
+    is_quantized: bool = False,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> dict[tuple[str, str], Fit]:
@@ -143,12 +147,17 @@ def check_fits(
                 refuse_reward(backbone, "a pretrained model", token)
                 theirs = load_processing_class(backbone, reward.config.task, token=token, **kwargs)
                 models[key] = load_skeleton(backbone, token=token, **kwargs), theirs
-            found[str(place), backbone] = _fit(reward, base, *models[key], dtype)
+            found[str(place), backbone] = _fit(reward, base, *models[key], dtype, is_quantized)
     return found
 
 
 def _fit(
-    skeleton: RewardModel, base: PreTrainedModel, model: PreTrainedModel, theirs: Any, dtype: torch.dtype | None
+    skeleton: RewardModel,
+    base: PreTrainedModel,
+    model: PreTrainedModel,
+    theirs: Any,
+    dtype: torch.dtype | None,
+    is_quantized: bool,
 ) -> Fit:
     config = skeleton.config
     problems, match = [], None
@@ -158,7 +167,8 @@ def _fit(
         problems.append(str(error))
     tokens = match and match.tokens
     found, named = reference_to(model), config.reward_base
-    is_shared = config.is_adapter and found.id == named.id and found.revision == named.revision
+    is_same = found.id == named.id and found.revision == named.revision
+    is_shared = config.is_adapter and is_same and not is_quantized
     held = [model, skeleton.network] if not is_shared else [skeleton.network]
     return Fit(
         reward=config,

@@ -57,6 +57,7 @@ def portability_report(
     output_dir: str | Path | None = None,
     progress: Progress = lambda batches, description: batches,
     revision: str | None = None,
+    quantization_config: Any = None,
     **load_kwargs: Any,
 ) -> PortabilityReport:
     """Measure a reward on its source and on other backbones: Tables 4, 6 and 7 of the paper, for any task.
@@ -85,6 +86,7 @@ def portability_report(
             data, settings and models become part of the report, and are not measured again.
         progress: Wraps the batches of a pass; also gets its description.
         revision: Of the targets that are given by id.
+        quantization_config: Of the targets that are given by id; all else stays in full precision.
         **load_kwargs: Arguments of `from_pretrained` for all that is given by id (`dtype`, `token`, `device_map`, ...).
 
     Raises:
@@ -107,20 +109,21 @@ def portability_report(
     finetuned = {} if finetuned is None else _by_target(finetuned, targets)
     _check_rows(dataset, reward)
 
-    at_revision = load_kwargs | ({} if revision is None else {"revision": revision})
+    own = {"revision": revision, "quantization_config": quantization_config}
+    of_target = load_kwargs | {name: value for name, value in own.items() if value is not None}
     networks = {
         SOURCE: source_backbones(reward, **load_kwargs)[0] if source is None else Backbone(reward, source),
         TUNED_SOURCE: None if eft is None else TunedModel(reward, eft, **load_kwargs),
     }
     target_networks = {
         name: {
-            TARGET: Backbone(reward, model, **at_revision),
+            TARGET: Backbone(reward, model, **of_target),
             TUNED_TARGET: TunedModel(reward, finetuned[name], **load_kwargs) if name in finetuned else None,
         }
         for name, model in targets.items()
     }
     tuned = [networks[TUNED_SOURCE], *(each[TUNED_TARGET] for each in target_networks.values())]
-    judged = {name: _judged(reward, model, at_revision) for name, model in targets.items()}
+    judged = {name: _judged(reward, model, of_target) for name, model in targets.items()}
     limits = [
         context_length(reward.network),
         _source_limit(reward, networks[SOURCE], load_kwargs),

@@ -1,5 +1,6 @@
 """Read from and write to the Hub; no other module does."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from huggingface_hub import (
     HfApi,
     hf_hub_download,
     snapshot_download,
+    try_to_load_from_cache,
 )
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -44,6 +46,22 @@ def commit_of(model_id: str, revision: str | None = None, token: str | bool | No
             remedy="if a reward's base has moved, pass `base_model=` where it is now",
         ) from error
     return Path(config).parent.name  # .../snapshots/<commit>/config.json
+
+
+def folder_on_disk(model_id: str, commit: str | None = None) -> Path | None:
+    """Return the folder of a model that is on this machine, without a request; None if there is none.
+
+    Args:
+        model_id: folder, id of the Hub, or empty.
+        commit (*optional*): by default the one that `main` pointed to when it was last looked up.
+    """
+    if os.path.isdir(model_id):
+        return Path(model_id)
+    try:
+        config = try_to_load_from_cache(model_id, "config.json", revision=commit)
+    except HFValidationError:
+        return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
 def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:

@@ -281,6 +281,19 @@ def read_shapes(path: Path) -> dict[str, list[int]]:
         return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
 
 
+def mapped_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the weights of the model in a folder, mapped into memory, so that only what is used is read.
+
+    Raises:
+        RewardFileError: a file is damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        with _opened(path) as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:

@@ -14,6 +14,7 @@ from ..hub.folder import RECIPE_TYPE
 from ..networks.anatomy import AUTO_CLASSES, unwrap_adapter
 from ..networks.checkpoints import check_counts
 from ..networks.identity import reference_to
+from ..networks.quantization import is_quantized_in_files
 from ..reward.model import RewardModel
 
 RECIPE_VERSION = "1.0"
@@ -75,7 +76,8 @@ class PRTModelConfig(PreTrainedConfig):
 
     def __getattr__(self, name: str) -> Any:
         config = self.__dict__.get("backbone_config")
-        if name.startswith("_") or not isinstance(config, PreTrainedConfig):
+        is_own = name.startswith("_") or name == "quantization_config"  # only the backbone is quantised
+        if is_own or not isinstance(config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(config.get_text_config(), name)
 
@@ -113,10 +115,13 @@ def config_of(
         size: tokens of the backbone's vocabulary; None for labels.
         maps: `token_map`, `label_map` and `allow_partial`.
     """
+    backbone_config = copy.deepcopy(backbone.config)
+    if is_quantized_in_files(backbone):  # loading them is enough
+        backbone_config.__dict__.pop("quantization_config", None)
     config = PRTModelConfig(
         architectures=[architecture],
         backbone_reference=asdict(reference_to(backbone)),
-        backbone_config=copy.deepcopy(backbone.config),
+        backbone_config=backbone_config,
         reward_references=[
             {"id": None, "revision": None, "digest": None, "folder": None}
             | (reference or {})
@@ -255,4 +260,10 @@ def _as_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig | Non
             found=repr(model_type),
         )
     check_counts(entries, "the recipe", RewardFileError)
+    if not isinstance(entries.get("quantization_config", {}), dict):
+        raise RewardFileError(
+            "The recipe's `quantization_config` cannot be read.",
+            expected="a JSON object",
+            found=str(entries["quantization_config"])[:200],
+        )
     return AutoConfig.for_model(model_type, **entries)

@@ -21,7 +21,7 @@ from ..networks.anatomy import (
     task_of,
     unwrap_adapter,
 )
-from ..networks.auto import load_pretrained, processing_class_of
+from ..networks.auto import processing_class_of
 from ..networks.identity import digest
 from ..networks.pixels import PRTImageProcessor
 from ..reward.loading import load_saved_processing_class
@@ -29,7 +29,15 @@ from ..reward.model import RewardModel
 from .combination import combined
 from .configuration import PRTModelConfig, config_of, maps_of_rewards, new_parts
 from .passes import PartsPass, fewest_passes, parts_of, separate_passes, translated
-from .recipe import find_recipe, load_parts, load_reward, push_recipe, read_generation_config, write_recipe
+from .recipe import (
+    find_recipe,
+    load_backbone,
+    load_parts,
+    load_rewards,
+    push_recipe,
+    read_generation_config,
+    write_recipe,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -125,6 +133,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         strengths: list[float] | None = None,
         tokenizer: Any = None,
         *,
+        quantization_config: Any = None,
         token_map: dict[str, str] | None = None,
         label_map: dict[str, str] | None = None,
         allow_partial: bool = False,
@@ -138,6 +147,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 of it; a reward whose base is the backbone shares the backbone's weights.
             strengths (*optional*): 1 / lambda for each reward, by default as it was tuned.
             tokenizer (*optional*): the backbone's tokenizer or image processor, by default the one beside its weights.
+            quantization_config (*optional*): for `from_pretrained` of the backbone alone; kept in recipes. Rewards stay
+                in full precision, on a base of their own if theirs is the backbone.
             token_map (*optional*): the backbone's tokens -> the rewards', where names and roles do not tell, as in
                 [`PRTLogitsProcessor`]. Kept in recipes, as the next two.
             label_map (*optional*): the backbone's labels -> the rewards' labels of the same meaning.
@@ -147,7 +158,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
 
         Raises:
             VocabularyMismatchError, LabelMismatchError: a reward and the backbone do not fit.
-            PRTValueError: no rewards, or not one strength for each.
+            PRTValueError: no rewards, not one strength for each, or `quantization_config` of a model in memory.
+            UnsupportedError: the library that the quantisation needs is not installed.
         """
         rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
         if not rewards or not all(isinstance(reward, str | Path | RewardModel) for reward in rewards):
@@ -157,10 +169,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
                 found=", ".join(type(reward).__name__ for reward in rewards) or "none",
                 remedy="save a PeftModel in memory, and name its folder: an ordinary LoRA is carried over",
             )
-        if isinstance(backbone, str | Path):
-            backbone = load_pretrained(str(backbone), **load_kwargs)
-        bases = [backbone]
-        loaded = [load_reward(place, bases, load_kwargs) for place in rewards]
+        backbone = load_backbone(backbone, quantization_config, load_kwargs)
+        loaded = load_rewards(rewards, backbone, load_kwargs)
         if tokenizer is None:
             tokenizer = processing_class_of(backbone, cls.task, **load_kwargs)
         maps = {"token_map": token_map, "label_map": label_map, "allow_partial": allow_partial}
@@ -218,7 +228,8 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             backbone (*optional*): the recipe's backbone where it is now, or in memory.
             revision (*optional*): branch, tag or commit of the recipe.
             token (*optional*): for the Hub.
-            **load_kwargs: for `from_pretrained` of the parts.
+            **load_kwargs: for `from_pretrained` of the parts; `quantization_config` for the backbone alone, in the
+                place of the one in the recipe.
 
         Raises:
             RewardFileError: no recipe, one of a newer version, or one whose reward is gone or changed.

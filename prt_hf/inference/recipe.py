@@ -6,17 +6,18 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import CommitInfo
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME, logging
 
 from ..contract import PRT_CONFIG_NAME, ModelReference, RewardConfig
-from ..errors import PRTValueError, RewardFileError
+from ..errors import PRTValueError, RewardFileError, UnsupportedError
 from ..functional import check_strengths
 from ..hub.card import PRT_CLASSES, render_recipe_card
 from ..hub.card_merge import read_card, write_card
@@ -40,6 +41,7 @@ from ..networks.adapter_config import read_peft_config
 from ..networks.auto import load_base, load_pretrained, save_processing_class
 from ..networks.checkpoints import check_attention, unreadable
 from ..networks.identity import check_same_model, digest, reference_to
+from ..networks.quantization import is_quantized, not_installed
 from ..reward.loading import read_ordinary_adapter
 from ..reward.model import RewardModel
 from .configuration import PRTModelConfig, check_complete
@@ -137,7 +139,38 @@ def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), *
     )
 
 
-def load_reward(
+def load_backbone(
+    backbone: str | Path | PreTrainedModel, quantization_config: Any, load_kwargs: dict
+) -> PreTrainedModel:
+    """Load a backbone, quantised if that is asked for; return one in memory as it is.
+
+    Raises:
+        PRTValueError: it is in memory, and to be quantised.
+    """
+    if isinstance(backbone, str | Path):
+        return load_pretrained(str(backbone), quantization_config=quantization_config, **load_kwargs)
+    if quantization_config is not None:
+        raise PRTValueError(
+            "A model in memory is not quantised.",
+            expected="the backbone's id or path with `quantization_config`",
+            found=type(backbone).__name__,
+            remedy="pass `quantization_config` to its own `from_pretrained`",
+        )
+    return backbone
+
+
+def load_rewards(
+    places: Sequence[str | Path | RewardModel], backbone: PreTrainedModel, load_kwargs: dict
+) -> list[tuple[RewardModel, dict | None]]:
+    """Load rewards, and return each with its place on the Hub, if any.
+
+    Their bases are loaded once, and not at all where the backbone is the base, unless that is quantised.
+    """
+    bases = [] if is_quantized(backbone) else [backbone]
+    return [_load_reward(place, bases, load_kwargs) for place in places]
+
+
+def _load_reward(
     place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict
 ) -> tuple[RewardModel, dict | None]:
     """Load a reward, and return it with its place on the Hub, if any. Its base is taken from `bases`, or added to them.
@@ -248,19 +281,40 @@ def load_parts(
         check_attention(config.get_config_dict(folder)[0], folder, RewardFileError)
         load_kwargs["attn_implementation"] = config._attn_implementation  # moved there by the Auto classes
     reference = ModelReference(**config.backbone_reference or {})
+    if "quantization_config" not in load_kwargs and not isinstance(backbone, PreTrainedModel):
+        load_kwargs["quantization_config"] = _quantization_of(folder, config)
+    quantization_config = load_kwargs.pop("quantization_config", None)
     if backbone is None:
-        backbone = load_base(reference, **load_kwargs)
+        backbone = load_base(reference, quantization_config=quantization_config, **load_kwargs)
     else:
-        if isinstance(backbone, str | Path):
-            backbone = load_pretrained(str(backbone), **load_kwargs)
+        backbone = load_backbone(backbone, quantization_config, load_kwargs)
         check_same_model(reference, backbone)
-    bases, loaded = [backbone], []
-    for entry in config.reward_references:
-        place = place_of_reward(folder, entry, load_kwargs["token"])
-        reward, _ = load_reward(place, bases, load_kwargs)
-        is_on_hub = entry["id"] is not None
-        loaded.append((reward, {name: entry[name] for name in ("id", "revision", "digest")} if is_on_hub else None))
-    return backbone, loaded
+    entries = config.reward_references
+    places = [place_of_reward(folder, entry, load_kwargs["token"]) for entry in entries]
+    rewards = [reward for reward, _ in load_rewards(places, backbone, load_kwargs)]
+    on_hub = [
+        None if entry["id"] is None else {name: entry[name] for name in ("id", "revision", "digest")}
+        for entry in entries
+    ]
+    return backbone, list(zip(rewards, on_hub, strict=True))
+
+
+def _quantization_of(folder: Path, config: PRTModelConfig) -> Any:
+    """Return how the recipe's backbone was quantised when it was loaded; None if it was not.
+
+    Raises:
+        RewardFileError: the entry cannot be read.
+        UnsupportedError: the library that it needs is not installed.
+    """
+    entries = getattr(config.backbone_config, "quantization_config", None)
+    if entries is None:
+        return None
+    try:
+        return AutoQuantizationConfig.from_dict(dict(entries))
+    except ImportError as error:
+        raise not_installed("The recipe's backbone", error) from error
+    except Exception as error:  # its classes raise errors of many kinds
+        raise unreadable(folder / CONFIG_NAME, error) from error
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
@@ -282,8 +336,16 @@ def write_recipe(model: "PRTPreTrainedModel", folder: Path, state_dict: dict[str
 
     Raises:
         RewardFileError: the folder holds something else, or a `reward-0`, ... that is no part of the recipe there.
+        UnsupportedError: the backbone was quantised by hand.
     """
     check_strengths(model.strengths, len(model.rewards))
+    if is_quantized(model.backbone) and not hasattr(model.backbone.config, "quantization_config"):
+        raise UnsupportedError(
+            "The backbone was quantised by hand, which no recipe can repeat.",
+            expected="a backbone that was loaded with `quantization_config`, or from a quantised checkpoint",
+            found=type(model.backbone).__name__,
+            remedy="from_parts(backbone_id, rewards, quantization_config=...)",
+        )
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     changed = [i for i, reward in enumerate(model.rewards) if model.hub_digests.get(i) != digest(reward.network)]

@@ -20,8 +20,9 @@ from ..errors import PRTValueError, RewardFileError
 from ..hub.client import commit_of, refuse_reward
 from .anatomy import AUTO_CLASSES, ProcessingClass, task_of_class
 from .checkpoints import check_attention, check_counts, load_whole
-from .identity import check_same_model, reference_to, remember_commit
+from .identity import check_same_model, commit_of_model, remember_commit
 from .pixels import PRTImageProcessor, is_saved_apart
+from .quantization import not_installed
 
 logger = logging.get_logger(__name__)
 _TIMM = "timm_wrapper"  # its checkpoints name no class
@@ -86,7 +87,7 @@ def processing_class_of(model: PreTrainedModel, task: str, **load_kwargs: Any) -
     """Load the tokenizer or image processor of a model, at its revision; return None if it was made in memory."""
     if not model.name_or_path:
         return None
-    return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": reference_to(model).revision})
+    return load_processing_class(model.name_or_path, task, **load_kwargs | {"revision": commit_of_model(model)})
 
 
 def load_pretrained(model_id: str, **load_kwargs: Any) -> PreTrainedModel:
@@ -99,16 +100,24 @@ def load_pretrained(model_id: str, **load_kwargs: Any) -> PreTrainedModel:
     Raises:
         PRTValueError: the checkpoint has no head that predicts tokens or labels, lacks weights, or names an attention
             that is not transformers' own; or it is a reward.
+        UnsupportedError: the library of its quantisation is not installed.
     """
     refuse_reward(model_id, "a pretrained model", load_kwargs.get("token"))
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
     # Always given, because transformers would otherwise ask in the terminal whether to run the model's code.
     trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}
     load_kwargs = load_kwargs | trusted | {"revision": commit or "main"}
+    if load_kwargs.get("quantization_config") is None:  # None would hide that of the checkpoint
+        load_kwargs.pop("quantization_config", None)
     names = (*CONFIG_KWARGS, "attn_implementation")
     config = load_config(model_id, **{name: load_kwargs[name] for name in names if name in load_kwargs})
     check_attention(config, model_id)
-    model = load_whole(AUTO_CLASSES[_task_of_config(config, model_id)], model_id, **load_kwargs)
+    try:
+        model = load_whole(AUTO_CLASSES[_task_of_config(config, model_id)], model_id, **load_kwargs)
+    except ImportError as error:
+        if "quantization_config" not in load_kwargs and not hasattr(config, "quantization_config"):
+            raise
+        raise not_installed(model_id, error) from error
     remember_commit(model, commit)
     return model
 

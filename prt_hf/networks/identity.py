@@ -1,5 +1,6 @@
 """Identify a network by its id, commit and weights, and check that two are the same."""
 
+import copy
 import hashlib
 import json
 import os
@@ -15,8 +16,10 @@ from transformers import PreTrainedModel
 
 from ..contract import ModelReference
 from ..errors import BackboneCacheError, BaseModelMismatchError, UnsupportedError
-from ..hub.folder import file_digest
+from ..hub.client import folder_on_disk
+from ..hub.folder import file_digest, mapped_weights
 from .anatomy import FixedLinear, pretrained_parameters, unwrap_adapter
+from .quantization import is_quantized, is_quantized_in_files, is_quantized_tensor
 
 _BOOKKEEPING = ("_name_or_path", "architectures", "dtype", "problem_type", "transformers_version", "use_cache")
 _SAMPLES_PER_TENSOR = 64
@@ -40,14 +43,14 @@ def weights_digest_of_files(folder: str | Path) -> str:
 
 
 def weights_digest_of_model(model: PreTrainedModel) -> str:
-    """Return the SHA-256 of a model in memory; raise `BackboneCacheError` if some of it is offloaded.
+    """Return the SHA-256 of a model in memory; raise `BackboneCacheError` if it is offloaded or quantised.
 
     It covers all parameters and buffers by name, shape, dtype and value, the configuration, and adapters' scales.
     """
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+    if is_quantized(model) or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise BackboneCacheError(
-            "This model cannot be identified by its weights: some are offloaded.",
-            expected="all weights in memory, or the model's id or path",
+            "This model cannot be identified by its weights: some are quantised or offloaded.",
+            expected="all weights in memory in full precision, or the model's id or path",
             found=type(model).__name__,
             remedy="pass its id or path, or train without stored states",
         )
@@ -97,12 +100,21 @@ def check_same_reference(expected: ModelReference, found: ModelReference) -> Non
 
 
 def remember_commit(model: PreTrainedModel, commit: str | None) -> None:
-    """Store the commit that a model was loaded from, for [`reference_to`]."""
+    """Store the commit that a model was loaded from, for [`commit_of_model`]."""
     setattr(model.config, _COMMIT, commit)
 
 
+def commit_of_model(model: PreTrainedModel) -> str | None:
+    """Return the commit that a model was loaded from; None if it is not known."""
+    return getattr(model.config, _COMMIT, None)
+
+
 def reference_to(network: nn.Module) -> ModelReference:
-    """Return id, commit, class and weights of a network without adapters; DeepSpeed must not have sharded it."""
+    """Return id, commit, class and weights of a network without adapters; DeepSpeed must not have sharded it.
+
+    A quantised network is identified by the checkpoint that it was loaded from, so that it has the reference of the
+    same model in full precision.
+    """
     model = unwrap_adapter(network)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise UnsupportedError(
@@ -114,9 +126,9 @@ def reference_to(network: nn.Module) -> ModelReference:
     place = model.name_or_path or None
     return ModelReference(
         id=os.path.abspath(place) if place and os.path.isdir(place) else place,
-        revision=getattr(model.config, _COMMIT, None),
+        revision=commit_of_model(model),
         architecture=type(model).__name__,
-        weights=weights_fingerprint(network),
+        weights=_source_fingerprint(model) if is_quantized(model) else weights_fingerprint(network),
     )
 
 
@@ -127,31 +139,76 @@ def weights_fingerprint(network: nn.Module) -> str | None:
     and in bfloat16; no names, which change between versions of transformers; no adapters. It is None if the values
     cannot be read (quantised or offloaded weights) or were rounded in another way (float16).
     """
-    return fingerprint_of([*pretrained_parameters(network).values(), *_identifying_buffers(network)])
+    return _fingerprint_of(_identifying_tensors(network).values())
 
 
-def fingerprint_of(tensors: Iterable[torch.Tensor]) -> str | None:
-    """Return the fingerprint of a model with these tensors, see [`weights_fingerprint`]."""
+def fingerprint_of_files(skeleton: PreTrainedModel, folder: Path) -> str | None:
+    """Return [`weights_fingerprint`] of the model in a folder, reading only its samples.
+
+    None if the files hold the weights in another form than the model does.
+
+    Args:
+        skeleton: the model without its weights.
+        folder: with safetensors files.
+    """
+    wanted = _identifying_tensors(skeleton).keys()
+    found = {name: tensor for name, tensor in mapped_weights(folder).items() if name in wanted}
+    return _fingerprint_of(found.values()) if found.keys() == wanted else None
+
+
+def _source_fingerprint(model: PreTrainedModel) -> str | None:
+    """Return the fingerprint of the checkpoint that a quantised model was loaded from; None if it cannot be told.
+
+    Files in full precision have the fingerprint of that model; of files that hold quantised weights, these are sampled.
+    The weights that are not quantised show whether the files are the model's.
+    """
+    folder = folder_on_disk(model.name_or_path, commit_of_model(model))
+    if folder is None:
+        return None
+    stored = mapped_weights(folder)
+    plain = {name: value for name, value in model.named_parameters() if not is_quantized_tensor(value)}
+    for name, value in plain.items():
+        same = stored.get(name)
+        if same is None or same.shape != value.shape:
+            return None
+        if not value.is_meta and not torch.equal(_samples(same).to(value.dtype), _samples(value)):
+            return None
+    if is_quantized_in_files(model):
+        return _fingerprint_of(stored.values(), as_stored=True)
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with torch.device("meta"):
+        skeleton = type(model)(config)
+    return fingerprint_of_files(skeleton, folder)
+
+
+def _fingerprint_of(tensors: Iterable[torch.Tensor], *, as_stored: bool = False) -> str | None:
+    """Return the fingerprint of a model with these tensors: rounded, see [`weights_fingerprint`], or as they are."""
     digests = []
     for tensor in tensors:
-        if tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta:
+        if not as_stored and (tensor.dtype not in (torch.float32, torch.bfloat16) or tensor.is_meta):
             return None
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
-        samples = flat[::step][:_SAMPLES_PER_TENSOR].to("cpu", torch.bfloat16).view(torch.int16)
-        digests.append(hashlib.sha256(str(tuple(tensor.shape)).encode() + samples.numpy().tobytes()).digest())
+        samples = _samples(tensor) if as_stored else _samples(tensor).to(torch.bfloat16)
+        digests.append(hashlib.sha256(str(tuple(tensor.shape)).encode() + as_bytes(samples).tobytes()).digest())
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
-def _identifying_buffers(network: nn.Module) -> list[torch.Tensor]:
-    """Return the running means and variances of batch normalisation, and the weights of fixed heads."""
-    tensors = []
-    for name, module in network.named_modules():
-        if ".modules_to_save." in name:
+def _samples(tensor: torch.Tensor) -> torch.Tensor:
+    """Return up to 64 values from all over a tensor, on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    step = max(1, flat.numel() // _SAMPLES_PER_TENSOR)
+    return flat[::step][:_SAMPLES_PER_TENSOR].cpu()
+
+
+def _identifying_tensors(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Return pretrained parameters, means and variances of batch normalisation, and the weights of fixed heads."""
+    tensors = dict(pretrained_parameters(network))
+    for place, module in network.named_modules():
+        if ".modules_to_save." in place:
             continue
         names = ("weight", "bias") if isinstance(module, FixedLinear) else ("running_mean", "running_var")
-        tensors += [getattr(module, name, None) for name in names]
-    return [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        tensors |= {f"{place}.{name}": getattr(module, name, None) for name in names}
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, torch.Tensor)}
 
 
 def digest(network: nn.Module) -> str:

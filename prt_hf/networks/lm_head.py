@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from .adapters import ADAPTER, is_plain
 from .anatomy import unwrap_adapter
+from .quantization import is_quantized_tensor
 
 TOLERANCE = 0.02  # relative to the largest logit, for rounding in bfloat16
 _SCALES = ("logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -171,6 +172,8 @@ def why_not_linear(network: nn.Module, inputs: dict[str, torch.Tensor]) -> str |
     parts = Head.of(network)
     if any(isinstance(weight, DTensor) for weight in parts.weights):  # FSDP2 keeps the last layers whole if it can
         return "a head that is sharded after a pass"
+    if any(is_quantized_tensor(weight) for weight in parts.weights):
+        return "a quantised head"
     parts = parts._replace(bias=probe if parts.bias is None else parts.bias + probe)
     found = parts.project(hidden).cast().logits().view_as(expected)
     difference = float((found - expected).abs().max() / expected.abs().max())

@@ -13,6 +13,7 @@ from ..errors import PRTValueError, UnsupportedError
 from ..networks.adapter_config import check_is_of_layers
 from ..networks.adapters import ADAPTER, check_bare, wrap
 from ..networks.anatomy import FixedLinear, has_fixed_head, head_of, layer_stack, task_of
+from ..networks.quantization import check_full_precision
 
 REWARD_INITS = ("pretrained", "zero")
 ADAPTED_LAYERS = (nn.Linear, Conv1D, nn.Conv2d)
@@ -28,8 +29,9 @@ def start(
 
     Raises:
         PRTValueError: arguments that exclude each other, or adapters that cannot be saved as a reward.
-        UnsupportedError: a kind of adapter that cannot be one.
+        UnsupportedError: a kind of adapter that cannot be one, or a quantised model.
     """
+    check_full_precision(model)
     is_zero = reward_init == "zero"
     if isinstance(model, PeftModel):
         if peft_config is not None or is_zero:

@@ -153,10 +153,12 @@ class Backbone:
         name, revision = self._named, self._load_kwargs.get("revision")
         if isinstance(name, ModelReference):
             name, revision = name.id, name.revision
-        dtype = str(self._load_kwargs.get("dtype", "auto"))
+        form = {"dtype": str(self._load_kwargs.get("dtype", "auto"))}
+        if (quantization := self._load_kwargs.get("quantization_config")) is not None:
+            form["quantization"] = str(quantization if isinstance(quantization, dict) else quantization.to_dict())
         if Path(name).is_dir():
-            return {"weights": weights_digest_of_files(name), "dtype": dtype}
-        return {"id": name, "revision": commit_of(name, revision, self._load_kwargs.get("token")), "dtype": dtype}
+            return {"weights": weights_digest_of_files(name)} | form
+        return {"id": name, "revision": commit_of(name, revision, self._load_kwargs.get("token"))} | form
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits in the reward's order.

@@ -19,6 +19,7 @@ from ..networks.anatomy import task_of
 from ..networks.auto import _processing_class, load_base, load_pretrained
 from ..networks.checkpoints import read_entries, unreadable
 from ..networks.identity import check_same_model, reference_to
+from ..networks.quantization import check_full_precision
 
 logger = logging.get_logger(__name__)
 
@@ -136,7 +137,9 @@ def on_base(base: PreTrainedModel, peft_config: PeftConfig, folder: Path) -> Pef
     Raises:
         BaseModelMismatchError: its layers or its weights are another model's.
         RewardFileError: its weights are damaged.
+        UnsupportedError: the base is quantised.
     """
+    check_full_precision(base)
     file = folder / ADAPTER_WEIGHTS
     shapes = read_shapes(file)
     peft_config = copy.deepcopy(peft_config)

@@ -1,12 +1,9 @@
 """Find the networks of a served PRT model on disk, with the checks of a load by transformers."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
 
 from ..contract import (
     MINUS_BASE,
@@ -24,7 +21,7 @@ from ..inference.recipe import PRTModelConfig, check_complete, place_of_reward
 from ..networks.adapter_config import read_peft_config
 from ..networks.auto import load_config, load_processing_class, load_skeleton
 from ..networks.checkpoints import read_entries
-from ..networks.identity import check_same_reference, fingerprint_of
+from ..networks.identity import check_same_reference, fingerprint_of_files
 from ..reward.full import check_full
 from . import ADAPTER_BASE
 from .tokens import ServedTokens, match_tokens
@@ -365,29 +362,7 @@ def _pretrained(reference: ModelReference, token: str | bool | None) -> Pretrain
 def _reference_to(folder: Path, name: str, revision: str | None) -> ModelReference:
     """Return the reference that names the model in a folder."""
     architecture = (load_config(str(folder)).architectures or [None])[0]
-    return ModelReference(name, revision, architecture, _weights_fingerprint(folder))
-
-
-def _weights_fingerprint(folder: Path) -> str | None:
-    """Return [`~networks.identity.weights_fingerprint`] of the model in a folder, reading only its samples.
-
-    None if the files hold the weights in another form than the model does.
-    """
-    skeleton = load_skeleton(str(folder))
-    wanted = {name for name, _ in skeleton.named_parameters()}
-    files = sorted(folder.glob("model*.safetensors"))
-    try:
-        found = {name: tensor for file in files for name, tensor in _tensors(file) if name in wanted}
-    except OSError:
-        return None
-    return fingerprint_of(found.values()) if found.keys() == wanted else None
-
-
-def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a file, mapped into memory, so that only what is used is read."""
-    with safe_open(file, framework="pt") as opened:
-        for name in opened.keys():  # noqa: SIM118
-            yield name, opened.get_tensor(name)
+    return ModelReference(name, revision, architecture, fingerprint_of_files(load_skeleton(str(folder)), folder))
 
 
 def _vocab_size(folder: str | Path) -> int:

@@ -6,9 +6,12 @@ import torch
 from accelerate import Accelerator
 from transformers import TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
+from transformers.utils import logging
 
 from ..functional import check_supervised
 from ..reward.backbones import Batch
+
+logger = logging.get_logger(__name__)
 
 
 class RunningMeans:
@@ -46,6 +49,21 @@ class RunningMeans:
         count = totals.pop("count")
         check_supervised(count, "what was measured")
         return {name: total / count for name, total in totals.items()}
+
+
+def tell_start(statistics: dict[str, torch.Tensor]) -> None:
+    """Log why the first loss is above the backbone's, where it is: whoever knows LoRA expects it there.
+
+    Args:
+        statistics: of the first batch.
+    """
+    loss, backbone_loss = (float(statistics[name].mean()) for name in ("loss", "backbone_loss"))
+    if loss > backbone_loss:
+        logger.warning(
+            f"The first loss is {loss:.3f}; the backbone by itself has {backbone_loss:.3f}, logged as `backbone_loss`. "
+            "This is usual: a reward that starts as the pretrained logits counts them twice. The loss falls below the "
+            "backbone's within the first part of training."
+        )
 
 
 def is_step_logged(args: TrainingArguments, state: TrainerState) -> bool:

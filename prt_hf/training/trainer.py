@@ -33,7 +33,7 @@ from .collators import EndWatch, TokenCollator, check_lengths, check_not_empty, 
 from .config import PRTConfig
 from .data import holds_messages
 from .fused_loss import training_loss, training_statistics
-from .metrics import RunningMeans, is_step_logged
+from .metrics import RunningMeans, is_step_logged, tell_start
 from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks
 from .sources import reward_and_backbones
 
@@ -79,7 +79,8 @@ class PRTTrainer(BackboneReader):
         BackboneCacheError, UnsupportedError: states of the backbone cannot be stored or read; or, with the first batch,
             pixels of a backbone are missing.
 
-    Besides `loss`, the trainer logs `accuracy`, `reward_accuracy`, `reward_entropy`, `reward_abs` and `kl`, see
+    Besides `loss`, the trainer logs `backbone_loss` (of the backbone by itself, what `loss` has to fall below),
+    `accuracy`, `reward_accuracy`, `reward_entropy`, `reward_abs` and `kl`, see
     [`~prt_hf.functional.prt_statistics`]; in training they are those of the logged step. `eval_loss` is the mean over
     all supervised positions of the evaluation set, without the entropy term; when a reward is distilled, the mean of
     KL to the fine-tuned model.
@@ -146,6 +147,7 @@ class PRTTrainer(BackboneReader):
         self._frozen_norms = frozen_norms(self.model) if self.reward.config.is_adapter else []
         self._is_fused: bool | None = None  # the first batch decides
         self._means = RunningMeans(self.accelerator)
+        self._is_start_told = False
         self._limits = {context_length(self.model)}
         self._end_watch = None
         if self._is_language_model:
@@ -317,9 +319,16 @@ class PRTTrainer(BackboneReader):
         """Return the objective in training, else the likelihood or the divergence from a teacher; log statistics."""
         operands = backbone, reward, batch.supervised_labels
         settings = {"kl_coef": self.args.kl_coef, "teacher": teacher}
-        if not is_training or is_step_logged(self.args, self.state):
+        is_first = is_training and not self._is_start_told
+        is_logged = not is_training or is_step_logged(self.args, self.state)
+        if is_logged or is_first:
             statistics = training_statistics(*operands, **settings)
+        if is_logged:
             self._means.add("train" if is_training else "eval", statistics, batch)
+        if is_first:
+            self._is_start_told = True
+            if self.state.global_step == 0 and self.is_world_process_zero():
+                tell_start(statistics)
         if not is_training:
             return statistics["loss"].sum() / max(1, len(batch.supervised_labels))
         return training_loss(*operands, **settings, entropy_coef=self.args.entropy_coef, num_items_in_batch=items)
