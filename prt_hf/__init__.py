@@ -9,10 +9,11 @@ contract.py    what a reward needs of a backbone
 reward/        the reward r itself                training/     Algorithm 1: tune it on a frozen backbone
 inference/     Algorithm 2: add it to another     evaluation/   Prop. 3.2: does it fit, is it worth it
 serving/       the same inside vLLM               hub/          files, cards, commits
-networks/      what is known of others' models    demo/, benchmark/, cli/   toy models, timings, the command
+networks/      what is known of others' models    demo/, benchmark/   toy models, timings
+playground/    both side by side in the browser    cli/          the command
 
 A room imports from those below it only: errors < functional, vocabulary < contract < hub < networks < reward
-< training | inference < evaluation | serving < demo, benchmark < cli.
+< training | inference < evaluation | serving < demo, benchmark, playground < cli.
 
 Names are imported at first use, so that `import prt_hf` loads neither torch nor transformers.
 """

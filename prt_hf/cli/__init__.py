@@ -7,10 +7,10 @@ import warnings
 
 from .._version import __version__
 from ..errors import PRTError
-from . import bench, check, demo, evaluate, generate, push, train
+from . import bench, check, demo, evaluate, generate, playground, push, train
 from .arguments import StrictParser
 
-COMMANDS = (demo, train, generate, evaluate, check, push, bench)
+COMMANDS = (demo, train, generate, playground, evaluate, check, push, bench)
 
 
 def main(argv: list[str] | None = None) -> int:

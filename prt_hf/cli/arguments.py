@@ -42,12 +42,13 @@ def add_json(parser: argparse._ActionsContainer, text: str = "print the result a
     parser.add_argument("--json", action="store_true", help=text)
 
 
-def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int) -> None:
-    """Add the options for loading models."""
+def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int | None = None) -> None:
+    """Add the options for loading models, and for the rows that they read at a time, unless that is None."""
     group = parser.add_argument_group("models")
     add_option(group, "dtype", choices=DTYPES, help="type of all weights; default: each model's as it is stored")
     add_option(group, "device", help="cpu, cuda, ..., or auto (device_map='auto'); default: cuda if there is one")
-    add_counts(group, batch_size=(batch_size, "rows in a forward pass"))
+    if batch_size is not None:
+        add_counts(group, batch_size=(batch_size, "rows in a forward pass"))
     add_option(group, "revision", help="branch, tag or commit of the backbone")
     add_option(group, "trust_remote_code", action="store_true", help="run code from the models' repositories")
     add_option(group, "token", help="access token for the Hub; default: the one that `hf auth login` saved")
