@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   prt-hf playground Qwen/Qwen2.5-7B --reward me/gsm8k-reward --space_dir my-space
   hf upload me/my-space my-space --repo-type space"""
 
+_OF_SPACES = ("revision", "dtype", "trust_remote_code")
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -62,7 +64,8 @@ def run(args: argparse.Namespace) -> None:
 
     check_gradio()  # before models are loaded
     if args.space_dir:
-        write_space(args.space_dir, args.backbone, args.reward, args.strength)
+        options = {name: value for name in _OF_SPACES if (value := getattr(args, name))}
+        write_space(args.space_dir, args.backbone, args.reward, args.strength, **options)
         print(f"{args.space_dir} is ready: hf upload <user>/<space> {args.space_dir} --repo-type space")
         return
     model = load(args.backbone, args.reward, args.strength, revision=args.revision, **load_kwargs(args))

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 # gradio lays tokens out as separate boxes with gaps; here they are a text.
 _CSS = """
 .tokens .textfield { display: block !important; font-size: 0; }
-.tokens .text { font-size: var(--text-lg); }
-.tokens .token { margin: 0 !important; padding: 2px 0 !important; cursor: pointer; }
+.tokens .token { margin: 0 !important; padding: 0 !important; cursor: pointer; }
+.tokens .text { font-size: var(--text-lg); line-height: 1.9; padding: 3px 0; background: inherit; }
 """
 _LEGEND = (
     "Red tokens were made likelier by the rewards, violet ones less likely; the deeper, the more. "
@@ -97,7 +97,9 @@ def _sliders(gr: Any, comparison: Comparison) -> list:
 def _table(gr: Any, comparison: Comparison, first: str) -> Any:
     rewards = ["r"] if len(comparison.names) == 1 else [f"r of {name}" for name in comparison.names]
     headers = [first, "before", "after", *rewards]
-    return gr.Dataframe(headers=headers, interactive=False, wrap=True, elem_id="table", label="Before and after")
+    return gr.Dataframe(
+        headers=headers, interactive=False, wrap=True, max_height=700, elem_id="table", label="Before and after"
+    )
 
 
 def _rows(candidates: list[Candidate], names: list[str]) -> list[list[str]]:

@@ -6,20 +6,26 @@ from importlib.metadata import requires, version
 from pathlib import Path
 
 import yaml
+from huggingface_hub.utils import validate_repo_id
 
 from ..errors import PRTValueError
+from ..functional import check_strengths
 
 _PACKAGE = Path(__file__).parents[1]
 _APP = '''\
-"""Show {backbone} with and without rewards."""
+"""Show a backbone with and without rewards."""
+
+import torch
 
 from prt_hf.playground import Comparison, build_page, load, serve
 
 BACKBONE = {backbone!r}
 REWARDS = {rewards!r}
 STRENGTHS = {strengths!r}  # None: as they were tuned
+OPTIONS = {options!r}
 
-page = build_page(Comparison(load(BACKBONE, REWARDS, STRENGTHS), REWARDS), {title!r})
+model = load(BACKBONE, REWARDS, STRENGTHS, **OPTIONS).to("cuda" if torch.cuda.is_available() else "cpu")
+page = build_page(Comparison(model, REWARDS), {title!r})
 serve(page, host=None)
 page.block_thread()
 '''
@@ -31,18 +37,24 @@ def title_of(backbone: str, rewards: Sequence[str]) -> str:
 
 
 def write_space(
-    folder: str | Path, backbone: str, rewards: Sequence[str], strengths: Sequence[float] | None = None
+    folder: str | Path,
+    backbone: str,
+    rewards: Sequence[str],
+    strengths: Sequence[float] | None = None,
+    **options: str | bool,
 ) -> None:
-    """Write `app.py`, `requirements.txt`, `README.md` and a copy of this package, which no index has.
+    """Write `app.py`, `requirements.txt`, `README.md` and a copy of this package, which is on no index.
 
     Args:
         folder: new or empty.
         backbone: Hub id.
         rewards: Hub ids.
         strengths (*optional*): 1 / lambda, one for each reward; by default as they were tuned.
+        **options: for [`load`] there: `revision`, `dtype`, `trust_remote_code`.
 
     Raises:
-        PRTValueError: the folder holds something, or a model is a folder of this machine.
+        PRTValueError: the folder holds something, a model is a folder of this machine, or strengths do not fit.
+        HFValidationError: a model has no id.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -54,14 +66,13 @@ def write_space(
             found=", ".join(local),
             remedy="push them (`prt-hf push`), and name them by their ids",
         )
-    if strengths is not None and len(strengths) != len(rewards):
-        raise PRTValueError(
-            "Strengths and rewards do not match.", expected=f"{len(rewards)} strengths", found=str(len(strengths))
-        )
-    strengths = list(strengths) if strengths else None
+    for each in (backbone, *rewards):
+        validate_repo_id(each)
+    if strengths is not None:
+        check_strengths(strengths, len(rewards))
     title = title_of(backbone, rewards)
     shutil.copytree(_PACKAGE, folder / "prt_hf", ignore=shutil.ignore_patterns("__pycache__"))
-    app = _APP.format(backbone=backbone, rewards=list(rewards), strengths=strengths, title=title)
+    app = _APP.format(backbone=backbone, rewards=list(rewards), strengths=strengths, options=options, title=title)
     (folder / "app.py").write_text(app, encoding="utf-8")
     needed = [each for each in requires("prt_hf") or () if "extra ==" not in each]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
