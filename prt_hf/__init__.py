@@ -10,10 +10,11 @@ reward/        the reward r itself                training/     Algorithm 1: tun
 inference/     Algorithm 2: add it to another     evaluation/   Prop. 3.2: does it fit, is it worth it
 baking/        make one plain model of it         serving/      the same inside vLLM
 hub/           files, cards, commits              networks/     what is known of others' models
-demo/, benchmark/, cli/   toy models, timings, the command
+demo/, benchmark/   toy models, timings           playground/   both side by side in the browser
+cli/           the command
 
 A room imports from those below it only: errors < functional, vocabulary < contract < hub < networks < reward
-< training | inference < baking | evaluation | serving < demo, benchmark < cli.
+< training | inference < baking | evaluation | serving < demo, benchmark, playground < cli.
 
 Names are imported at first use, so that `import prt_hf` loads neither torch nor transformers.
 """

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "prt_hf"
 # Rooms on one floor do not import each other; `__init__` is the package's own, which `from .. import` reads.
 FLOORS = """_version errors < functional vocabulary < contract < hub < networks < reward
-    < training inference < baking evaluation serving < __init__ < demo benchmark < cli"""
+    < training inference < baking evaluation serving < __init__ < demo benchmark playground < cli"""
 FLOOR = {room: number for number, rooms in enumerate(FLOORS.split("<")) for room in rooms.split()}
 
 

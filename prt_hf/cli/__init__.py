@@ -7,10 +7,10 @@ import warnings
 
 from .._version import __version__
 from ..errors import PRTError
-from . import bake, bench, chat, check, demo, env, evaluate, generate, push, train
+from . import bake, bench, chat, check, demo, env, evaluate, generate, playground, push, train
 from .arguments import StrictParser
 
-COMMANDS = (demo, train, generate, chat, evaluate, check, bake, push, bench, env)
+COMMANDS = (demo, train, generate, chat, playground, evaluate, check, bake, push, bench, env)
 _SMALLER = {
     "train": "--per_device_train_batch_size 1 with --gradient_accumulation_steps, a shorter --max_length, "
     "--gradient_checkpointing true, --dtype bfloat16, or --precompute_backbone",
