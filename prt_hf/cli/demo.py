@@ -32,6 +32,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo and print its tables."""
+    if not args.source:
+        tasks = "text and images, three tunings each" if args.task == "all" else f"{args.task}, three tunings"
+        print(f"prt-hf demo: {tasks}; about three minutes on two quiet cores. Loading the libraries ...", flush=True)
     from ..demo import OwnModels, run_demo
     from ..demo.report import describe
     from ..demo.training import Steps

@@ -1,6 +1,6 @@
 """Show Portable Reward Tuning on this machine within minutes, without network: pretrain, tune, port, compare.
 
-An old and a new model are pretrained on real data that comes with Python and scikit-learn. A reward is tuned on the old
+An old and a new model are pretrained on facts that we list, and on scikit-learn's digits. A reward is tuned on the old
 one and added to the new one, beside EFT, the reward by itself and fine-tuning. Every number is computed in the run.
 """
 
@@ -8,18 +8,20 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 
 import datasets
+import torch
 import transformers
 
 from ..errors import PRTValueError
-from . import images, text
+from . import answers, images, text
+from .facts import make_world
 from .folder import claim, write_result
-from .report import Outcome, draw
-from .training import Steps
+from .report import Outcome, Result, draw
+from .training import Stages, Steps
 
 TASKS = ("text", "images")
 
@@ -53,7 +55,7 @@ def run_demo(
     seed: int = 0,
     own: OwnModels | None = None,
     *,
-    text_settings: text.TextSettings | None = None,
+    text_settings: answers.AnswerSettings | None = None,
     image_settings: images.ImageSettings | None = None,
 ) -> Outcome:
     """Run one task.
@@ -74,31 +76,64 @@ def run_demo(
     if task not in TASKS:
         raise PRTValueError("Unknown task.", expected=" or ".join(TASKS), found=repr(task))
     claim(folder)
-    target = own.target if own else folder / f"{task}-target"
     with _quiet():
-        if task == "text":
-            settings = text_settings or text.TextSettings()
-            if own:
-                settings = replace(settings, tuning=own.tuning)
-                prepared = text.own_text(own.source, own.target, own.dataset, settings, seed)
-            else:
-                prepared = text.bullet_lists(folder, settings, seed)
-            result = text.run_text(prepared, folder, settings, seed)
-            usage = text.usage(folder, target, prepared.prompt)
+        if own:
+            result, usage = _run_own(task, folder, seed, own)
         else:
-            settings = image_settings or images.ImageSettings()
-            if own:
-                settings = replace(settings, tuning=own.tuning)
-                prepared = images.own_images(own.source, own.target, own.dataset, seed)
-            else:
-                prepared = images.turned_digits(folder, settings, seed)
-            result = images.run_images(prepared, folder, settings, seed)
-            usage = images.usage(folder, target)
+            with _one_thread():
+                result, usage = _run(task, folder, seed, text_settings, image_settings)
     figure = folder / f"{task}.png"
     draw(result, figure)
     seconds = perf_counter() - start
     write_result(folder, result, seed=seed, seconds=seconds, models=own and asdict(own))
     return Outcome(result, figure, folder / f"{task}-reward", usage, seconds)
+
+
+def _run(
+    task: str,
+    folder: Path,
+    seed: int,
+    text_settings: answers.AnswerSettings | None,
+    image_settings: images.ImageSettings | None,
+) -> tuple[Result, str]:
+    """Make models and data, and run a task; return its result, and lines of Python that use the reward."""
+    if task == "text":
+        settings = text_settings or answers.AnswerSettings()
+        stage = Stages(settings.stages)
+        world = make_world(folder, settings.world, seed, stage)
+        result = answers.run_answers(world, folder, settings, seed, stage)
+        return result, text.usage(folder, folder / "text-target", world.judged[0].prompt)
+    settings = image_settings or images.ImageSettings()
+    stage = Stages(settings.stages)
+    result = images.run_images(images.turned_digits(folder, settings, seed, stage), folder, settings, seed, stage)
+    return result, images.usage(folder, folder / "images-target")
+
+
+def _run_own(task: str, folder: Path, seed: int, own: OwnModels) -> tuple[Result, str]:
+    """Do the same with the user's models and data, with one tuning."""
+    places, stage = (own.source, own.target, own.dataset), Stages(4)
+    if task == "text":
+        settings = text.TextSettings(tuning=own.tuning)
+        prepared = text.own_text(*places, settings, seed)
+        result = text.run_own_text(prepared, folder, settings, seed, stage)
+        return result, text.usage(folder, own.target, prepared.prompt)
+    settings = images.ImageSettings(tuning=own.tuning, tunings=1)
+    result = images.run_images(images.own_images(*places, seed), folder, settings, seed, stage)
+    return result, images.usage(folder, own.target)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread.
+
+    Several threads only wait for each other on models this small, and figures would depend on their number.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

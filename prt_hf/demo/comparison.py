@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from .training import Steps, fine_tune, tune_reward
 
 PRETRAINED, EFT, PRT, REWARD_ONLY, FINE_TUNED = METHODS = ("Pretrained", "EFT", "PRT", "reward only", "fine-tuned")
 PLACES = ("source", "target")
-
-# Forward passes of any model, at the target. EFT reads with the adapter on and off, maybe in one pass of two rows.
-FORWARDS = {PRETRAINED: 1, EFT: 3, PRT: 2, REWARD_ONLY: 1, FINE_TUNED: 1}
 
 # log-probabilities (..., size), labels (...) -> one number for each label that is not -100
 Measure = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -97,31 +93,28 @@ def tune_all(
     steps: Steps,
     seed: int,
     data_collator: Callable,
+    stage: Callable[[str], str] = str,
     *,
-    kind: str,
     adapter: bool,
     processing_class: Any,
-    reward_folder: Path,
 ) -> Contenders:
-    """Tune a reward, EFT's model and the oracle on the same data, and save the reward.
+    """Tune a reward, EFT's model and the oracle on the same data for as many steps.
 
     Args:
         task ([`TextTask`] or [`ImageTask`]): Models and data.
         steps: The length of each tuning.
         seed: Of each tuning.
         data_collator: Makes batches of rows.
-        kind: The word for a model in progress bars.
+        stage: Makes the description of a progress bar from a plain one.
         adapter: Whether LoRA adapters are tuned, or whole models.
         processing_class: Saved with the reward.
-        reward_folder: The folder to save the reward to.
     """
     how = task.train, steps, seed
-    text = f"tuning the reward on the old {kind}"
+    text = stage(f"seed {seed}, tuning the reward on the old model")
     reward = tune_reward(task.source, *how, text, data_collator, adapter=adapter, processing_class=processing_class)
-    reward.save_pretrained(reward_folder)
     finetuned = [
-        fine_tune(model, *how, f"fine-tuning the {which}", data_collator, adapter=adapter)
-        for model, which in ((task.source, f"old {kind} (for EFT)"), (task.target, f"new {kind} (oracle)"))
+        fine_tune(model, *how, stage(f"seed {seed}, fine-tuning the {which}"), data_collator, adapter=adapter)
+        for model, which in ((task.source, "old model (for EFT)"), (task.target, "new model (oracle)"))
     ]
     return Contenders(task.source, task.target, reward, *finetuned)
 

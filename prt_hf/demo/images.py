@@ -1,7 +1,7 @@
 """Run the image task: two classifiers of handwritten digits, tuned on digits that are rotated and noisy."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,10 @@ from transformers import (
 )
 
 from .. import LabelContract
-from ..evaluation.machine import time_in_turn
 from ..training.data import label_ids, pixel_values, require_column
-from .comparison import METHODS, Contenders, hits, tune_all
+from .comparison import hits, tune_all
 from .data import load, load_splits
-from .report import Result
+from .report import Measure, Result, spread_note
 from .training import Steps, fit
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,7 +52,12 @@ class ImageSettings:
     old_pretraining: Steps = Steps(500, 2e-3, 32)
     new_pretraining: Steps = Steps(300, 2e-3, 32)
     tuning: Steps = Steps(100, 2e-3, 32)
-    timed_repeats: int = 3
+    tunings: int = 3
+
+    @property
+    def stages(self) -> int:
+        """The number of progress bars: two of pretraining, four for each tuning."""
+        return 2 + 4 * self.tunings
 
 
 @dataclass
@@ -67,7 +71,7 @@ class ImageTask:
     image_processor: BaseImageProcessor | None = None
 
 
-def turned_digits(folder: Path, settings: ImageSettings, seed: int) -> ImageTask:
+def turned_digits(folder: Path, settings: ImageSettings, seed: int, stage: Callable[[str], str] = str) -> ImageTask:
     """Pretrain on clean digits, the old model on fewer of them; return shifted other digits to tune and test on."""
     images, labels = digits(seed)
     start, end = settings.new_images, settings.new_images + settings.tuning_images
@@ -78,7 +82,7 @@ def turned_digits(folder: Path, settings: ImageSettings, seed: int) -> ImageTask
     ):
         set_seed(seed)
         model = make(size)
-        description = f"pretraining the {'old' if name == 'source' else 'new'} classifier"
+        description = stage(f"pretraining the {'old' if name == 'source' else 'new'} classifier")
         fit(model, _rows(images[:count], labels[:count]), steps, seed, description, _collate)
         folders[name] = folder / f"images-{name}"
         model.save_pretrained(folders[name])
@@ -99,28 +103,29 @@ def own_images(source: str, target: str, dataset: str, seed: int) -> ImageTask:
     return ImageTask(*models, train, test, image_processor)
 
 
-def run_images(task: ImageTask, folder: Path, settings: ImageSettings, seed: int) -> Result:
-    """Tune and save a reward, tune its competitors, evaluate and time them all."""
-    contenders = tune_all(
-        task,
-        settings.tuning,
-        seed,
-        _collate,
-        kind="classifier",
-        adapter=False,  # whole classifiers, as in the paper
-        processing_class=task.image_processor,
-        reward_folder=folder / "images-reward",
-    )
+def run_images(
+    task: ImageTask, folder: Path, settings: ImageSettings, seed: int, stage: Callable[[str], str]
+) -> Result:
+    """Tune rewards and their competitors with several seeds, and judge their accuracy; save the first reward."""
     save_file(_collate(task.test), folder / "images-test.safetensors")
     batches = [_collate(task.test[start : start + BATCH_SIZE]) for start in range(0, len(task.test), BATCH_SIZE)]
-    return Result(
-        task="images",
-        measure="accuracy (%, higher is better)",
-        unit="ms/image",
-        scores=contenders.scores(tqdm(batches, desc="judging all on held-out images", unit="batch"), hits),
-        milliseconds=_milliseconds_per_image(contenders, batches[0], settings.timed_repeats),
-        models_held=contenders.models_held,
-    )
+    runs = []
+    for each in range(seed, seed + settings.tunings):
+        contenders = tune_all(
+            task,
+            settings.tuning,
+            each,
+            _collate,
+            stage,
+            adapter=False,  # whole classifiers, as in the paper
+            processing_class=task.image_processor,
+        )
+        if not runs:
+            contenders.reward.save_pretrained(folder / "images-reward")
+        runs.append(contenders.scores(tqdm(batches, desc=stage(f"seed {each}, judging"), unit="batch"), hits))
+    measures = [Measure.of_runs("accuracy (%)", runs)]
+    title = f"{len(task.test)} images, after tuning on the old model with {len(task.train)} others"
+    return Result("images", title, measures, contenders.models_held, notes=[spread_note(settings.tunings)])
 
 
 def usage(folder: Path, target: str | Path) -> str:
@@ -184,13 +189,3 @@ def _own_rows(part: Dataset, image_processor: BaseImageProcessor, config: PreTra
 
 def _collate(rows: Rows) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in ("pixel_values", "labels")}
-
-
-@torch.no_grad()
-def _milliseconds_per_image(contenders: Contenders, batch: dict[str, torch.Tensor], repeats: int) -> dict[str, float]:
-    """Time one batch at the target."""
-    inputs = {"pixel_values": batch["pixel_values"].to(contenders.device)}
-    calls = {method: partial(contenders.log_probs, method, "target", inputs) for method in METHODS}
-    bar = partial(tqdm, desc="timing classification", unit="round")
-    seconds = time_in_turn(calls, repeats, contenders.target, bar)
-    return {method: 1000 * min(each) / len(inputs["pixel_values"]) for method, each in seconds.items()}

@@ -1,52 +1,84 @@
-"""Report the results of a task of the demo: numbers, a table and a figure."""
+"""Report the results of a task of the demo: figures over several tunings, a table and a chart."""
 
-from dataclasses import asdict, dataclass
-from math import inf
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import mean, stdev
 
 from ..evaluation import figure
 from ..hub import card
-from .comparison import FORWARDS, METHODS, PLACES, gain_recovered
+from .comparison import METHODS, PLACES, gain_recovered
+
+_HEADS = {"source": "with the old model (source)", "target": "with the new model (target)"}
 
 
-@dataclass
+@dataclass(frozen=True)
+class Measure:
+    """A measure of all methods: `{method: {"source": [a value for each tuning], "target": [...]}}`."""
+
+    name: str
+    values: dict[str, dict[str, list[float]]]
+    digits: int = 1
+
+    @classmethod
+    def of_runs(cls, name: str, runs: Sequence[dict[str, dict[str, float]]], digits: int = 1) -> "Measure":
+        """Collect the scores of several tunings."""
+        values = {method: {place: [run[method][place] for run in runs] for place in PLACES} for method in METHODS}
+        return cls(name, values, digits)
+
+    def mean(self, method: str, place: str) -> float:
+        """Return the mean over the tunings."""
+        return mean(self.values[method][place])
+
+    def spread(self, method: str, place: str) -> float:
+        """Return the standard deviation over the tunings, 0 for a single one."""
+        values = self.values[method][place]
+        return stdev(values) if len(values) > 1 else 0.0
+
+    def shown(self, method: str, place: str) -> str:
+        """Return the mean, with the spread if there are several tunings."""
+        text = f"{self.mean(method, place):.{self.digits}f}"
+        if len(self.values[method][place]) > 1:
+            text += f" ± {self.spread(method, place):.{self.digits}f}"
+        return text
+
+    @property
+    def gain_recovered(self) -> float | None:
+        """(PRT - pretrained) / (fine-tuned - pretrained) at the target, of the means; None if there is no gain."""
+        return gain_recovered({method: {place: self.mean(method, place) for place in PLACES} for method in METHODS})
+
+
+@dataclass(frozen=True)
 class Sample:
-    """A prompt and its continuations: `{method: prompt and continuation}`."""
+    """A prompt and what is answered: `{name: text}`."""
 
     prompt: str
     texts: dict[str, str]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Result:
-    """The figures of a task.
+    """What a task measured.
 
     Attributes:
         task (`str`): `"text"` or `"images"`.
-        measure (`str`): The name of the scores, with unit and direction.
-        unit (`str`): The unit of `milliseconds`.
-        scores (`dict`): `{method: {"source": ..., "target": ...}}`.
-        milliseconds (`dict[str, float]`): `{method: time with the target}`.
+        title (`str`): A line on what was tuned, and what it is judged on.
+        measures (list of [`Measure`]): The last one but those in nats sums the task up, and is drawn.
         models_held (`dict[str, int]`): `{method: models in memory with the target}`.
-        sample (*optional*): A sample of generated text.
+        samples (list of [`Sample`]): Samples of generated text.
+        notes (list of `str`): What has to be known to read the table.
     """
 
     task: str
-    measure: str
-    unit: str
-    scores: dict[str, dict[str, float]]
-    milliseconds: dict[str, float]
+    title: str
+    measures: list[Measure]
     models_held: dict[str, int]
-    sample: Sample | None = None
-
-    @property
-    def gain_recovered(self) -> float | None:
-        """(PRT - pretrained) / (fine-tuned - pretrained) at the target."""
-        return gain_recovered(self.scores)
+    samples: list[Sample] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict:
         """Return all entries for JSON."""
-        return asdict(self) | {"forwards": FORWARDS, "gain_recovered": self.gain_recovered}
+        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -61,42 +93,67 @@ class Outcome:
 
 
 def table(result: Result) -> str:
-    """Return a table with a line for each method: its scores, and its costs at the target."""
-    digits = 3 if result.task == "text" else 1
-    per = result.unit.partition("/")[2]
-    head = f"{'':<12}{'source':>9}{'target':>9}{result.unit:>12}{'models held':>14}{f'forwards/{per}':>17}"
-    lines = [
-        f"{name:<12}"
-        + "".join(f"{result.scores[name][place]:>9.{digits}f}" for place in PLACES)
-        + f"{result.milliseconds[name]:>12.2f}{result.models_held[name]:>14}{FORWARDS[name]:>17}"
-        for name in METHODS
-    ]
-    gain = "undefined" if result.gain_recovered is None else f"{result.gain_recovered:.0%}"
-    note = f"gain recovered at the target, (PRT - pretrained) / (fine-tuned - pretrained): {gain}"
-    return "\n".join([result.measure, head, *lines, note])
+    """Return a table with a line for each method at each place: its measures, and the models that it needs."""
+    widths = [max(len(measure.name), 14) + 2 for measure in result.measures]
+    names = "".join(f"{measure.name:>{width}}" for measure, width in zip(result.measures, widths, strict=True))
+    lines = [result.title, f"{'':<14}{names}{'models held':>14}"]
+    for place in PLACES:
+        lines.append(_HEADS[place])
+        for method in METHODS:
+            shown = (
+                f"{measure.shown(method, place):>{width}}"
+                for measure, width in zip(result.measures, widths, strict=True)
+            )
+            held = f"{result.models_held[method]:>14}" if place == "target" else ""
+            lines.append(f"  {method:<12}{''.join(shown)}{held}")
+    return "\n".join([*lines, *result.notes])
+
+
+def spread_note(tunings: int) -> str:
+    """Return a line that says what the spreads are over."""
+    if tunings == 1:
+        return "of a single tuning"
+    return f"±: standard deviation over {tunings} tunings with different seeds, of the same pretrained models"
 
 
 def describe(outcome: Outcome) -> str:
     """Return the text that the command prints for a finished task."""
     result = outcome.result
-    parts = [f"== {result.task}: tuned on the old model, added to the new one ==", table(result)]
-    if result.sample is not None:
-        parts += [f"{name}, at the target:\n{_indented(text)}" for name, text in result.sample.texts.items()]
+    parts = [f"== {result.task} ==", table(result)]
+    for sample in result.samples:
+        width = max(map(len, sample.texts)) + 2
+        parts.append(
+            "\n".join([sample.prompt, *(_hanging(f"  {name:<{width}}", text) for name, text in sample.texts.items())])
+        )
     parts.append(f"reward: {outcome.reward}\nfigure: {outcome.figure}\ntook:   {outcome.seconds:.0f} s")
-    parts.append(f"Use the reward:\n\n{_indented(outcome.usage)}")
+    parts.append(f"Use the reward:\n\n{_hanging('    ', outcome.usage)}")
     return "\n" + "\n\n".join(parts) + "\n"
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw the paper's bar chart: five methods at the source, and at the target."""
+    """Draw bars with spreads: of a single measure at both places, of several measures at the target."""
     names = dict(zip(card.METHODS, METHODS, strict=True))
-    groups = [
-        (head, {key: figure.Bar(result.scores[name][place], -inf, inf) for key, name in names.items()})
-        for place, head in (("source", "source (old model)"), ("target", "target (new model)"))
+    percent = [measure for measure in result.measures if "%" in measure.name]
+    if len(percent) > 1:
+        groups = [(measure, "target", measure.name) for measure in percent]
+        label = "share of answers with the new model (%)"
+    else:
+        groups = [(result.measures[0], place, _HEADS[place]) for place in PLACES]
+        label = result.measures[0].name
+    drawn = [
+        (head, {key: _bar(measure, name, place) for key, name in names.items()}) for measure, place, head in groups
     ]
     del names[figure.CONTROL]  # a line
-    figure.draw(groups, names, result.measure.replace(" (", "\n(", 1), path)
+    figure.draw(drawn, names, label, path, result.title)
 
 
-def _indented(lines: str) -> str:
-    return "\n".join(f"    {line}".rstrip() for line in lines.splitlines())
+def _bar(measure: Measure, method: str, place: str) -> figure.Bar:
+    value, spread = measure.mean(method, place), measure.spread(method, place)
+    return figure.Bar(value, value - spread, value + spread)
+
+
+def _hanging(head: str, text: str) -> str:
+    """Write a text behind a head, and its other lines below the first."""
+    first, *others = text.splitlines() or [""]
+    rest = (" " * len(head) + line for line in others)
+    return "\n".join(line.rstrip() for line in (head + first, *rest))

@@ -1,9 +1,7 @@
-"""Run the text task: two Llamas, pretrained on the spot, tuned to write bullet lists instead of prose."""
+"""Run the text task with the user's own models and texts; make two Llamas that write prose, for the notebooks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import count
 from pathlib import Path
 
 import torch
@@ -14,20 +12,18 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    LogitsProcessor,
     PreTrainedTokenizerBase,
     set_seed,
 )
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from .. import EFTLogitsProcessor, PRTLogitsProcessor, VocabularyContract
+from .. import VocabularyContract
 from ..errors import PRTValueError
-from ..evaluation.machine import time_in_turn
 from ..training.data import require_column
 from . import prose
-from .comparison import EFT, FINE_TUNED, PRETRAINED, PRT, REWARD_ONLY, Contenders, token_losses, tune_all
+from .comparison import PRETRAINED, PRT, token_losses, tune_all
 from .data import load, load_splits
-from .report import Result, Sample
+from .report import Measure, Result, Sample
 from .training import Steps, fit
 
 PROMPT = "- this function"
@@ -45,7 +41,6 @@ class TextSettings:
     new_pretraining: Steps = Steps(700, 4e-3, batch_size=8)
     tuning: Steps = Steps(250, 3e-3, batch_size=8)
     new_tokens: int = 80
-    timed_repeats: int = 3
 
 
 @dataclass
@@ -57,7 +52,7 @@ class TextTask:
     tokenizer: PreTrainedTokenizerBase
     train: list[dict[str, list[int]]]
     test: list[dict[str, list[int]]]
-    prompt: str
+    prompt: str = ""
 
 
 def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dict[str, str] | None = None) -> TextTask:
@@ -100,31 +95,26 @@ def own_text(source: str, target: str, dataset: str, settings: TextSettings, see
     return TextTask(*models, tokenizer, train, test, " ".join(texts[1][0].split()[:4]))
 
 
-def run_text(task: TextTask, folder: Path, settings: TextSettings, seed: int) -> Result:
-    """Tune and save a reward, tune its competitors, evaluate and time them all, and write a sample."""
+def run_own_text(
+    task: TextTask, folder: Path, settings: TextSettings, seed: int, stage: Callable[[str], str]
+) -> Result:
+    """Tune and save a reward, tune its competitors, judge them all by their losses, and write a sample."""
     collator = collator_of(task.tokenizer)
-    contenders = tune_all(
-        task,
-        settings.tuning,
-        seed,
-        collator,
-        kind="model",
-        adapter=True,
-        processing_class=task.tokenizer,
-        reward_folder=folder / "text-reward",
-    )
+    contenders = tune_all(task, settings.tuning, seed, collator, stage, adapter=True, processing_class=task.tokenizer)
+    contenders.reward.save_pretrained(folder / "text-reward")
     batches = [collator(task.test[start : start + 16]) for start in range(0, len(task.test), 16)]
-    scores = contenders.scores(tqdm(batches, desc="judging all on held-out text", unit="batch"), token_losses)
-    generators = _generators(contenders, task.tokenizer)
-    return Result(
-        task="text",
-        measure="negative log-likelihood per token (nats, lower is better)",
-        unit="ms/token",
-        scores=scores,
-        milliseconds=_milliseconds_per_token(generators, task, settings),
-        models_held=contenders.models_held,
-        sample=_sample(generators, task, settings, seed),
-    )
+    scores = contenders.scores(tqdm(batches, desc=stage("judging all on held-out text"), unit="batch"), token_losses)
+    inputs = task.tokenizer(task.prompt, return_tensors="pt").to(contenders.device)
+    processors = {PRETRAINED: [], PRT: [contenders.reward.processor(task.target)]}
+    texts = {}
+    for method, processor in processors.items():
+        output = task.target.generate(
+            **inputs, logits_processor=processor, max_new_tokens=settings.new_tokens, do_sample=False
+        )
+        texts[f"{method}, target"] = task.tokenizer.decode(output[0], skip_special_tokens=True)
+    measures = [Measure.of_runs("nats/token (less is better)", [scores], digits=3)]
+    title = f"{len(task.test)} texts, after tuning with {len(task.train)} others"
+    return Result("text", title, measures, contenders.models_held, [Sample(task.prompt, texts)])
 
 
 def usage(folder: Path, target: str | Path, prompt: str) -> str:
@@ -173,48 +163,3 @@ def _packed(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -
     """Join texts as `<s> text </s>` and cut them into blocks."""
     stream = [token for tokens in tokenizer(texts)["input_ids"] for token in [*tokens, tokenizer.eos_token_id]]
     return [{"input_ids": stream[start : start + length]} for start in range(0, len(stream) - length + 1, length)]
-
-
-Generate = Callable[..., torch.LongTensor]  # (inputs, **settings of generate()) -> token ids
-
-
-def _generators(contenders: Contenders, tokenizer: PreTrainedTokenizerBase) -> dict[str, Generate]:
-    def generator(model: nn.Module, *processors: LogitsProcessor) -> Generate:
-        return lambda inputs, **settings: model.generate(**inputs, logits_processor=list(processors), **settings)
-
-    target = contenders.target
-    return {
-        PRETRAINED: generator(target),
-        EFT: generator(target, EFTLogitsProcessor(contenders.finetuned_source, tokenizer)),
-        PRT: generator(target, PRTLogitsProcessor(contenders.reward, tokenizer)),
-        REWARD_ONLY: generator(contenders.reward.network),
-        FINE_TUNED: generator(contenders.finetuned_target),
-    }
-
-
-def _milliseconds_per_token(
-    generators: dict[str, Generate], task: TextTask, settings: TextSettings
-) -> dict[str, float]:
-    """Time greedy decoding of one text."""
-    inputs = task.tokenizer(task.prompt, return_tensors="pt").to(task.target.device)
-    length, serial = settings.new_tokens, count(7)
-
-    def timed(generate: Generate) -> None:
-        # Each call has another last token: a processor would reuse the states of the same text.
-        inputs["input_ids"][0, -1] = next(serial) % len(task.tokenizer)
-        generate(inputs, min_new_tokens=length, max_new_tokens=length, do_sample=False)
-
-    calls = {name: partial(timed, generate) for name, generate in generators.items()}
-    bar = partial(tqdm, desc="timing generation", unit="round")
-    seconds = time_in_turn(calls, settings.timed_repeats, task.target, bar)
-    return {name: 1000 * min(each) / length for name, each in seconds.items()}
-
-
-def _sample(generators: dict[str, Generate], task: TextTask, settings: TextSettings, seed: int) -> Sample:
-    inputs = task.tokenizer(task.prompt, return_tensors="pt").to(task.target.device)
-    texts = {}
-    for name in (PRETRAINED, PRT):
-        set_seed(seed)
-        output = generators[name](inputs, max_new_tokens=settings.new_tokens, do_sample=True, temperature=0.7)
-        texts[name] = task.tokenizer.decode(output[0], skip_special_tokens=True)
-    return Sample(task.prompt, texts)

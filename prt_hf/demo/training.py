@@ -25,6 +25,18 @@ class Steps:
     batch_size: int = 16
 
 
+class Stages:
+    """Number the stages of a task in the descriptions of their progress bars: "stage 3 of 14: ..."."""
+
+    def __init__(self, total: int):
+        self._total, self._number = total, 0
+
+    def __call__(self, description: str) -> str:
+        """Return the description of the next stage."""
+        self._number += 1
+        return f"stage {self._number} of {self._total}: {description}"
+
+
 class _Bar(TrainerCallback):
     def __init__(self, description: str):
         self._description = description

@@ -23,7 +23,11 @@ class Bar(NamedTuple):
 
 
 def draw(
-    groups: Sequence[tuple[str, Mapping[str, Bar]]], names: Mapping[str, str], label: str, path: str | Path
+    groups: Sequence[tuple[str, Mapping[str, Bar]]],
+    names: Mapping[str, str],
+    label: str,
+    path: str | Path,
+    title: str = "",
 ) -> None:
     """Draw grouped bars with error bars, and the reward by itself as a line across each group, into a PNG file.
 
@@ -68,6 +72,7 @@ def draw(
     axes.set_xticks(range(len(groups)), [_broken(name) for name, _ in groups])
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
     axes.spines[["top", "right"]].set_visible(False)
     handles, texts = axes.get_legend_handles_labels()
