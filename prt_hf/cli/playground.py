@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from . import quantization
 from .arguments import add_command, add_loading_options, add_option, chosen_device, load_kwargs
 
 DESCRIPTION = """\
@@ -55,6 +56,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="write the same page as a Space into a new folder, instead of showing it; models by their Hub ids",
     )
     add_loading_options(parser)
+    quantization.add_arguments(parser)
     return parser
 
 
@@ -68,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
         write_space(args.space_dir, args.backbone, args.reward, args.strength, **options)
         print(f"{args.space_dir} is ready: hf upload <user>/<space> {args.space_dir} --repo-type space")
         return
-    model = load(args.backbone, args.reward, args.strength, revision=args.revision, **load_kwargs(args))
+    kwargs = load_kwargs(args) | quantization.quantization_kwargs(args)
+    model = load(args.backbone, args.reward, args.strength, revision=args.revision, **kwargs)
     if (device := chosen_device(args)) is not None:
         model.to(device)
     names = [Path(each).resolve().name if Path(each).is_dir() else each for each in (args.backbone, *args.reward)]
