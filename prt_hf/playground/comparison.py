@@ -31,6 +31,7 @@ def load(
     strengths: Sequence[float] | None = None,
     *,
     revision: str | None = None,
+    quantization_config: Any = None,
     **load_kwargs: Any,
 ) -> PRTPreTrainedModel:
     """Load a backbone with rewards as the PRT model of its task.
@@ -40,9 +41,11 @@ def load(
         rewards: Hub ids or folders of rewards, or of ordinary LoRA adapters, which are carried over.
         strengths (*optional*): 1 / lambda, one for each reward; by default as they were tuned.
         revision (*optional*): branch, tag or commit of the backbone.
+        quantization_config (*optional*): of the backbone alone.
         **load_kwargs: for `from_pretrained` of all parts (`dtype`, `device_map`, `token`, ...).
     """
-    pretrained = load_pretrained(str(backbone), revision=revision, **load_kwargs)
+    own = {"revision": revision, "quantization_config": quantization_config}
+    pretrained = load_pretrained(str(backbone), **own, **load_kwargs)
     model_class = getattr(inference, PRT_CLASSES[task_of(pretrained)])
     return model_class.from_parts(pretrained, list(rewards), strengths and list(strengths), **load_kwargs)
 
