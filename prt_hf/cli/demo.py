@@ -1,6 +1,7 @@
 """`prt-hf demo`."""
 
 import argparse
+import sys
 
 from ..errors import PRTValueError
 from .arguments import add_counts, add_option, positive, seed, with_default
@@ -32,9 +33,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo and print its tables."""
-    if not args.source:
-        tasks = "text and images, three tunings each" if args.task == "all" else f"{args.task}, three tunings"
-        print(f"prt-hf demo: {tasks}; about three minutes on two quiet cores. Loading the libraries ...", flush=True)
+    tasks = "text and images" if args.task == "all" else args.task
+    least = "your own models" if args.source else "about three minutes on two quiet cores"
+    print(f"prt-hf demo: {tasks}, {least}; loading the libraries first", file=sys.stderr, flush=True)
     from ..demo import OwnModels, run_demo
     from ..demo.report import describe
     from ..demo.training import Steps
