@@ -14,8 +14,7 @@ EXAMPLES = """examples:
   prt-hf playground Qwen/Qwen2.5-7B --reward me/gsm8k-reward
   prt-hf playground Qwen/Qwen2.5-7B --reward me/gsm8k-reward me/ordinary-lora --strength 1 0.5 --port 8000
   prt-hf playground facebook/convnextv2-large-22k-224 --reward me/cars-reward
-  prt-hf playground Qwen/Qwen2.5-7B --reward me/gsm8k-reward --space_dir my-space
-  hf upload me/my-space my-space --repo-type space"""
+  prt-hf playground Qwen/Qwen2.5-7B --reward me/gsm8k-reward --space_dir my-space"""
 
 _OF_SPACES = ("revision", "dtype", "trust_remote_code")
 

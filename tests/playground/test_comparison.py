@@ -1,10 +1,16 @@
 """Every figure of the playground equals its definition in float64, and its answers are those of `generate`."""
 
+import re
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+import prt_hf.playground
 from prt_hf import ContextLengthError, PRTForCausalLM, PRTForImageClassification, RewardModel
 from prt_hf.errors import PRTValueError
 from prt_hf.playground.comparison import ALONE, CARRIED_OVER, REWARDED, Comparison
@@ -179,3 +185,55 @@ def test_labels_before_and_after():
         assert each.after == pytest.approx(after[each.index].exp().item(), rel=1e-5)
         assert each.rewards[0] == pytest.approx((r - (before.exp() * r.exp()).sum().log())[each.index].item(), abs=1e-5)
     assert comparison.sides([0.5]) == {ALONE: [0], REWARDED: [0.5]}
+
+
+@torch.no_grad()
+def test_a_recurrent_backbone_is_read_the_same_way():
+    """It has no attention cache; figures and answers are still its own."""
+    reward = RewardModel.from_base(tiny.llama(2), tiny.tokenizer())
+    comparison = Comparison(PRTForCausalLM.from_parts(tiny.mamba(1), [reward], [1.0], tiny.tokenizer()))
+    *_, (alone, rewarded) = comparison.answers(PROMPT, [[0.0], [1.0]], 8)
+    assert alone == tiny.greedy(comparison.model.backbone, PROMPT, 8)
+    assert rewarded == tiny.greedy(comparison.model, PROMPT, 8)
+    before, after, _ = by_definition(comparison, [*PROMPT, *rewarded[:-1]], [1.0])
+    expected = torch.stack([before, after])[:, rewarded[-1]]
+    torch.testing.assert_close(
+        comparison.moved(PROMPT, rewarded, [1.0])[:, -1].double(), expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def bytes_tokenizer():
+    letters = {letter: index for index, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    backend = Tokenizer(models.BPE(letters, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_letters_of_several_tokens_are_shown_with_the_last(comparison, monkeypatch):
+    monkeypatch.setattr(comparison.model, "processing_class", bytes_tokenizer())
+    text = "a \u00f1\n\U0001f600b"
+    ids = comparison.encode(text)
+    assert comparison.pieces(ids) == ["a", " ", "", "\u00f1", "\n", "", "", "", "\U0001f600", "b"]
+    with pytest.raises(PRTValueError, match="no tokens"):
+        comparison.encode("")
+
+
+def test_a_chat_is_written_in_the_template(comparison, monkeypatch):
+    template = "{% for m in messages %}w3 {{ m['content'] }} w4 {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
+    monkeypatch.setattr(comparison.tokenizer, "chat_template", template)
+    assert comparison.encode("w7 w8", is_chat=True) == [3, 7, 8, 4, 9]
+    assert comparison.encode("w7 w8") == [7, 8]
+
+
+def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("Qwen/Qwen2.5-7B", 1), ("old", 2)):
+        tiny.llama(seed).save_pretrained(name)
+        tiny.tokenizer().save_pretrained(name)
+    RewardModel.from_base("old").save_pretrained("me/gsm8k-reward")
+    readme = Path(prt_hf.playground.__file__).with_name("README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    found = {}
+    exec(block, found)
+    assert len(found["rewarded"]) == 20 and found["before"].shape == found["after"].shape == (20,)
