@@ -78,9 +78,7 @@ def run(args: argparse.Namespace) -> None:
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
     if args.output_dir:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=args.output_dir):  # cannot be written to? Then before anything is measured
-            pass
+        _check_output(Path(args.output_dir))
     from ..inference.recipe import load_reward
 
     reward, _ = load_reward(args.reward, [], load_kwargs(args))
@@ -102,6 +100,17 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(found | ({"tasks": reports[-1].to_dict()} if args.tasks else {})))
     else:
         print("\n".join(report.table() for report in reports), end="")
+
+
+def _check_output(folder: Path) -> None:
+    """Raise `PRTValueError`, before anything is measured, if the report cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PRTValueError(
+            f"{folder} cannot be written to.", expected="a folder for the report", found=str(error)
+        ) from error
 
 
 def _measure(args: argparse.Namespace, reward):

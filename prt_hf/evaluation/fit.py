@@ -120,7 +120,7 @@ def check_fit(
     """
     skeleton, base = _skeleton_of_reward(reward, token, kwargs.get("trust_remote_code"))
     config = skeleton.config
-    refuse_reward(backbone, "a pretrained model", token)
+    refuse_reward(backbone, "a pretrained model", token, kwargs.get("revision"))
     model = load_skeleton(backbone, token=token, **kwargs)
     theirs = load_processing_class(backbone, config.task, token=token, **kwargs)
     problems, match = [], None
