@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 
-from ..errors import ContextLengthError
+from ..errors import ContextLengthError, PRTValueError
 from . import quantization
 from .arguments import add_command, add_loading_options
 from .generation import (
@@ -81,6 +81,8 @@ def _lines() -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            raise PRTValueError("A message cannot be read.", expected="text in UTF-8", found=str(error)) from error
         if not sys.stdin.isatty():
             print(line, flush=True)
         if line.strip() == EXIT:

@@ -101,7 +101,11 @@ def run(args: argparse.Namespace) -> int:
         fleet.check_comparable(args)
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
+    from ..hub.folder import check_writable
     from ..inference.recipe import load_reward
+
+    if args.output_dir:
+        check_writable(args.output_dir)  # before anything is measured
 
     quantized = quantization.quantization_kwargs(args)
     reward, _ = load_reward(args.reward, [], load_kwargs(args))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from ..errors import PRTValueError
+from . import quantization
 from .arguments import COLUMNS, chosen_device, config_kwargs, evaluation_rows, load_kwargs
 
 _YAML = (".yaml", ".yml")
@@ -35,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
         check_earlier(args.compare, args.output_dir)
     entries = _entries(args)
     kwargs, device = load_kwargs(args), chosen_device(args)
-    fits = check_fits(list(entries), args.targets, dtype=kwargs.get("dtype"), **config_kwargs(args))
+    quantized, dtype = quantization.quantization_kwargs(args), kwargs.get("dtype")
+    own = {"is_quantized": bool(quantized), **config_kwargs(args)}
+    fits = check_fits(list(entries), args.targets, dtype=dtype, **own)
     fleet, is_measured = Fleet(fits), all(entry.data for entry in entries.values())
     if not args.json:
         print(fleet.fit_table(), flush=True)
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
             batch_size=args.batch_size,
             progress=lambda batches, text: tqdm(batches, text, unit="batch"),
             revision=args.revision,
+            **quantized,
             **kwargs,
         )
     if args.json:

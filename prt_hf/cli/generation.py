@@ -1,6 +1,7 @@
-"""What `generate` and `chat` share: the model, the options of generation, and prompts as tokens."""
+"""Load the model, and read the options and prompts, of `generate` and `chat`."""
 
 import argparse
+import re
 
 from ..errors import PRTValueError
 from . import quantization
@@ -116,7 +117,7 @@ def load_model(args: argparse.Namespace):
 
     device, kwargs, backbone_kwargs = chosen_device(args), load_kwargs(args), config_kwargs(args)
     quantized = quantization.quantization_kwargs(args)
-    refuse_reward(args.backbone, "a backbone, or a recipe", args.token)
+    refuse_reward(args.backbone, "a backbone, or a recipe", args.token, args.revision)
     is_recipe = isinstance(load_config(args.backbone, **backbone_kwargs), PRTModelConfig)
     if is_recipe == bool(args.reward):
         raise PRTValueError(
@@ -169,8 +170,12 @@ def encode(tokenizer, prompt: str | list[dict], owner: str) -> list[int]:
             prompt = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         except TemplateError as error:  # some have no system message, or want turns to alternate
             raise PRTValueError(
-                f"The {owner}'s chat template refuses the messages.", found=str(error), remedy="other roles"
+                f"The {owner}'s chat template refuses the messages.",
+                found=str(error),
+                remedy="leave --system out, or change the roles",
             ) from error
+    if re.search("[\ud800-\udfff]", prompt):  # as Python reads broken bytes
+        raise PRTValueError("A prompt cannot be read.", expected="text in UTF-8", found=repr(prompt)[:80])
     ids = tokenizer(prompt, add_special_tokens=not is_chat)["input_ids"]
     if not ids:
         raise PRTValueError("A prompt has no tokens.", expected="a text", found=repr(prompt))

@@ -137,7 +137,8 @@ class AdapterOptions:
 
     def _check_targets(self, model: PreTrainedModel) -> None:
         """Raise `PRTValueError` if a named layer is not there: PEFT would do so for all of them only."""
-        layers = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+        weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+        layers = [name for name, weight in weights.items() if weight is not None and weight.ndim > 1]  # not norms
         wanted = set(self.lora_target_modules or ()) - {"all-linear"}
         absent = sorted(name for name in wanted if not any(f".{layer}".endswith(f".{name}") for layer in layers))
         if absent:

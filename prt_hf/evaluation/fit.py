@@ -144,7 +144,7 @@ def check_fits(
         for backbone in backbones:
             key = backbone, reward.config.task
             if key not in models:
-                refuse_reward(backbone, "a pretrained model", token)
+                refuse_reward(backbone, "a pretrained model", token, kwargs.get("revision"))
                 theirs = load_processing_class(backbone, reward.config.task, token=token, **kwargs)
                 models[key] = load_skeleton(backbone, token=token, **kwargs), theirs
             found[str(place), backbone] = _fit(reward, base, *models[key], dtype, is_quantized)

@@ -64,17 +64,19 @@ def folder_on_disk(model_id: str, commit: str | None = None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def has_file(path_or_repo: str, name: str, token: str | bool | None = None) -> bool:
+def has_file(path_or_repo: str, name: str, token: str | bool | None = None, revision: str | None = None) -> bool:
     """Return whether a folder, or a repository that can be reached, holds a file."""
     try:
-        return local_file(path_or_repo, name, token).is_file()
+        return local_file(path_or_repo, name, token, revision).is_file()
     except (HfHubHTTPError, LocalEntryNotFoundError, RewardFileError):
         return False  # loading the repository will report what is wrong with it
 
 
-def refuse_reward(path_or_repo: str, expected: str, token: str | bool | None = None) -> None:
+def refuse_reward(
+    path_or_repo: str, expected: str, token: str | bool | None = None, revision: str | None = None
+) -> None:
     """Raise `PRTValueError` if a place where a model is expected holds a reward."""
-    if has_file(path_or_repo, PRT_CONFIG_NAME, token):
+    if has_file(path_or_repo, PRT_CONFIG_NAME, token, revision):
         raise PRTValueError(
             f"{path_or_repo} is a reward, which is no model by itself.",
             expected=expected,
@@ -83,13 +85,15 @@ def refuse_reward(path_or_repo: str, expected: str, token: str | bool | None = N
         )
 
 
-def local_file(path_or_repo: str | Path, name: str, token: str | bool | None = None) -> Path:
+def local_file(
+    path_or_repo: str | Path, name: str, token: str | bool | None = None, revision: str | None = None
+) -> Path:
     """Return the path of one file of a reward, after downloading it if it is on the Hub."""
     if Path(path_or_repo).is_dir():
         return folder_to_read(Path(path_or_repo)) / name
     try:
         with _asked_for(path_or_repo):
-            return Path(hf_hub_download(str(path_or_repo), name, token=token))
+            return Path(hf_hub_download(str(path_or_repo), name, revision=revision, token=token))
     except HFValidationError as error:
         raise _nothing_at(path_or_repo) from error
 

@@ -167,10 +167,10 @@ def load_rewards(
     Their bases are loaded once, and not at all where the backbone is the base, unless that is quantised.
     """
     bases = [] if is_quantized(backbone) else [backbone]
-    return [_load_reward(place, bases, load_kwargs) for place in places]
+    return [load_reward(place, bases, load_kwargs) for place in places]
 
 
-def _load_reward(
+def load_reward(
     place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict
 ) -> tuple[RewardModel, dict | None]:
     """Load a reward, and return it with its place on the Hub, if any. Its base is taken from `bases`, or added to them.

@@ -102,7 +102,7 @@ def load_pretrained(model_id: str, **load_kwargs: Any) -> PreTrainedModel:
             that is not transformers' own; or it is a reward.
         UnsupportedError: the library of its quantisation is not installed.
     """
-    refuse_reward(model_id, "a pretrained model", load_kwargs.get("token"))
+    refuse_reward(model_id, "a pretrained model", load_kwargs.get("token"), load_kwargs.get("revision"))
     commit = commit_of(model_id, load_kwargs.get("revision"), load_kwargs.get("token"))
     # Always given, because transformers would otherwise ask in the terminal whether to run the model's code.
     trusted = {"trust_remote_code": bool(load_kwargs.get("trust_remote_code"))}

@@ -116,3 +116,14 @@ def test_models_without_a_template_are_refused_before_the_first_message(folder, 
     assert (status, out) == (1, "") and "The backbone's tokenizer has no chat template." in err
     status, out, err = chat(["w5"], folder / "backbone", "--reward", folder / "reward", "--reward_chat_template")
     assert (status, out) == (1, "") and "The reward's tokenizer has no chat template." in err
+
+
+def test_what_a_template_cannot_write_is_told(folder, chat, tmp_path):
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system here') }}{% endif %}w3"
+    )
+    tiny.llama(1).save_pretrained(tmp_path / "strict")
+    tokenizer.save_pretrained(tmp_path / "strict")
+    status, out, err = chat(["w5"], tmp_path / "strict", "--reward", folder / "reward", "--system", "w6")
+    assert (status, out) == (1, "") and "found: no system here\n  remedy: leave --system out" in err

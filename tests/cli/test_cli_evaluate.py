@@ -250,13 +250,20 @@ def test_damaged_scores_and_targets_of_one_name_are_told(tasks, own_tasks_alone,
         message = evaluate(capsys, *given, "--output_dir", "out", status=1).err
         assert "out/tasks.json cannot be read: " in message and "Traceback" not in message
     assert "'one' more than once" in evaluate(capsys, *given[:3], *given[2:], status=1).err
-    assert "questions.jsonl is a file" in evaluate(capsys, *given, "--output_dir", "questions.jsonl", status=1).err
+    assert (
+        "Nothing can be written into questions.jsonl"
+        in evaluate(capsys, *given, "--output_dir", "questions.jsonl", status=1).err
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(folder, capsys):
     given = ("reward", "--targets", "one", "--data", "texts.jsonl", "--output_dir", "texts.jsonl/report")
     printed = evaluate(capsys, *given, status=1)
-    assert "texts.jsonl" in printed.err and "batch" not in printed.err and "Traceback" not in printed.err
+    assert (
+        "Nothing can be written into texts.jsonl/report" in printed.err
+        and "batch" not in printed.err
+        and "Traceback" not in printed.err
+    )
 
 
 def test_an_ordinary_adapter_comes_with_a_remedy(folder, capsys):

@@ -268,6 +268,7 @@ MISTAKES = {
     "a recipe and a map": (("recipe", "--token_map", '{"w5": "w6"}', "--prompt", "w5"), "has its own map of tokens"),
     "no prompt": (("recipe", "--file", "empty.txt"), "There is no prompt."),
     "two sources": (("recipe", "--prompt", "w5", "--file", "empty.txt"), "Prompts are given twice."),
+    "no text": (("recipe", "--prompt", "w5 \udcff"), "A prompt cannot be read.\n  expected: text in UTF-8"),
     "no such file": (("recipe", "--file", "nothing.txt"), "nothing.txt cannot be read."),
     "no JSON": (("recipe", "--file", "broken.jsonl"), "Line 2 of broken.jsonl is no prompt."),
     "messages without roles": (("recipe", "--file", "chat.jsonl"), "Line 1 of chat.jsonl is no prompt."),

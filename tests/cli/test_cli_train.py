@@ -391,7 +391,7 @@ def test_the_learning_rate_fits_what_is_tuned(home, tmp_path, more, rate):
         ("lm", "text.jsonl", ["--dtype", "half"], "`dtype` is not usable"),
         ("lm", "text.jsonl", ["--kl_coef", "0"], "`kl_coef` is not usable"),
         ("lm", "text.jsonl", ["--config", "nowhere.yaml"], "nowhere.yaml cannot be read"),
-        ("nowhere", "text.jsonl", [], "nowhere cannot be loaded"),
+        ("nowhere", "text.jsonl", [], "nowhere.\n  expected: a folder, or an id of the Hub\n  found: neither"),
         ("bert", "text.jsonl", [], "has no column 'label'"),
         ("bert", "mauve.csv", [], "expected: the model's labels: ['red', 'green', 'blue', 'grey']\n  found: ['mauve']"),
         ("vit", "text.jsonl", [], "has no column 'image'"),
