@@ -89,7 +89,7 @@ def describe(outcome: Outcome) -> str:
 
 def draw(result: Result, path: Path) -> None:
     """Draw the paper's bar chart: five methods at the source, and at the target."""
-    names = dict(zip(card.METHODS, METHODS, strict=True))
+    names = dict(zip(card.METHODS, METHODS, strict=False))
     groups = [
         (head, {key: figure.Bar(result.scores[name][place], -inf, inf) for key, name in names.items()})
         for place, head in (("source", "source (old model)"), ("target", "target (new model)"))

@@ -172,17 +172,15 @@ class Fleet:
         head = self._head()
         title = "Gain over the bare backbone, and whether the reward is worth porting"
         lines = [
-            f"# {len(self.rewards)} rewards, {len(self.targets)} backbones\n",
+            "# Rewards by backbones\n",
             markdown_table(title, [head[0], "data", *head[1:]], rows),
             "\nNats per token for language models, points of accuracy for classifiers; +- half a 95 % interval.\n",
             *(f"- {line}" for line in self._words()),
         ]
-        parts = ["\n".join(lines).rstrip(), self.fit_table().rstrip(), *([self.change_table()] if self.changes else [])]
-        return "\n\n".join(parts) + "\n"
-
-    def change_table(self) -> str:
-        """Return what has changed since the earlier report."""
-        return change_table(self.changes)
+        parts = ["\n".join(lines).rstrip()]
+        if not all(fit.fits for fit in self.fits.values()):
+            parts.append(self.fit_table().rstrip())
+        return "\n\n".join(parts + ([change_table(self.changes)] if self.changes else [])) + "\n"
 
     def to_dict(self) -> dict:
         """Return fits, gains, verdicts and changes for JSON."""
