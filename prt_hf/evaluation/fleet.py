@@ -70,7 +70,7 @@ def compare(report: PortabilityReport, earlier: PortabilityReport, name: str | N
             f"The earlier report of {name} cannot be compared with this one.",
             expected=f"the rows of {report.dataset}, cut at the same length",
             found=f"other rows of {earlier.dataset}, or a report of an earlier version",
-            remedy="measure the earlier targets again, with the same --data, --samples and --max_length",
+            remedy="measure both in new folders, with the same --data, --samples and --max_length",
         )
     gone = [target for target in earlier.targets if target not in report.targets]
     new = [target for target in report.targets if target not in earlier.targets]

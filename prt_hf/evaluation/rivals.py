@@ -86,8 +86,12 @@ def why_not_transplanted(
     """
     named = reward.config.sources[0]
     pinned = load_kwargs | ({"revision": named.revision} if named.revision else {})
-    theirs = _shapes(target, target_kwargs)
-    for ours in (_shapes(source.network or named.id, pinned), _shapes(tuned.network or tuned.base, load_kwargs)):
+    there = _skeleton(target, target_kwargs)
+    if target_kwargs.get("quantization_config") or getattr(there.config, "quantization_config", None):
+        return "its weights are quantised"
+    theirs = _shapes(there)
+    olds = _skeleton(source.network or named.id, pinned), _skeleton(tuned.network or tuned.base, load_kwargs)
+    for ours in map(_shapes, olds):
         differing = sorted(name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name))
         if differing:
             name = differing[0]
@@ -95,9 +99,12 @@ def why_not_transplanted(
     return None
 
 
-def _shapes(model: str | PreTrainedModel | PeftModel, load_kwargs: dict) -> dict[str, list[int]]:
+def _skeleton(model: str | PreTrainedModel | PeftModel, load_kwargs: dict) -> PreTrainedModel:
+    """Return a model without its adapter; of an id, without its weights."""
     if isinstance(model, str):
-        model = load_skeleton(model, **{name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs})
-    elif isinstance(model, PeftModel):
-        model = bare_base(model)
+        return load_skeleton(model, **{name: load_kwargs[name] for name in CONFIG_KWARGS if name in load_kwargs})
+    return bare_base(model) if isinstance(model, PeftModel) else model
+
+
+def _shapes(model: PreTrainedModel) -> dict[str, list[int]]:
     return {name: list(weight.shape) for name, weight in model.named_parameters()}

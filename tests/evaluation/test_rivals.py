@@ -83,6 +83,9 @@ def test_other_shapes_are_told_and_left_out(tokenizer):
     assert len(report.notes) == 2
     assert report.notes[0].startswith("transplanted is left out at wider: ")
     assert "weights differ in shape, such as model.layers.0.mlp.down_proj.weight: [" in report.notes[0]
+    targets["same"].config.quantization_config = {"quant_method": "some"}
+    report = portability_report(reward_on(source, tokenizer), targets, tiny.texts(4), METHODS, eft=tuned)
+    assert report.notes[0] == "transplanted is left out at same: its weights are quantised"
     with pytest.raises(PRTValueError, match="only the methods transplanted, without a model that they need"):
         portability_report(reward_on(source, tokenizer), targets, tiny.texts(4), ("transplanted",))
 
