@@ -20,7 +20,8 @@ from .arguments import (
 DESCRIPTION = """\
 Measure a reward on its source and on other backbones, beside the alternatives: each backbone alone (pretrained), the
 backbone with the reward (prt), the reward alone (reward_only, the control), the fine-tuned source carried over (eft,
-needs --eft), and the fine-tuned backbone (finetuned, the upper bound, needs --finetuned). Prints accuracy and negative
+needs --eft) or, where all shapes match, laid on the backbone's weights (transplanted, needs --eft), and the fine-tuned
+backbone (finetuned, the upper bound, lora, baked; each needs the option of its name). Prints accuracy and negative
 log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory, and
 whether the reward is worth porting. With --tasks, lm-evaluation-harness runs its tasks on each backbone, alone and with
 the reward. With several rewards, tells first what fits, from configurations alone, then what each gains on each
@@ -38,6 +39,8 @@ A YAML file lists rewards, each with data of its own: `- {reward: me/gsm8k-rewar
 after an interruption the same command continues, and with more --targets it measures only the new ones. Of several
 rewards, each has a folder there, beside fleet.md (the table), fleet.json and fleet.png (a heat map)."""
 
+_TUNED = ("finetuned", "lora", "baked")
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
@@ -53,12 +56,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
     add_evaluation_data(parser, samples=500)
     add_option(
-        parser, "methods", nargs="+", help="some of pretrained eft prt reward_only finetuned; default: all of them"
+        parser,
+        "methods",
+        nargs="+",
+        help="some of pretrained eft prt reward_only finetuned transplanted lora baked; default: all",
     )
     add_option(parser, "eft", help="the fine-tuned source: Hub id or folder of a model, or of its LoRA adapter")
     add_option(
         parser, "finetuned", nargs="+", help="the fine-tuned targets, as many as --targets and in the same order"
     )
+    add_option(parser, "lora", nargs="+", help="the targets tuned with LoRA on the reward's data, like --finetuned")
+    add_option(parser, "baked", nargs="+", help="the targets' LoRAs that `prt-hf bake` made, like --finetuned")
     add_option(
         parser, "tasks", nargs="+", help="tasks of lm-evaluation-harness (pip install lm_eval), limited by --samples"
     )
@@ -82,12 +90,13 @@ def run(args: argparse.Namespace) -> int:
     if fleet.is_fleet(args):
         return fleet.run(args)
     (args.reward,) = args.rewards
-    if args.finetuned and len(args.finetuned) != len(args.targets):
-        raise PRTValueError(
-            "The fine-tuned models do not pair with the targets.",
-            expected=f"{len(args.targets)}, as many as --targets, in the same order",
-            found=str(len(args.finetuned)),
-        )
+    for name in _TUNED:
+        if (given := getattr(args, name)) and len(given) != len(args.targets):
+            raise PRTValueError(
+                "The fine-tuned models do not pair with the targets.",
+                expected=f"{len(args.targets)}, as many as --targets, in the same order",
+                found=f"{len(given)} of --{name}",
+            )
     from ..contract import PRT_CONFIG_NAME
 
     if args.write_card and not Path(args.reward, PRT_CONFIG_NAME).is_file():
@@ -141,7 +150,7 @@ def _measure(args: argparse.Namespace, reward, quantized: dict):
         evaluation_rows(args),
         **({"methods": args.methods} if args.methods else {}),
         eft=args.eft,
-        finetuned=dict(zip(args.targets, args.finetuned, strict=True)) if args.finetuned else None,
+        **{name: dict(zip(args.targets, getattr(args, name) or (), strict=False)) for name in _TUNED},
         batch_size=args.batch_size,
         length=args.max_length,
         reward_name=args.reward,

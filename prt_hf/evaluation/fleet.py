@@ -70,7 +70,7 @@ def compare(report: PortabilityReport, earlier: PortabilityReport, name: str | N
             f"The earlier report of {name} cannot be compared with this one.",
             expected=f"the rows of {report.dataset}, cut at the same length",
             found=f"other rows of {earlier.dataset}, or a report of an earlier version",
-            remedy="measure the earlier targets again, with the same --data, --samples and --max_length",
+            remedy="measure both in new folders, with the same --data, --samples and --max_length",
         )
     gone = [target for target in earlier.targets if target not in report.targets]
     new = [target for target in report.targets if target not in earlier.targets]
@@ -172,17 +172,15 @@ class Fleet:
         head = self._head()
         title = "Gain over the bare backbone, and whether the reward is worth porting"
         lines = [
-            f"# {len(self.rewards)} rewards, {len(self.targets)} backbones\n",
+            "# Rewards by backbones\n",
             markdown_table(title, [head[0], "data", *head[1:]], rows),
             "\nNats per token for language models, points of accuracy for classifiers; +- half a 95 % interval.\n",
             *(f"- {line}" for line in self._words()),
         ]
-        parts = ["\n".join(lines).rstrip(), self.fit_table().rstrip(), *([self.change_table()] if self.changes else [])]
-        return "\n\n".join(parts) + "\n"
-
-    def change_table(self) -> str:
-        """Return what has changed since the earlier report."""
-        return change_table(self.changes)
+        parts = ["\n".join(lines).rstrip()]
+        if not all(fit.fits for fit in self.fits.values()):
+            parts.append(self.fit_table().rstrip())
+        return "\n\n".join(parts + ([change_table(self.changes)] if self.changes else [])) + "\n"
 
     def to_dict(self) -> dict:
         """Return fits, gains, verdicts and changes for JSON."""

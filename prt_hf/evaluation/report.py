@@ -31,9 +31,10 @@ from ..vocabulary import VocabularyMatch
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
+from .rivals import Transplanted, why_not_transplanted
 from .rows import prepared
 from .store import key_of
-from .tally import ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, TUNED_TARGET, Tally, Terms
+from .tally import ALONE, ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, Tally, Terms
 
 Model = str | PreTrainedModel | PeftModel
 Keys = dict[str, dict[str, str]]  # method -> network -> key, as in [`Place`]
@@ -48,6 +49,8 @@ def portability_report(
     *,
     eft: Model | None = None,
     finetuned: Mapping[str, Model] | None = None,
+    lora: Mapping[str, Model] | None = None,
+    baked: Mapping[str, Model] | None = None,
     source: PreTrainedModel | None = None,
     strength: float | None = None,
     batch_size: int = 8,
@@ -63,19 +66,22 @@ def portability_report(
     """Measure a reward on its source and on other backbones: Tables 4, 6 and 7 of the paper, for any task.
 
     Every network reads each batch once, however many methods it is part of; the time of a method is that of its
-    networks, one after another. The fine-tuned target is read in a separate pass, so that it is never in memory
-    together with the others.
+    networks, one after another. Each rival that is a model at the target (fine-tuned, transplanted, LoRA, baked) is
+    read in a separate pass, so that it is not in memory together with the others.
 
     Args:
         reward ([`RewardModel`], folder or id): The reward, or an ordinary adapter to be carried over. If it is in
             memory, everything runs on its device.
         targets: Ids, folders or models in memory; or a mapping of names to these.
         dataset (`Dataset`): Rows as [`~evaluation.batches`] takes them, with labels.
-        methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`. A method whose model is not
-            given is left out, and the report says so.
+        methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`, `"transplanted"`, `"lora"`,
+            `"baked"`. A method whose model is not given is left out, and the report says so.
         eft (*optional*): The fine-tuned source, for log pi_target + log pi_tuned - log pi_source: a model, a
-            `PeftModel`, or the id or folder of either.
+            `PeftModel`, or the id or folder of either. It also gives `"transplanted"`, where all weights have the
+            shapes of the target's: its adapter on the target, or its difference from the source added to the target.
         finetuned (*optional*): A mapping of targets (name, id or folder) to their fine-tuned models.
+        lora (*optional*): Like `finetuned`, the targets tuned with LoRA on the data of the reward.
+        baked (*optional*): Like `finetuned`, the targets with a LoRA that `bake` made of the PRT model.
         source (*optional*): pi_pt in training; by default the (first) one that the reward names.
         strength (`float`, *optional*): 1 / lambda; by default that of the reward's training.
         batch_size (`int`): The number of rows that are read at a time.
@@ -97,7 +103,8 @@ def portability_report(
             there is nothing to measure, or `output_dir` cannot be written or holds the report of another evaluation.
     """
     methods = _known_methods(methods)
-    _check_models(methods, eft, finetuned)
+    given = {"finetuned": finetuned, "lora": lora, "baked": baked}
+    _check_models(methods, eft, given)
     if strength is not None and not math.isfinite(strength):
         raise PRTValueError("The strength is not a number.", expected="a finite one", found=str(strength))
     if output_dir is not None:
@@ -106,7 +113,7 @@ def portability_report(
     if not isinstance(reward, RewardModel):
         reward, _ = load_reward(reward, [], load_kwargs)
     targets = _named_targets(targets)
-    finetuned = {} if finetuned is None else _by_target(finetuned, targets)
+    given = {method: _by_target(models or {}, targets) for method, models in given.items()}
     _check_rows(dataset, reward)
 
     own = {"revision": revision, "quantization_config": quantization_config}
@@ -118,11 +125,15 @@ def portability_report(
     target_networks = {
         name: {
             TARGET: Backbone(reward, model, **of_target),
-            TUNED_TARGET: TunedModel(reward, finetuned[name], **load_kwargs) if name in finetuned else None,
+            **{
+                method: TunedModel(reward, models[name], **load_kwargs)
+                for method, models in given.items()
+                if name in models and method in methods
+            },
         }
         for name, model in targets.items()
     }
-    tuned = [networks[TUNED_SOURCE], *(each[TUNED_TARGET] for each in target_networks.values())]
+    tuned = [networks[TUNED_SOURCE], *(each.get(method) for each in target_networks.values() for method in given)]
     judged = {name: _judged(reward, model, of_target) for name, model in targets.items()}
     limits = [
         context_length(reward.network),
@@ -131,6 +142,14 @@ def portability_report(
         *(_judged(reward, model.network or model.base, load_kwargs)[0] for model in tuned if model is not None),
     ]
     read = prepared(dataset, reward, min([length, *filter(None, limits)]))
+    notes = []
+    if eft is not None and "transplanted" in methods:
+        parts = networks[SOURCE], networks[TUNED_SOURCE]
+        for name, model in targets.items():
+            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, at_revision):
+                notes.append(f"transplanted is left out at {name}: {reason}")
+            else:
+                target_networks[name]["transplanted"] = Transplanted(reward, target_networks[name][TARGET], *parts)
 
     named = reward.config.sources[0]
     strength = float(reward.config.strength if strength is None else strength)
@@ -149,7 +168,7 @@ def portability_report(
     )
     if output_dir is not None:
         report = _continued(report, output_dir)
-    report.notes = _missing_notes(methods, report, targets, targets if eft else (), finetuned)
+    report.notes = [*_missing_notes(methods, report, targets, targets if eft else (), given), *notes]
     for name, (_, tokens) in judged.items():
         if reward.config.task == TEXT_GENERATION and not tokens.is_identical:
             report.notes.append(f"{name}: its vocabulary is {tokens}. Figures are over the tokens that both have")
@@ -180,8 +199,8 @@ class _Run:
         """Return the methods that the report lacks, at the target and at the source, one pair for each pass."""
         at_target = self._missing(self._place, methods, TERMS[TARGET])
         at_source = self._missing(self._report.source, methods, TERMS[SOURCE])
-        alone = {method: at_target.pop(method) for method in ("finetuned",) if method in at_target}
-        return [each for each in ((at_target, at_source), (alone, {})) if any(each)]
+        alone = [({method: at_target.pop(method)}, {}) for method in ALONE if method in at_target]
+        return [each for each in ((at_target, at_source), *alone) if any(each)]
 
     def measure(
         self, at_target: Keys, at_source: Keys, read: Callable[[Sequence[Backbone]], DataLoader], progress: Progress
@@ -213,7 +232,7 @@ class _Run:
 
     def _missing(self, place: Place, methods: Sequence[str], terms: Mapping[str, Terms]) -> Keys:
         missing = {}
-        for method in methods:
+        for method in filter(terms.__contains__, methods):
             names = terms[method].keys() - {REWARD}
             if method not in place.figures and names <= self._networks.keys():
                 missing[method] = {name: self._keys[name] for name in sorted(names)}
@@ -242,12 +261,14 @@ def _known_methods(methods: Sequence[str]) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
-def _check_models(methods: Sequence[str], eft: Model | None, finetuned: Mapping | None) -> None:
-    needed = {"eft": eft is not None, "finetuned": eft is not None or bool(finetuned)}
+def _check_models(methods: Sequence[str], eft: Model | None, given: Mapping[str, Mapping | None]) -> None:
+    needed = {method: bool(models) for method, models in given.items()}
+    needed |= {"eft": eft is not None, "transplanted": eft is not None}
+    needed["finetuned"] |= eft is not None
     if not any(needed.get(method, True) for method in methods):
         raise PRTValueError(
             "There is nothing to measure.",
-            expected="the fine-tuned models: `eft=` of the source, `finetuned=` of the targets",
+            expected="the fine-tuned models: `eft=` of the source, `finetuned=`, `lora=` or `baked=` of the targets",
             found=f"only the methods {', '.join(methods)}, without a model that they need",
         )
 
@@ -351,7 +372,7 @@ def _missing_notes(
     report: PortabilityReport,
     targets: Iterable[str],
     with_eft: Iterable[str],
-    with_finetuned: Iterable[str],
+    given: Mapping[str, Mapping],
 ) -> list[str]:
     """Name what neither this run nor an earlier one measures."""
 
@@ -362,7 +383,7 @@ def _missing_notes(
     notes = []
     if without("eft", with_eft):
         notes.append("EFT is left out: it needs the fine-tuned source (`eft=`)")
-    if names := without("finetuned", with_finetuned):
+    if names := without("finetuned", given["finetuned"]):
         notes.append(f"fine-tuned is left out, because the model (`finetuned=`) is missing, at: {', '.join(names)}")
     return notes
 

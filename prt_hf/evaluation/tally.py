@@ -14,7 +14,8 @@ from ..functional import check_finite
 from .reading import REWARD, Part
 
 # Networks; the first two are the places as well.
-SOURCE, TARGET, TUNED_SOURCE, TUNED_TARGET = "source", "target", "tuned_source", "tuned_target"
+SOURCE, TARGET, TUNED_SOURCE = "source", "target", "tuned_source"
+ALONE = ("finetuned", "transplanted", "lora", "baked")  # methods at a target that are a network of this name
 
 Terms = dict[str, float]  # network -> sign, or factor of the reward
 # Place -> method -> the log-probabilities (for the reward, strength * r) whose sum is log pi, up to a constant.
@@ -31,7 +32,7 @@ TERMS: dict[str, dict[str, Terms]] = {
         "eft": {TARGET: 1, TUNED_SOURCE: 1, SOURCE: -1},
         "prt": {TARGET: 1, REWARD: 1},
         "reward_only": {REWARD: 1},
-        "finetuned": {TUNED_TARGET: 1},
+        **{method: {method: 1} for method in ALONE},
     },
 }
 _DISTINCT = list({tuple(t.items()): t for methods in TERMS.values() for t in methods.values()}.values())

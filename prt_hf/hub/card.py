@@ -37,6 +37,9 @@ METHODS = {  # as in [`Measurement`], with their names in tables; in the order o
     "prt": "PRT",
     "reward_only": "reward only",
     "finetuned": "fine-tuned",
+    "transplanted": "transplanted",
+    "lora": "LoRA",
+    "baked": "baked",
 }
 MOST_LABELS = 48
 

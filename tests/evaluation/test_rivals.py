@@ -1,0 +1,155 @@
+"""The old tuning laid on the target's weights, against weights added up here; other rivals are read as given."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig
+from test_report import adapted, assert_figures, labelled, reward_on, softmax, text_logits
+
+from prt_hf import RewardModel
+from prt_hf.cli import main
+from prt_hf.errors import PRTValueError
+from prt_hf.evaluation import portability_report
+
+METHODS = ("pretrained", "eft", "transplanted")
+PIXELS = torch.randn(9, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def by_hand(target, tuned, source):
+    """Add W_tuned - W_source to every weight of the target."""
+    network = copy.deepcopy(target)
+    weights = [dict(model.named_parameters()) for model in (tuned, source)]
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            weight += weights[0][name] - weights[1][name]
+    return network
+
+
+def assert_is(report, name, method, model, rows):
+    (logits,), labels, where = text_logits([model], rows)
+    assert_figures(report.targets[name].figures[method], softmax(logits.double()), labels, where)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "LoRA of the head", "DoRA"])
+def test_an_adapter_is_laid_on_the_target(tokenizer, kind):
+    """Merged into its base it is a difference of weights, but for DoRA, which scales what is there."""
+    options = {"LoRA of the head": {"target_modules": ["q_proj", "lm_head"]}, "DoRA": {"use_dora": True}}.get(kind, {})
+    source, target, rows = tiny.llama(1), tiny.llama(3), tiny.texts(6)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    tuned = adapted(source, 7, **options)
+    report = portability_report(reward_on(source, tokenizer), {"new": target}, rows, METHODS, eft=tuned, batch_size=4)
+    if kind == "DoRA":
+        expected = adapted(target, 7, **options)  # magnitudes start as the norms of the base's weights
+        own = dict(expected.named_parameters())
+        with torch.no_grad():
+            for name, value in tuned.named_parameters():
+                if "lora_" in name:
+                    own[name].copy_(value)
+    else:
+        merged = copy.deepcopy(tuned).merge_and_unload()
+        expected = by_hand(target, merged, tiny.llama(1))
+    assert_is(report, "new", "transplanted", expected, rows)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items()), "left as it is"
+    assert report.notes == [] and "transplanted" not in report.source.figures
+
+
+def test_the_difference_of_a_whole_model_is_added_to_the_target(tokenizer):
+    source, tuned, target, rows = tiny.llama(1), tiny.llama(5), tiny.llama(3), tiny.texts(6)
+    report = portability_report(reward_on(source, tokenizer), {"new": target}, rows, METHODS, eft=tuned, batch_size=4)
+    assert_is(report, "new", "transplanted", by_hand(target, tuned, source), rows)
+    assert_is(report, "new", "pretrained", target, rows)
+
+
+@torch.no_grad()
+def test_classifiers_are_transplanted_too():
+    source, tuned, target = tiny.vit(1), tiny.vit(5), tiny.vit(3)
+    report = portability_report(reward_on(source), {"new": target}, labelled(), METHODS, eft=tuned)
+    probabilities = softmax(by_hand(target, tuned, source)(pixel_values=PIXELS).logits.double())
+    labels = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3, 0])
+    found = report.targets["new"].figures["transplanted"]
+    assert found.nll.value == pytest.approx(-probabilities[torch.arange(9), labels].log().mean().item(), rel=1e-4)
+
+
+def test_other_shapes_are_told_and_left_out(tokenizer):
+    source, tuned = tiny.llama(1), tiny.llama(5)
+    targets = {"same": tiny.llama(3), "wider": tiny.llama(2, intermediate_size=48), "other": tiny.gpt2(2)}
+    report = portability_report(reward_on(source, tokenizer), targets, tiny.texts(4), METHODS, eft=tuned)
+    assert "transplanted" in report.targets["same"].figures
+    for name in ("wider", "other"):
+        assert list(report.targets[name].figures) == ["pretrained", "eft"]
+    assert len(report.notes) == 2
+    assert report.notes[0].startswith("transplanted is left out at wider: ")
+    assert "weights differ in shape, such as model.layers.0.mlp.down_proj.weight: [" in report.notes[0]
+    targets["same"].config.quantization_config = {"quant_method": "some"}
+    report = portability_report(reward_on(source, tokenizer), targets, tiny.texts(4), METHODS, eft=tuned)
+    assert report.notes[0] == "transplanted is left out at same: its weights are quantised"
+    with pytest.raises(PRTValueError, match="only the methods transplanted, without a model that they need"):
+        portability_report(reward_on(source, tokenizer), targets, tiny.texts(4), ("transplanted",))
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("source", 1), ("new", 3), ("lora-there", 6), ("baked-there", 8)):
+        tiny.llama(seed).save_pretrained(name)
+        tiny.tokenizer().save_pretrained(name)
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    RewardModel.from_base("source", peft_config=config).save_pretrained("reward")
+    tuned = adapted(tiny.llama(1), 7)
+    tuned.peft_config["default"].base_model_name_or_path = "source"
+    tuned.save_pretrained("tuned")
+    return tmp_path
+
+
+def test_by_folder_it_is_the_same_and_measured_once(places):
+    passes = []
+
+    def progress(batches, text):
+        passes.append(text)
+        return batches
+
+    kwargs = {"eft": "tuned", "lora": {"new": "lora-there"}, "baked": {"new": "baked-there"}, "progress": progress}
+    report = portability_report("reward", ["new"], tiny.texts(5), output_dir="out", **kwargs)
+    assert passes == [
+        "new: pretrained, EFT, PRT, reward only, fine-tuned",
+        "new: transplanted",
+        "new: LoRA",
+        "new: baked",
+    ]
+    there = portability_report(
+        RewardModel.from_pretrained("reward"),
+        {"new": tiny.llama(3)},
+        tiny.texts(5),
+        METHODS,
+        eft=adapted(tiny.llama(1), 7),
+    )
+    expected = there.targets["new"].figures["transplanted"].nll
+    assert report.targets["new"].figures["transplanted"].nll == pytest.approx(expected)
+    for method, seed in (("lora", 6), ("baked", 8)):
+        assert_is(report, "new", method, tiny.llama(seed), tiny.texts(5))
+    table = report.table()
+    assert "| transplanted |  | " in table and "| LoRA |  | " in table and "| baked |  | " in table
+    report.save("out")
+    passes.clear()
+    again = portability_report("reward", ["new"], tiny.texts(5), output_dir="out", **kwargs)
+    assert passes == [] and again.table() == table
+    torch.manual_seed(2)
+    adapted(tiny.llama(1), 9).save_pretrained("other")
+    text = Path("tuned/adapter_config.json").read_text()
+    Path("other/adapter_config.json").write_text(text)
+    portability_report("reward", ["new"], tiny.texts(5), output_dir="out", **kwargs | {"eft": "other"})
+    assert "new: transplanted" in passes and "new: LoRA" not in passes, "of another adapter"
+
+
+def test_the_command_takes_loras(places, capsys):
+    Path("texts.jsonl").write_text('{"text": "w3 w4 w5"}\n{"text": "w6 w7 w8 w9"}\n')
+    command = ["evaluate", "reward", "--targets", "new", "--data", "texts.jsonl", "--lora"]
+    assert main([*command, "lora-there", "--baked", "baked-there", "--eft", "tuned", "--output_dir", "out"]) == 0
+    out = capsys.readouterr().out
+    assert "| LoRA |" in out and "| baked |" in out and "| transplanted |" in out
+    assert main([*command, "lora-there", "new"]) == 1
+    assert "expected: 1, as many as --targets, in the same order\n  found: 2 of --lora" in capsys.readouterr().err
