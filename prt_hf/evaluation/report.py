@@ -146,7 +146,7 @@ def portability_report(
     if eft is not None and "transplanted" in methods:
         parts = networks[SOURCE], networks[TUNED_SOURCE]
         for name, model in targets.items():
-            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, at_revision):
+            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, of_target):
                 notes.append(f"transplanted is left out at {name}: {reason}")
             else:
                 target_networks[name]["transplanted"] = Transplanted(reward, target_networks[name][TARGET], *parts)
