@@ -43,7 +43,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="S",
         help="1 / lambda to begin with, one for each reward; default: as tuned",
     )
-    add_option(parser, "port", type=int, metavar="N", help="port of the page; default: the first free one from 7860")
+    add_option(parser, "port", type=_port, metavar="N", help="port of the page; default: the first free one from 7860")
     add_option(
         parser, "share", action="store_true", help="open a public link through gradio's servers, for anyone who has it"
     )
@@ -77,3 +77,10 @@ def run(args: argparse.Namespace) -> None:
     page = build_page(Comparison(model, names[1:]), title_of(names[0], names[1:]))
     print(f"The playground is at {serve(page, port=args.port, share=args.share)} (Ctrl-C ends it)", flush=True)
     page.block_thread()
+
+
+def _port(text: str) -> int:
+    value = int(text)
+    if not 0 < value < 2**16:
+        raise argparse.ArgumentTypeError(f"must be from 1 to 65535, not {text}")
+    return value

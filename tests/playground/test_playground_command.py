@@ -125,3 +125,10 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["playground", "no/backbone", "--reward", "no/reward"]) == 1
     assert "pip install prt_hf[playground]" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("port", ["0", "70000", "http"])
+def test_a_port_that_there_is_not_is_refused_at_once(port, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["playground", "no/backbone", "--reward", "no/reward", "--port", port])
+    assert "--port" in capsys.readouterr().err
