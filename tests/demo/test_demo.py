@@ -140,7 +140,6 @@ def test_measures_are_means_and_deviations_over_tunings():
     assert measure.spread(PRT, "target") == pytest.approx(700**0.5)  # ((20^2 + 10^2 + 30^2) / 2)^0.5
     assert measure.shown(PRT, "target") == "30.0 ± 26.5"
     assert Measure.of_runs("form (%)", runs[:1]).shown(EFT, "source") == "10.0"
-    assert measure.gain_recovered is None
 
 
 def test_image_scores_equal_a_recount(outcomes):
