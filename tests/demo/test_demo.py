@@ -140,7 +140,6 @@ def test_measures_are_means_and_deviations_over_tunings():
     assert measure.spread(PRT, "target") == pytest.approx(700**0.5)  # ((20^2 + 10^2 + 30^2) / 2)^0.5
     assert measure.shown(PRT, "target") == "30.0 ± 26.5"
     assert Measure.of_runs("form (%)", runs[:1]).shown(EFT, "source") == "10.0"
-    assert measure.gain_recovered is None
 
 
 def test_image_scores_equal_a_recount(outcomes):
@@ -225,10 +224,12 @@ def test_the_same_seed_gives_the_same_numbers_whatever_the_threads(outcomes, tas
 
 
 def test_another_seed_gives_other_numbers_in_the_same_folder(outcomes, tmp_path):
-    run_demo("images", tmp_path, seed=3, image_settings=replace(IMAGES, tunings=1))
-    other = run_demo("images", tmp_path, seed=4, image_settings=replace(IMAGES, tunings=1))
+    (tmp_path / "results.json").write_text(json.dumps({"made_by": "prt-hf demo", "images": {"seed": 3}}))
+    (tmp_path / "images.png").touch()
+    last = 2**32 - 1  # of numpy; the seeds of the tunings go on from 0
+    other = run_demo("images", tmp_path, seed=last, image_settings=IMAGES)
     assert other.result.measures[0].values[PRT] != outcomes["images"].result.measures[0].values[PRT]
-    assert json.loads((tmp_path / "results.json").read_text())["images"]["seed"] == 4
+    assert json.loads((tmp_path / "results.json").read_text())["images"]["seed"] == last
 
 
 def test_the_command_says_at_once_what_it_does(monkeypatch, capsys):
