@@ -142,7 +142,7 @@ class Fleet:
 
     @property
     def regressions(self) -> list[Change]:
-        """What is worse than in the earlier report, beyond its noise."""
+        """The changes for the worse, beyond their noise."""
         return [change for change in self.changes if change.is_better is False]
 
     def portability(self, reward: str, target: str) -> Portability | None:
