@@ -108,20 +108,20 @@ def portability_report(
     _check_rows(dataset, reward)
 
     own = {"revision": revision, "quantization_config": quantization_config}
-    of_target = load_kwargs | {name: value for name, value in own.items() if value is not None}
+    target_kwargs = load_kwargs | {name: value for name, value in own.items() if value is not None}
     networks = {
         SOURCE: source_backbones(reward, **load_kwargs)[0] if source is None else Backbone(reward, source),
         TUNED_SOURCE: None if eft is None else TunedModel(reward, eft, **load_kwargs),
     }
     target_networks = {
         name: {
-            TARGET: Backbone(reward, model, **of_target),
+            TARGET: Backbone(reward, model, **target_kwargs),
             TUNED_TARGET: TunedModel(reward, finetuned[name], **load_kwargs) if name in finetuned else None,
         }
         for name, model in targets.items()
     }
     tuned = [networks[TUNED_SOURCE], *(each[TUNED_TARGET] for each in target_networks.values())]
-    judged = {name: _judged(reward, model, of_target) for name, model in targets.items()}
+    judged = {name: _judged(reward, model, target_kwargs) for name, model in targets.items()}
     limits = [
         context_length(reward.network),
         _source_limit(reward, networks[SOURCE], load_kwargs),
