@@ -57,6 +57,11 @@ class Recipe:
     entropy_coef: float = 0.0
     backbones: tuple[str, ...] = ("source",)  # one is drawn per step
     base: str = "source"  # what the adapter is on; "target", fine-tuned, is the oracle
+    # How the first loss comes down to the backbone's. The share of "reward", "backbone" or "both" terms grows from
+    # 0 (of both: 1/2) to 1 over the part `warm` of the steps; "head": LoRA's head starts at minus the head's best
+    # approximation of its rank; "head-data": the best on the training rows.
+    start: str = ""
+    warm: float = 0.0
 
 
 def configurations(pair: str) -> dict[str, tuple[Recipe, str]]:
@@ -80,6 +85,17 @@ def configurations(pair: str) -> dict[str, tuple[Recipe, str]]:
             recipe = Recipe(alpha=128, backbones=backbones)
             found[f"PRT, LoRA head, alpha 128, {label}"] = (recipe, "EFT, LoRA head, alpha 128")
     return found | oracle
+
+
+def starts(pair: str) -> dict[str, tuple[Recipe, str]]:
+    """Starts with a lower first loss, for language models: `--starts`."""
+    found = {f"PRT, alpha {alpha}": Recipe(alpha=alpha) for alpha in (64, 32)}
+    for start in ("reward", "both", "backbone"):
+        found[f"share of {start} grows, alpha 64"] = Recipe(alpha=64, start=start, warm=0.3)
+    for start in ("head-data", "head"):
+        found[f"{start}, alpha 64"] = Recipe(alpha=64, start=start)
+    found["head, alpha 32"] = Recipe(alpha=32, start="head")
+    return {} if pair == "cifar" else {label: (recipe, "") for label, recipe in found.items()}
 
 
 @dataclass
@@ -144,7 +160,26 @@ def make_network(pair: Pair, recipe: Recipe) -> tuple[nn.Module, RewardModel | N
     for module in network.modules():
         if isinstance(module, peft.tuners.lora.Linear | peft.tuners.lora.Conv2d):
             module.forward = types.MethodType(_merged_forward, module)
+    if recipe.start.startswith("head"):
+        _quiet_head(pair, network, recipe.start == "head-data")
     return network.eval(), reward  # no dropout here, and batch statistics stay the base's
+
+
+@torch.no_grad()
+def _quiet_head(pair: Pair, network: nn.Module, on_data: bool) -> None:
+    """Start LoRA's head at minus the best approximation of the pretrained head of its rank."""
+    head = network.get_output_embeddings()
+    weight = head.base_layer.weight.double()
+    root = torch.eye(weight.shape[1], dtype=torch.float64)  # of the covariance of the head's inputs
+    if on_data:
+        inputs = pair.features["source"][pair.train_labels != IGNORED].double()
+        values, vectors = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
+        root = vectors @ torch.diag(values.clamp(min=1e-8).sqrt()) @ vectors.T
+    left, sizes, right = torch.linalg.svd(weight @ root, full_matrices=False)
+    rank = head.r["default"]
+    half = (sizes[:rank] / head.scaling["default"]).sqrt()
+    head.lora_B["default"].weight.copy_(-left[:, :rank] * half)
+    head.lora_A["default"].weight.copy_(half[:, None] * (right[:rank] @ torch.linalg.inv(root)))
 
 
 def _merged_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -156,8 +191,8 @@ def _merged_forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight, base.bias)
 
 
-def train(pair: Pair, recipe: Recipe, seed: int) -> tuple[nn.Module, RewardModel | None]:
-    """AdamW without weight decay, cosine schedule with 5 % warm-up, gradients clipped at 1."""
+def train(pair: Pair, recipe: Recipe, seed: int) -> tuple[nn.Module, RewardModel | None, list[float]]:
+    """AdamW without weight decay, cosine schedule with 5 % warm-up, gradients clipped at 1. Also returns the losses."""
     set_seed(seed)
     network, reward = make_network(pair, recipe)
     trained = [value for value in network.parameters() if value.requires_grad]
@@ -171,8 +206,8 @@ def train(pair: Pair, recipe: Recipe, seed: int) -> tuple[nn.Module, RewardModel
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
     shuffle, draw = (torch.Generator().manual_seed(seed) for _ in range(2))
-    order = torch.empty(0, dtype=torch.long)
-    for _ in range(pair.steps):
+    order, losses = torch.empty(0, dtype=torch.long), []
+    for step in range(pair.steps):
         if len(order) < pair.batch_size:
             order = torch.cat([order, torch.randperm(len(pair.train), generator=shuffle)])
         rows, order = order[: pair.batch_size], order[pair.batch_size :]
@@ -183,13 +218,18 @@ def train(pair: Pair, recipe: Recipe, seed: int) -> tuple[nn.Module, RewardModel
         else:
             name = recipe.backbones[int(torch.randint(len(recipe.backbones), (), generator=draw))]
             backbone_logits = pair.backbone_logits(name, rows, labels)
+            share = min(1.0, step / (recipe.warm * pair.steps)) if recipe.warm else 1.0
+            share = (1 + share) / 2 if recipe.start == "both" else share
+            backbone_logits = backbone_logits * (share if recipe.start in ("backbone", "both") else 1)
+            logits = logits * (share if recipe.start in ("reward", "both") else 1)
             loss = prt_loss(backbone_logits, logits, labels, entropy_coef=recipe.entropy_coef)
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         scheduler.step()
-    return network, reward
+    return network, reward, losses
 
 
 @torch.no_grad()
@@ -269,7 +309,9 @@ def cifar_pair(assets: Path) -> Pair:
     return Pair(resnets(assets), None, *train, test, hits, lr=3e-3, steps=234, batch_size=128)
 
 
-def measure(names: list[str], seeds: list[int], assets: Path, work: Path, output: Path) -> dict:
+def measure(
+    names: list[str], seeds: list[int], assets: Path, work: Path, output: Path, chosen: Callable = configurations
+) -> dict:
     """Run what the output does not hold yet; it is written after every run."""
     results = json.loads(output.read_text()) if output.exists() else {"pairs": {}}
     results |= {"machine": hardware(), "versions": versions()}
@@ -280,15 +322,18 @@ def measure(names: list[str], seeds: list[int], assets: Path, work: Path, output
         entry |= {"train": len(pair.train), "test": sum(len(inputs) for inputs, _ in pair.test)}
         said = pair.test_logits.items()
         entry["pretrained"] = {key: pair.mean_score([part.log_softmax(-1) for part in parts]) for key, parts in said}
-        for label, (recipe, rival) in configurations(name).items():
+        for run in entry["runs"]:  # by earlier versions, without the newest settings
+            run["recipe"] = asdict(Recipe()) | run["recipe"]
+        for label, (recipe, rival) in chosen(name).items():
             for seed in seeds:
                 key = {"label": label, "rival": rival, "seed": seed, "recipe": json.loads(json.dumps(asdict(recipe)))}
                 if any(all(done[part] == key[part] for part in key) for done in entry["runs"]):
                     continue
                 start = time.perf_counter()
-                network, reward = train(pair, recipe, seed)
+                network, reward, losses = train(pair, recipe, seed)
                 count = sum(value.numel() for value in network.parameters() if value.requires_grad)
                 done = key | {"figures": figures(pair, network, recipe), "parameters": count}
+                done["losses"] = {"first": losses[0], "first tenth": statistics.mean(losses[: len(losses) // 10])}
                 entry["runs"].append(done | {"seconds": round(time.perf_counter() - start, 1)})
                 if reward is not None:
                     check_artefact(pair, reward)
@@ -349,6 +394,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("lora_rewards.json"), help="continued where it exists")
     parser.add_argument("--work", type=Path, default=Path("lora_rewards"), help="where the prose models lie, or will")
     parser.add_argument("--table", action="store_true", help="only print the table of the output")
+    parser.add_argument("--starts", action="store_true", help="study starts with a lower first loss instead")
     args = parser.parse_args()
     names = list(MEASURES) if args.pair == "all" else [args.pair]
     if args.table:
@@ -359,7 +405,8 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
-    print(table(measure(names, args.seeds, args.assets and Path(args.assets), args.work, args.output)))
+    chosen = starts if args.starts else configurations
+    print(table(measure(names, args.seeds, args.assets and Path(args.assets), args.work, args.output, chosen)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from prt_hf import PRTConfig, PRTTrainer, UnsupportedError, zero_shot_classifier
 from prt_hf.networks.identity import weights_digest_of_model
 from prt_hf.reward.backbones import Backbone
 
-FIGURES = ("loss", "grad_norm", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl")
+FIGURES = ("loss", "backbone_loss", "grad_norm", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl")
 ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True},
     "train_micro_batch_size_per_gpu": "auto",

@@ -176,6 +176,7 @@ def test_statistics_equal_their_definitions():
     expected = {
         "count": torch.ones(2, 4),
         "loss": -log_pi.gather(-1, chosen[..., None])[..., 0],
+        "backbone_loss": -log_pt.gather(-1, chosen[..., None])[..., 0],
         "accuracy": log_pi.argmax(-1) == chosen,
         "reward_accuracy": reward.argmax(-1) == chosen,
         "reward_entropy": torch.distributions.Categorical(logits=reward.double()).entropy(),

@@ -117,14 +117,14 @@ def portability_report(
     _check_rows(dataset, reward)
 
     own = {"revision": revision, "quantization_config": quantization_config}
-    of_target = load_kwargs | {name: value for name, value in own.items() if value is not None}
+    target_kwargs = load_kwargs | {name: value for name, value in own.items() if value is not None}
     networks = {
         SOURCE: source_backbones(reward, **load_kwargs)[0] if source is None else Backbone(reward, source),
         TUNED_SOURCE: None if eft is None else TunedModel(reward, eft, **load_kwargs),
     }
     target_networks = {
         name: {
-            TARGET: Backbone(reward, model, **of_target),
+            TARGET: Backbone(reward, model, **target_kwargs),
             **{
                 method: TunedModel(reward, models[name], **load_kwargs)
                 for method, models in given.items()
@@ -134,7 +134,7 @@ def portability_report(
         for name, model in targets.items()
     }
     tuned = [networks[TUNED_SOURCE], *(each.get(method) for each in target_networks.values() for method in given)]
-    judged = {name: _judged(reward, model, of_target) for name, model in targets.items()}
+    judged = {name: _judged(reward, model, target_kwargs) for name, model in targets.items()}
     limits = [
         context_length(reward.network),
         _source_limit(reward, networks[SOURCE], load_kwargs),
@@ -146,7 +146,7 @@ def portability_report(
     if eft is not None and "transplanted" in methods:
         parts = networks[SOURCE], networks[TUNED_SOURCE]
         for name, model in targets.items():
-            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, of_target):
+            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, target_kwargs):
                 notes.append(f"transplanted is left out at {name}: {reason}")
             else:
                 target_networks[name]["transplanted"] = Transplanted(reward, target_networks[name][TARGET], *parts)

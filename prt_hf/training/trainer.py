@@ -61,6 +61,8 @@ class PRTTrainer(BackboneReader):
             backbone in evaluation. By default the weights that the reward started from: the same model with the adapter
             switched off, or a frozen copy under a full reward. An existing reward keeps the backbones that it was tuned
             on. Each step draws one of several, and evaluation takes the mean over them; None stands for the default.
+            A model in memory may be quantised; the reward then names its checkpoint, which it is tuned further on in
+            full precision unless the quantised model is given again.
             Where its vocabulary is an update of the reward's, losses and figures are over the tokens that both have.
         distill_from (`str`, `Path`, `PeftModel` or `PreTrainedModel`, *optional*): a model that was fine-tuned from
             the source backbone, or an adapter of it; in memory, as a folder, or on the Hub. The reward is tuned to its

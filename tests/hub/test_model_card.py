@@ -287,6 +287,7 @@ def test_a_training_is_recorded(tmp_path, tokenizer):
     assert (record.datasets, record.evaluation_dataset, record.evaluation_split) == ((), "me/data", "test")
     figures = {
         "eval_loss",
+        "eval_backbone_loss",
         "eval_accuracy",
         "eval_reward_accuracy",
         "eval_reward_entropy",

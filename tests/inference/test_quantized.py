@@ -193,7 +193,7 @@ def test_a_reward_is_tuned_on_a_quantised_source_backbone(folder, quantized, tmp
     trainer.train()
     total = count = 0
     for row in rows:
-        log_probs = quantized(torch.tensor([row["input_ids"]])).logits[0, :-1].log_softmax(-1)
+        log_probs = quantized(torch.tensor([row["input_ids"]])).logits[0, :-1].detach().log_softmax(-1)
         labels = torch.tensor(row["labels"])[1:]
         keep = labels != -100
         total -= float(log_probs[keep].gather(1, labels[keep, None]).sum())
@@ -247,7 +247,7 @@ def test_check_and_evaluate_measure_the_quantised_backbone(folder, quantized, tm
     total = count = 0
     for line in data.read_text().splitlines():
         ids = torch.tensor([[*tiny.tokenizer()(line)["input_ids"], 2]])
-        log_probs = quantized(ids).logits[0, :-1].log_softmax(-1)
+        log_probs = quantized(ids).logits[0, :-1].detach().log_softmax(-1)
         total -= float(log_probs.gather(1, ids[0, 1:, None]).sum())
         count += ids.shape[1] - 1
     assert status == 0 and checked == pytest.approx(total / count, rel=1e-4)

@@ -113,6 +113,26 @@ def test_eval_figures(config, tokenizer):
         assert metrics[f"eval_{name}"] == pytest.approx(expected / count, rel=1e-4), name
 
 
+@pytest.mark.parametrize(("init", "says"), [("pretrained", True), ("zero", False)])
+def test_a_first_loss_above_the_backbones_is_explained_once(config, tokenizer, caplog, init, says):
+    rows = texts(8)
+    trainer = PRTTrainer(
+        tiny.llama(1),
+        config(reward_init=init, per_device_train_batch_size=8, gradient_accumulation_steps=1, logging_steps=1),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj"]),
+    )
+    trainer.train()
+    first = trainer.state.log_history[0]
+    told = [record.getMessage() for record in caplog.records if "first loss" in record.getMessage()]
+    assert len(told) == says
+    if says:
+        assert f"{first['loss']:.3f}" in told[0] and f"{first['backbone_loss']:.3f}" in told[0]
+    else:
+        assert first["loss"] == pytest.approx(first["backbone_loss"], rel=1e-5)
+
+
 def test_logged_figures_are_those_of_the_logged_step(config, tokenizer):
     """A large step of its own, so that training and evaluation see the same batch."""
     rows = texts(8)
@@ -126,7 +146,7 @@ def test_logged_figures_are_those_of_the_logged_step(config, tokenizer):
     before = trainer.evaluate()
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
-    for name in ("accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
+    for name in ("backbone_loss", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
         assert logged[name] == pytest.approx(before[f"eval_{name}"], rel=1e-4), name
     # the training loss is the objective of Eq. 12, the evaluation loss the likelihood
     assert logged["loss"] == pytest.approx(before["eval_loss"] - 0.5 * before["eval_reward_entropy"], rel=1e-4)
@@ -142,7 +162,7 @@ def test_figures_are_logged_with_every_epoch(config, tokenizer):
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["epoch"] for entry in logged] == [1, 2]
     for entry in logged:
-        for name in ("accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
+        for name in ("backbone_loss", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
             assert entry[name] == pytest.approx(expected[f"eval_{name}"], rel=1e-4), name
 
 

@@ -55,7 +55,7 @@ def tuner(tmp_path, tokenizer):
     return make
 
 
-FIGURES = ("loss", "grad_norm", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl")
+FIGURES = ("loss", "backbone_loss", "grad_norm", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl")
 
 
 def course(trainer):
@@ -796,7 +796,7 @@ def test_evaluation_is_the_mean_over_backbones(tuner, precompute):
     figures = [tuner(tiny.llama(1), backbone=make()).evaluate() for make in networks]
     several = tuner(tiny.llama(1), backbone=[make() for make in networks], precompute_backbone=precompute).evaluate()
     assert several["eval_loss"] != pytest.approx(figures[0]["eval_loss"], rel=1e-3)
-    for name in ("loss", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
+    for name in ("loss", "backbone_loss", "accuracy", "reward_accuracy", "reward_entropy", "reward_abs", "kl"):
         mean = sum(each[f"eval_{name}"] for each in figures) / 3
         assert several[f"eval_{name}"] == pytest.approx(mean, rel=1e-5), name
 
