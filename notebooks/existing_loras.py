@@ -1,4 +1,4 @@
-"""Existing LoRAs: carried over, distilled, added up and taken from one another; figures of README and lora_rewards.md.
+"""Existing LoRAs: carried over, distilled, added up and subtracted; figures of existing_loras.md and lora_rewards.md.
 
     python notebooks/existing_loras.py --assets ASSETS --folder loras      # tunes what is missing there, prints tables
 

@@ -322,7 +322,7 @@ class RewardConfig:
                 "The reward was saved by a newer prt_hf.",
                 expected=f"format version {FORMAT_VERSION}, or a newer one of the same major version",
                 found=version,
-                remedy="pip install --upgrade prt_hf",
+                remedy="update your clone of prt_hf",
             )
         known = _known(cls, entries)
         known["contract"] = contract = contract_from_dict(entries["contract"])

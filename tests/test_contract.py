@@ -144,7 +144,7 @@ def test_newer_minor_versions_are_read_with_a_warning(tmp_path, monkeypatch):
 
 
 def test_newer_major_versions_are_refused(tmp_path):
-    with pytest.raises(RewardFileError, match="(?s)newer prt_hf.*found: 2.0.*pip install --upgrade"):
+    with pytest.raises(RewardFileError, match="(?s)newer prt_hf.*found: 2.0.*update your clone"):
         RewardConfig.from_json_file(write_changed(tmp_path, format_version="2.0"))
 
 

@@ -214,7 +214,7 @@ def _task_manager(tasks: Sequence[str], include_path: str | Path | None) -> Any:
             "Tasks are run by lm-evaluation-harness, which is not installed.",
             expected="the package lm_eval",
             found="none",
-            remedy="pip install prt_hf[eval]",
+            remedy="pip install lm_eval",
         )
     from lm_eval.tasks import TaskManager
 

@@ -21,7 +21,7 @@ except ImportError as error:
         "The package evaluate is not installed.",
         expected="evaluate 0.4.6 or newer",
         found="none",
-        remedy="pip install prt_hf[eval]",
+        remedy="pip install evaluate",
     ) from error
 
 _NUMBER = re.compile(

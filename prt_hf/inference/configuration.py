@@ -236,7 +236,7 @@ def _check_version(version: str) -> None:
             "The recipe was written by a newer prt_hf, or is none.",
             expected=f"recipe version {RECIPE_VERSION} or older",
             found=repr(version),
-            remedy="pip install --upgrade prt_hf",
+            remedy="update your clone of prt_hf",
         )
 
 

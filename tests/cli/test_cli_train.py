@@ -15,7 +15,7 @@ from datasets import Image as ImageFeature
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file
-from test_readme import README
+from test_readme import GUIDES
 from test_sft import TEMPLATE
 from transformers import (
     AutoImageProcessor,
@@ -456,8 +456,8 @@ def test_remote_code_is_trusted_only_where_told(given, trusted):
     assert Options(arguments).trust_remote_code is trusted
 
 
-def test_the_readmes_file_is_understood(tmp_path):
-    (block,) = re.findall(r"```yaml\n(# reward\.yaml.*?)```", README, re.S)
+def test_the_guides_file_is_understood(tmp_path):
+    (block,) = re.findall(r"```yaml\n(# reward\.yaml.*?)```", GUIDES["notebooks/tuning.md"], re.S)
     (tmp_path / "reward.yaml").write_text(block)
     options = Options(["--config", str(tmp_path / "reward.yaml"), "--use_cpu"])
     config = options.training_config(PRTSFTConfig, "text-generation", learning_rate=3e-4)
