@@ -1,6 +1,7 @@
 """`prt-hf demo`."""
 
 import argparse
+import sys
 
 from ..errors import PRTValueError
 from .arguments import add_counts, add_option, positive, seed, with_default
@@ -14,7 +15,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "demo",
         help="tune a reward on an old model and port it to a new one, here and now",
         description="Pretrain an old and a new model, tune a reward on the old one, add it to the new one, and "
-        "compare; offline, within about five minutes on two cores. Or do the same with your own models and data.",
+        "compare, with three seeds; offline, in about three minutes on two quiet cores. Or do the same with your own "
+        "models and data.",
     )
     add_option(parser, "task", choices=("all", *TASKS), default="all", help=with_default("kind of models"))
     add_option(parser, "output_dir", default="prt_demo", help=with_default("folder for models, table and chart"))
@@ -32,9 +34,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Run the demo and print its tables."""
-    if not args.source:
-        tasks = "text and images, three tunings each" if args.task == "all" else f"{args.task}, three tunings"
-        print(f"prt-hf demo: {tasks}; about three minutes on two quiet cores. Loading the libraries ...", flush=True)
+    tasks = "text and images" if args.task == "all" else args.task
+    extent = "your own models" if args.source else "about three minutes on two quiet cores"
+    print(f"prt-hf demo: {tasks}, {extent}; loading the libraries first", file=sys.stderr, flush=True)
     from ..demo import OwnModels, run_demo
     from ..demo.report import describe
     from ..demo.training import Steps

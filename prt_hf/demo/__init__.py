@@ -64,7 +64,7 @@ def run_demo(
         task: `"text"` or `"images"`.
         output_dir: The folder that gets the models made (`<task>-source`, `<task>-target`), `<task>-reward`,
             `<task>.png` and `results.json`.
-        seed: Of everything that is random.
+        seed: Of data and models, and of the first tuning; the others have the seeds that follow.
         own (*optional*): Models and data of the user.
         text_settings (*optional*): Sizes and steps of the text task.
         image_settings (*optional*): Sizes and steps of the image task.

@@ -51,7 +51,7 @@ def run_answers(world: World, folder: Path, settings: AnswerSettings, seed: int,
         if not runs:
             contenders.reward.save_pretrained(folder / "text-reward")
             samples = _samples(world.judged[: settings.samples], answers)
-        runs.append([*_shares(answers, world.judged), losses])
+        runs.append([*shares_of(answers, world.judged), losses])
     names = ("form right (%)", "facts right (%)", "both right (%)", "nats/token")
     measures = [
         Measure.of_runs(name, scores, digits=3 if name == "nats/token" else 1)
@@ -106,7 +106,7 @@ def _generate(
     return [text.strip() for text in texts]
 
 
-def _shares(answers: Answers, countries: list[Country]) -> list[dict[str, dict[str, float]]]:
+def shares_of(answers: Answers, countries: list[Country]) -> list[dict[str, dict[str, float]]]:
     """Return the shares in % of answers with the form, with the facts, and with both."""
     shares = [defaultdict(dict) for _ in range(3)]
     for (method, place), texts in answers.items():

@@ -130,7 +130,7 @@ class WorldSettings:
     old: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 2})
     new: dict[str, int] = field(default_factory=lambda: {"hidden_size": 96, "num_hidden_layers": 2})
     old_pretraining: Steps = Steps(500, 6e-3, batch_size=32)
-    new_pretraining: Steps = Steps(400, 6e-3, batch_size=32)
+    new_pretraining: Steps = Steps(300, 6e-3, batch_size=32)
     texts: int = 40
     seldom: float = 0.2
 
@@ -168,16 +168,7 @@ def make_world(
         ("text-source", "old", settings.old, settings.old_pretraining, settings.seldom),
         ("text-target", "new", settings.new, settings.new_pretraining, 1.0),
     ):
-        generator = random.Random(seed)
-        texts = [
-            text
-            for _ in range(settings.texts)
-            for text in (
-                *(_about_country(country, generator, 1.0) for country in tuning),
-                *(_about_country(country, generator, seldom) for country in judged),
-                *(_about_element(*element, generator) for element in _entries(_ELEMENTS)),
-            )
-        ]
+        texts = texts_about(tuning, judged, settings.texts, seldom, seed)
         rows = [{"input_ids": [*ids, tokenizer.eos_token_id]} for ids in tokenizer(texts)["input_ids"]]
         # Small models learn facts faster from larger first weights than the usual ones.
         model = llama(tokenizer, size | {"initializer_range": 0.05}, seed)
@@ -188,6 +179,23 @@ def make_world(
         # Loaded from the folder, so that a reward can name its base.
         built.append(AutoModelForCausalLM.from_pretrained(folder / name))
     return World(*built, tokenizer, tuning, judged)
+
+
+def texts_about(tuning: list[Country], judged: list[Country], count: int, seldom: float, seed: int) -> list[str]:
+    """Return `count` texts about each country and element; those about judged countries tell the capital seldom.
+
+    Texts about countries are plain sentences, most of those about elements are lists in JSON.
+    """
+    generator = random.Random(seed)
+    return [
+        text
+        for _ in range(count)
+        for text in (
+            *(_about_country(country, generator, 1.0) for country in tuning),
+            *(_about_country(country, generator, seldom) for country in judged),
+            *(_about_element(*element, generator) for element in _entries(_ELEMENTS)),
+        )
+    ]
 
 
 def examples(countries: Iterable[Country]) -> list[dict[str, str]]:

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 from ..evaluation import figure
 from ..hub import card
-from .comparison import METHODS, PLACES, gain_recovered
+from .comparison import METHODS, PLACES
 
 _HEADS = {"source": "with the old model (source)", "target": "with the new model (target)"}
 
@@ -42,11 +42,6 @@ class Measure:
             text += f" ± {self.spread(method, place):.{self.digits}f}"
         return text
 
-    @property
-    def gain_recovered(self) -> float | None:
-        """(PRT - pretrained) / (fine-tuned - pretrained) at the target, of the means; None if there is no gain."""
-        return gain_recovered({method: {place: self.mean(method, place) for place in PLACES} for method in METHODS})
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -63,7 +58,7 @@ class Result:
     Attributes:
         task (`str`): `"text"` or `"images"`.
         title (`str`): A line on what was tuned, and what it is judged on.
-        measures (list of [`Measure`]): The last one but those in nats sums the task up, and is drawn.
+        measures (list of [`Measure`]): What the methods are judged by.
         models_held (`dict[str, int]`): `{method: models in memory with the target}`.
         samples (list of [`Sample`]): Samples of generated text.
         notes (list of `str`): What has to be known to read the table.

@@ -1,6 +1,9 @@
 """The demo: its data, its table, its files, and the command around it, all at tiny sizes."""
 
 import json
+import sys
+from argparse import ArgumentParser
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,24 +14,23 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, ViTImageProcessor
 
 from prt_hf import PRTError, RewardModel, VocabularyMismatchError
-from prt_hf.cli import main
-from prt_hf.demo import OwnModels, images, prose, run_demo, text
+from prt_hf.cli import demo, main
+from prt_hf.demo import OwnModels, answers, facts, images, run_demo
 from prt_hf.demo.comparison import EFT, FINE_TUNED, METHODS, PLACES, PRETRAINED, PRT, REWARD_ONLY, gain_recovered, hits
 from prt_hf.demo.data import load_splits
-from prt_hf.demo.report import table
+from prt_hf.demo.report import Measure, table
 from prt_hf.demo.training import Steps
 from prt_hf.errors import PRTValueError
 
-TEXT = text.TextSettings(
-    old={"hidden_size": 32, "num_hidden_layers": 1},
-    new={"hidden_size": 32, "num_hidden_layers": 2},
-    vocabulary_size=300,
-    length=32,
-    old_pretraining=Steps(2, 1e-3, 4),
-    new_pretraining=Steps(3, 1e-3, 4),
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1}
+TEXT = answers.AnswerSettings(
+    world=facts.WorldSettings(
+        old=SMALL, new=SMALL, old_pretraining=Steps(2, 1e-3, 4), new_pretraining=Steps(3, 1e-3, 4), texts=1
+    ),
     tuning=Steps(3, 1e-2, 4),
-    new_tokens=6,
-    timed_repeats=1,
+    tunings=2,
+    new_tokens=8,
+    samples=1,
 )
 IMAGES = images.ImageSettings(
     old={"hidden_size": 16, "num_hidden_layers": 1},
@@ -36,88 +38,18 @@ IMAGES = images.ImageSettings(
     old_pretraining=Steps(5, 3e-3, 16),
     new_pretraining=Steps(5, 3e-3, 16),
     tuning=Steps(3, 1e-2, 16),
-    timed_repeats=1,
+    tunings=2,
 )
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    """A small standard library: ten modules of documented functions, and what has to be left out of it."""
-    folder = tmp_path_factory.mktemp("library")
-    for module in range(10):
-        prose_of = "\n\n".join(
-            f'def f{index}():\n    """Return value {module * 10 + index} of the module that is shown here.\n\n'
-            f'    The number {index} stands alone in file {module} of them all. See below.\n    """'
-            for index in range(6)
-        )
-        (folder / f"m{module}.py").write_text(
-            f'"""Module {module} holds some functions that do nothing at all."""\n{prose_of}'
-        )
-    (folder / "broken.py").write_text("def (:\n")
-    (folder / "test").mkdir()
-    (folder / "test" / "test_m.py").write_text('"""These are tests and nobody reads them as a text in prose."""')
-    return folder
-
-
-@pytest.fixture(scope="module")
-def outcomes(library, tmp_path_factory):
+def outcomes(tmp_path_factory):
     """Both tasks, run once into one folder."""
     folder = tmp_path_factory.mktemp("demo") / "out"
-    documents = prose.standard_library_documents(library)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prose, "standard_library_documents", lambda: documents)
-        return {
-            "text": run_demo("text", folder, seed=3, text_settings=TEXT),
-            "images": run_demo("images", folder, seed=3, image_settings=IMAGES),
-        }
-
-
-def test_bullets_are_what_the_docstring_says():
-    passage = ["The first one.", "Is this the second?", "JSON text comes third (see below)."]
-    assert prose.as_bullets(passage) == (
-        "- the first one\n- is this the second?\n- jSON text comes third (see below)\nThe end."
-    )
-
-
-def test_prose_is_told_from_code_and_tables():
-    document = (
-        "Open a file and\nreturn a stream. It may\nraise an error.\n\n"
-        ">>> open('x')  # This looks like a sentence but it is code.\n\n"
-        "| a | b | c | d | e | f | g | h | 1 | 2 | 3 | 4 | 5 |.\n\nShort.\n\nnot a sentence, since it starts small."
-    )
-    assert prose.sentences(document) == ["Open a file and return a stream.", "It may raise an error."]
-
-
-def test_documents_are_docstrings_in_a_fixed_order(library):
-    documents = prose.standard_library_documents(library)
-    names = list(documents)
-    assert names[:10] == [f"m{module}.py" for module in range(10)]
-    assert all(name.startswith("help(") for name in names[10:])
-    assert documents["m0.py"].startswith("Module 0 holds some functions that do nothing at all.\n\nReturn value 0 of")
-
-
-def test_no_sentence_is_in_two_splits(library):
-    documents = prose.standard_library_documents(library)
-    splits = prose.split(documents, seed=0)
-    seen = [sentence for part in splits for passage in part for sentence in passage]
-    assert len(seen) == len(set(seen)) > 100
-    assert all(splits)
-    # whole documents: file 4's sentences are all in one split
-    owners = {
-        name
-        for name, part in zip(splits._fields, splits, strict=True)
-        if any("in file 4 of" in s for p in part for s in p)
+    return {
+        "text": run_demo("text", folder, seed=3, text_settings=TEXT),
+        "images": run_demo("images", folder, seed=3, image_settings=IMAGES),
     }
-    assert len(owners) == 1
-    assert splits == prose.split(documents, seed=0) != prose.split(documents, seed=1)
-
-
-def test_the_tokenizer_gives_text_back():
-    tokenizer = prose.train_tokenizer(["Return the value of the key, or a default."] * 3, 280)
-    ids = tokenizer("- return ütf\n")["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids, skip_special_tokens=True) == "- return ütf\n"
-    assert len(tokenizer) <= 280
 
 
 def test_digits_are_disjoint_and_turned():
@@ -142,29 +74,72 @@ def test_hits_are_percent():
     assert hits(log_probs, torch.tensor([1, 0, 1])).mean() == pytest.approx(200 / 3)
 
 
-def test_text_scores_equal_a_recomputation_token_by_token(outcomes, library):
-    """From what was saved, in float64 and without batches: pretrained, reward only and PRT, at both places."""
+@pytest.fixture(scope="module")
+def saved(outcomes):
+    """What the text task saved: the reward of the first tuning, and both models."""
     outcome = outcomes["text"]
-    folder = outcome.reward.parent
     reward = RewardModel.from_pretrained(outcome.reward)
+    folder = outcome.reward.parent
     models = {place: AutoModelForCausalLM.from_pretrained(folder / f"text-{place}") for place in PLACES}
-    passages = prose.split(prose.standard_library_documents(library), seed=3).test
+    return reward, models
+
+
+@torch.no_grad()
+def probabilities(scores, ids):
+    """softmax in float64 of the sum of what the models say about every next token."""
+    logits = sum(model(input_ids=ids) if isinstance(model, RewardModel) else model(ids).logits for model in scores)
+    return logits.double().softmax(-1)[0]
+
+
+def test_losses_equal_a_recomputation_token_by_token(outcomes, saved):
+    """From what was saved, in float64 and without batches: pretrained, reward only and PRT, at both places."""
+    reward, models = saved
     tokenizer = reward.processing_class
-    texts = tokenizer([prose.as_bullets(passage) for passage in passages])["input_ids"]
-    rows = [[*ids, tokenizer.eos_token_id][: TEXT.length] for ids in texts]
     sums, count = dict.fromkeys(((m, p) for m in (PRETRAINED, REWARD_ONLY, PRT) for p in PLACES), 0.0), 0
-    with torch.no_grad():
-        for row in rows:
-            ids = torch.tensor([row])
-            r = reward(input_ids=ids).double()[0, :-1]
-            count += len(row) - 1
-            for place, model in models.items():
-                logits = model(input_ids=ids).logits.double()[0, :-1]
-                for method, scores in ((PRETRAINED, logits), (REWARD_ONLY, r), (PRT, logits + r)):
-                    probs = scores.exp() / scores.exp().sum(-1, keepdim=True)
-                    sums[method, place] -= probs[range(len(row) - 1), row[1:]].log().sum().item()
+    for country in facts.halves(3)[1]:
+        start = len(tokenizer(country.prompt)["input_ids"])
+        row = [*tokenizer(country.prompt + country.answer)["input_ids"], tokenizer.eos_token_id]
+        ids, places = torch.tensor([row]), range(start - 1, len(row) - 1)
+        count += len(places)
+        for place, model in models.items():
+            for method, terms in ((PRETRAINED, [model]), (REWARD_ONLY, [reward]), (PRT, [model, reward])):
+                sums[method, place] -= probabilities(terms, ids)[places, row[start:]].log().sum().item()
+    losses = outcomes["text"].result.measures[-1]
     for (method, place), value in sums.items():
-        assert outcome.result.scores[method][place] == pytest.approx(value / count, abs=2e-5), (method, place)
+        assert losses.values[method][place][0] == pytest.approx(value / count, abs=2e-5), (method, place)
+
+
+def test_printed_answers_equal_a_recomputation(outcomes, saved):
+    """The likeliest next token, one after another, of log pi + r without caches, batches and processors."""
+    reward, models = saved
+    tokenizer, (sample,) = reward.processing_class, outcomes["text"].result.samples
+    for name, terms in (
+        ("new model, pretrained", [models["target"]]),
+        ("new model + PRT", [models["target"], reward]),
+        ("reward only", [reward]),
+    ):
+        ids = start = tokenizer(sample.prompt + "\n", return_tensors="pt")["input_ids"]
+        while ids.shape[1] < start.shape[1] + TEXT.new_tokens and ids[0, -1] != tokenizer.eos_token_id:
+            ids = torch.cat([ids, probabilities(terms, ids)[-1].argmax().reshape(1, 1)], -1)
+        answer = tokenizer.decode(ids[0, start.shape[1] :], skip_special_tokens=True)
+        assert sample.texts[name] == answer.strip(), name
+
+
+def test_shares_are_percent_of_answers():
+    countries = facts.halves(0)[1][:4]
+    right, other = countries[0], countries[1]
+    wrong = replace(other, capital="Oslo").answer
+    shares = answers.shares_of({(PRT, "target"): [right.answer, wrong, "", "Oslo"]}, countries)
+    assert [share[PRT]["target"] for share in shares] == [50.0, 25.0, 25.0]
+
+
+def test_measures_are_means_and_deviations_over_tunings():
+    runs = [{method: dict.fromkeys(PLACES, value) for method in METHODS} for value in (10.0, 20.0, 60.0)]
+    measure = Measure.of_runs("form (%)", runs)
+    assert measure.mean(PRT, "target") == 30.0
+    assert measure.spread(PRT, "target") == pytest.approx(700**0.5)  # ((20^2 + 10^2 + 30^2) / 2)^0.5
+    assert measure.shown(PRT, "target") == "30.0 ± 26.5"
+    assert Measure.of_runs("form (%)", runs[:1]).shown(EFT, "source") == "10.0"
 
 
 def test_image_scores_equal_a_recount(outcomes):
@@ -181,18 +156,21 @@ def test_image_scores_equal_a_recount(outcomes):
     for method, scores in ((PRETRAINED, logits), (REWARD_ONLY, r), (PRT, logits.log_softmax(-1) + r)):
         accuracy = 100 * (scores.argmax(-1) == test["labels"]).double().mean().item()
         # a tie within float32 may fall either way
-        assert outcome.result.scores[method]["target"] == pytest.approx(accuracy, abs=0.3), method
+        assert outcome.result.measures[0].values[method]["target"][0] == pytest.approx(accuracy, abs=0.3), method
     assert len(test["labels"]) == 1797 - IMAGES.new_images - IMAGES.tuning_images
 
 
 @pytest.mark.parametrize("task", ["text", "images"])
 def test_what_has_to_hold_by_definition(outcomes, task):
-    scores = outcomes[task].result.scores
-    assert tuple(scores) == METHODS
-    # With its own source, EFT is the fine-tuned old model; and a reward alone knows no place.
-    assert scores[EFT]["source"] == pytest.approx(scores[FINE_TUNED]["source"], abs=1e-4)
-    assert scores[REWARD_ONLY]["source"] == scores[REWARD_ONLY]["target"]
-    assert scores[PRT]["target"] != scores[PRETRAINED]["target"] != scores[EFT]["target"]
+    for measure in outcomes[task].result.measures:
+        values = measure.values
+        assert set(values) == set(METHODS)
+        # With its own source, EFT is the fine-tuned old model; a reward alone knows no place; tuning changes no base.
+        assert values[EFT]["source"] == pytest.approx(values[FINE_TUNED]["source"], abs=1e-4)
+        assert values[REWARD_ONLY]["source"] == values[REWARD_ONLY]["target"]
+        assert len(set(values[PRETRAINED]["target"])) == 1
+    prt = values[PRT]["target"]
+    assert len(prt) == 2 and prt[0] != prt[1] != values[EFT]["target"][1]
 
 
 def test_the_table_and_the_file_show_the_scores(outcomes):
@@ -200,25 +178,27 @@ def test_the_table_and_the_file_show_the_scores(outcomes):
     written = json.loads((folder / "results.json").read_text())
     for task, outcome in outcomes.items():
         result = outcome.result
-        assert written[task]["scores"] == result.scores
+        assert written[task]["measures"] == [asdict(measure) for measure in result.measures]
         assert written[task]["seed"] == 3 and written[task]["versions"]["torch"] == torch.__version__
+        assert written[task]["hardware"]["threads"] == 1
         lines = table(result).splitlines()
-        digits = 3 if task == "text" else 1
-        for line, method in zip(lines[2:7], METHODS, strict=True):
-            name, (source, target, milliseconds, held, forwards) = line[:12].strip(), line[12:].split()
-            assert name == method
-            assert (source, target) == tuple(f"{result.scores[method][place]:.{digits}f}" for place in PLACES)
-            assert milliseconds == f"{result.milliseconds[method]:.2f}" and float(milliseconds) > 0
-            assert (int(held), int(forwards)) == {PRT: (2, 2), EFT: (2 if task == "text" else 3, 3)}.get(method, (1, 1))
-        gain = gain_recovered(result.scores)
-        assert lines[7].endswith("undefined" if gain is None else f"{gain:.0%}")
+        assert lines[0] == result.title
+        blocks = {"source": lines[3 : 3 + len(METHODS)], "target": lines[4 + len(METHODS) :]}
+        for place, block in blocks.items():
+            for line, method in zip(block, METHODS, strict=False):
+                assert line.startswith(f"  {method} ")
+                shown = [measure.shown(method, place) for measure in result.measures]
+                held = {PRT: 2, EFT: 2 if task == "text" else 3}.get(method, 1)
+                assert " ".join(line[14:].split()) == " ".join([*shown, str(held)] if place == "target" else shown)
 
 
 @pytest.mark.parametrize("task", ["text", "images"])
 def test_the_printed_lines_run(outcomes, task, capsys):
     exec(outcomes[task].usage, {})
     printed = capsys.readouterr().out
-    assert printed.startswith(text.PROMPT) if task == "text" else all(word in images.DIGITS for word in eval(printed))
+    assert (
+        printed.startswith("Tell me about ") if task == "text" else all(word in images.DIGITS for word in eval(printed))
+    )
 
 
 def test_figures_are_drawn(outcomes):
@@ -228,12 +208,34 @@ def test_figures_are_drawn(outcomes):
             assert len(figure.convert("RGB").getcolors(2**20)) > 10
 
 
-def test_the_same_seed_gives_the_same_numbers(outcomes, tmp_path):
-    again = run_demo("images", tmp_path, seed=3, image_settings=IMAGES)
-    assert again.result.scores == outcomes["images"].result.scores
-    other = run_demo("images", tmp_path, seed=4, image_settings=IMAGES)  # over the first, which is the demo's own
-    assert other.result.scores != again.result.scores
+@pytest.mark.parametrize("task", ["text", "images"])
+def test_the_same_seed_gives_the_same_numbers_whatever_the_threads(outcomes, task, tmp_path, capsys):
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        again = run_demo(task, tmp_path, seed=3, text_settings=TEXT, image_settings=IMAGES)
+        assert torch.get_num_threads() == 2, "which the demo gives back"
+    finally:
+        torch.set_num_threads(threads)
+    assert table(again.result) == table(outcomes[task].result)
+    assert again.result == outcomes[task].result
+    bars = capsys.readouterr().err
+    assert all(f"stage {number} of 10: " in bars for number in range(1, 11)) and "stage 11" not in bars
+
+
+def test_another_seed_gives_other_numbers_in_the_same_folder(outcomes, tmp_path):
+    run_demo("images", tmp_path, seed=3, image_settings=replace(IMAGES, tunings=1))
+    other = run_demo("images", tmp_path, seed=4, image_settings=replace(IMAGES, tunings=1))
+    assert other.result.measures[0].values[PRT] != outcomes["images"].result.measures[0].values[PRT]
     assert json.loads((tmp_path / "results.json").read_text())["images"]["seed"] == 4
+
+
+def test_the_command_says_at_once_what_it_does(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "prt_hf.demo", None)  # which cannot be imported then
+    with pytest.raises(ImportError):
+        commands = ArgumentParser().add_subparsers()
+        demo.run(demo.add_parser(commands).parse_args(["--task", "text", "--output_dir", "here"]))
+    assert capsys.readouterr().err.startswith("prt-hf demo: text, ")
 
 
 def test_foreign_files_are_left_alone(tmp_path):
@@ -281,7 +283,7 @@ def test_command_with_own_language_models(own, capsys):
     assert main(arguments(own, "old", "new", "text.jsonl", "--task", "text")) == 0
     printed = capsys.readouterr().out
     written = json.loads((own / "out" / "results.json").read_text())["text"]
-    assert f"{written['scores'][PRT]['target']:.3f}" in printed
+    assert f"{written['measures'][0]['values'][PRT]['target'][0]:.3f}" in printed
     assert written["models"]["source"] == str(own / "old") and written["models"]["tuning"]["steps"] == 2
     assert f"reward: {own / 'out' / 'text-reward'}" in printed
     usage = printed[printed.index("Use the reward:") :].partition("\n\n")[2]
