@@ -16,7 +16,7 @@ from .comparison import EFT, FINE_TUNED, PRETRAINED, PRT, REWARD_ONLY, Contender
 from .facts import Country, World, WorldSettings, examples, judge
 from .report import Measure, Result, Sample, spread_note
 from .text import TextTask, collator_of
-from .training import Steps
+from .training import Steps, tuning_seeds
 
 Answers = dict[tuple[str, str], list[str]]  # (method, place) -> an answer for each country
 
@@ -42,7 +42,7 @@ def run_answers(world: World, folder: Path, settings: AnswerSettings, seed: int,
     task = TextTask(world.source, world.target, world.tokenizer, _rows(world, world.tuning), _rows(world, world.judged))
     collator = collator_of(world.tokenizer)
     runs, samples = [], []
-    for each in range(seed, seed + settings.tunings):
+    for each in tuning_seeds(seed, settings.tunings):
         contenders = tune_all(
             task, settings.tuning, each, collator, stage, adapter=True, processing_class=world.tokenizer
         )

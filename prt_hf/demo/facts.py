@@ -130,7 +130,7 @@ class WorldSettings:
     old: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 2})
     new: dict[str, int] = field(default_factory=lambda: {"hidden_size": 96, "num_hidden_layers": 2})
     old_pretraining: Steps = Steps(500, 6e-3, batch_size=32)
-    new_pretraining: Steps = Steps(300, 6e-3, batch_size=32)
+    new_pretraining: Steps = Steps(400, 6e-3, batch_size=32)
     texts: int = 40
     seldom: float = 0.2
 

@@ -29,7 +29,7 @@ from ..training.data import label_ids, pixel_values, require_column
 from .comparison import hits, tune_all
 from .data import load, load_splits
 from .report import Measure, Result, spread_note
-from .training import Steps, fit
+from .training import Steps, fit, tuning_seeds
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MEAN, DEVIATION = 0.305, 0.376  # of the digits' pixels in [0, 1]
@@ -110,7 +110,7 @@ def run_images(
     save_file(_collate(task.test), folder / "images-test.safetensors")
     batches = [_collate(task.test[start : start + BATCH_SIZE]) for start in range(0, len(task.test), BATCH_SIZE)]
     runs = []
-    for each in range(seed, seed + settings.tunings):
+    for each in tuning_seeds(seed, settings.tunings):
         contenders = tune_all(
             task,
             settings.tuning,

@@ -37,6 +37,11 @@ class Stages:
         return f"stage {self._number} of {self._total}: {description}"
 
 
+def tuning_seeds(first: int, count: int) -> list[int]:
+    """Return the seeds that follow the first one, within numpy's range."""
+    return [(first + index) % 2**32 for index in range(count)]
+
+
 class _Bar(TrainerCallback):
     def __init__(self, description: str):
         self._description = description
