@@ -3,7 +3,7 @@
     python notebooks/lora_rewards.py --assets ASSETS --pair all --seeds 0 1 2 --output lora_rewards.json
     python notebooks/lora_rewards.py --output lora_rewards.json --table
 
-Pairs: "prose" (the demo's two Llamas, pretrained here once), "stories" (stories-old -> stories260K) and "cifar"
+Pairs: "prose" (Llamas that prose_models.py pretrains, once), "stories" (stories-old -> stories260K) and "cifar"
 (ResNet-20 -> ResNet-32, mild Gaussian noise). A seed is the order of the data and the adapter's initial weights.
 """
 
@@ -25,15 +25,13 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
+from prose_models import MODELS, make_prose_models
 from real_models import MILD, cifar10, resnets, story_models, text_rows
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from prt_hf import RewardModel, combine, default_peft_config, prt_loss
-from prt_hf.demo import prose
-from prt_hf.demo.text import TextSettings, bullet_lists, collator_of, llama
-from prt_hf.demo.training import Steps, fit
 from prt_hf.evaluation.machine import hardware, versions
 from prt_hf.networks.adapters import wrap
 
@@ -277,22 +275,12 @@ def text_pair(models: dict, tokenizer, train_rows: list, test_rows: list, steps:
 
 
 def prose_pair(work: Path) -> Pair:
-    """The demo's models and rows, and a third model as a second source; made once, with seed 0."""
-    settings, folder = TextSettings(), work / "prose"
+    """Models and rows of prose_models.py, with a third model as a second source; made once, with seed 0."""
+    folder = work / "prose"
     if not (folder / "rows.json").exists():
-        task = bullet_lists(folder, settings, 0)
-        passages = prose.split(prose.standard_library_documents(), 0).pretraining
-        texts = task.tokenizer([prose.as_prose(passage) for passage in passages])["input_ids"]
-        stream, length = [token for text in texts for token in [*text, task.tokenizer.eos_token_id]], settings.length
-        blocks = [{"input_ids": stream[i : i + length]} for i in range(0, len(stream) - length + 1, length)]
-        second = llama(task.tokenizer, {"hidden_size": 96, "num_hidden_layers": 3}, 0)
-        fit(second, blocks, Steps(450, 4e-3, 8), 0, "pretraining a third model", collator_of(task.tokenizer))
-        second.save_pretrained(folder / "text-second")
-        rows = {name: [row["input_ids"] for row in getattr(task, name)] for name in ("train", "test")}
-        (folder / "rows.json").write_text(json.dumps(rows))
+        make_prose_models(folder)
     rows = json.loads((folder / "rows.json").read_text())
-    names = ("source", "target", "second")
-    models = {name: AutoModelForCausalLM.from_pretrained(folder / f"text-{name}") for name in names}
+    models = {name: AutoModelForCausalLM.from_pretrained(folder / f"text-{name}") for name in MODELS}
     tokenizer = AutoTokenizer.from_pretrained(folder / "text-source")
     return text_pair(models, tokenizer, rows["train"], rows["test"], steps=250, batch_size=8)
 

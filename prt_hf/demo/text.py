@@ -1,7 +1,7 @@
-"""Run the text task with the user's own models and texts; make two Llamas that write prose, for the notebooks."""
+"""Run the text task with the user's own models and texts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,26 +20,18 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from .. import VocabularyContract
 from ..errors import PRTValueError
 from ..training.data import require_column
-from . import prose
 from .comparison import PRETRAINED, PRT, token_losses, tune_all
 from .data import load, load_splits
 from .report import Measure, Result, Sample
-from .training import Steps, fit
-
-PROMPT = "- this function"
+from .training import Steps
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """The sizes of the models, and the steps of every stage; lengths in tokens."""
+    """The steps of each tuning, and lengths in tokens."""
 
-    old: dict[str, int] = field(default_factory=lambda: {"hidden_size": 64, "num_hidden_layers": 2})
-    new: dict[str, int] = field(default_factory=lambda: {"hidden_size": 128, "num_hidden_layers": 4})
-    vocabulary_size: int = 1024
+    tuning: Steps
     length: int = 128
-    old_pretraining: Steps = Steps(250, 4e-3, batch_size=8)
-    new_pretraining: Steps = Steps(700, 4e-3, batch_size=8)
-    tuning: Steps = Steps(250, 3e-3, batch_size=8)
     new_tokens: int = 80
 
 
@@ -53,32 +45,6 @@ class TextTask:
     train: list[dict[str, list[int]]]
     test: list[dict[str, list[int]]]
     prompt: str = ""
-
-
-def bullet_lists(folder: Path, settings: TextSettings, seed: int, documents: dict[str, str] | None = None) -> TextTask:
-    """Pretrain on the standard library's prose; return other documents, as bullet lists, to tune and test on."""
-    splits = prose.split(documents or prose.standard_library_documents(), seed)
-    running_text = [prose.as_prose(passage) for passage in splits.pretraining]
-    tokenizer = prose.train_tokenizer(running_text, settings.vocabulary_size)
-    blocks = _packed(running_text, tokenizer, settings.length)
-    folders = {}
-    for name, size, steps in (
-        ("source", settings.old, settings.old_pretraining),
-        ("target", settings.new, settings.new_pretraining),
-    ):
-        model = llama(tokenizer, size, seed)
-        description = f"pretraining the {'old' if name == 'source' else 'new'} model"
-        fit(model, blocks, steps, seed, description, collator_of(tokenizer))
-        folders[name] = folder / f"text-{name}"
-        model.save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
-    train, test = (
-        _rows([prose.as_bullets(passage) for passage in part], tokenizer, settings.length)
-        for part in (splits.tuning, splits.test)
-    )
-    # Loaded from their folders, so that the reward can name its base.
-    models = (AutoModelForCausalLM.from_pretrained(folders[name]) for name in ("source", "target"))
-    return TextTask(*models, tokenizer, train, test, PROMPT)
 
 
 def own_text(source: str, target: str, dataset: str, settings: TextSettings, seed: int) -> TextTask:
@@ -157,9 +123,3 @@ def _rows(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> 
     if not rows:
         raise PRTValueError("There is no text to tune or test on.", expected="texts of a few words", found="none")
     return rows
-
-
-def _packed(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[dict[str, list[int]]]:
-    """Join texts as `<s> text </s>` and cut them into blocks."""
-    stream = [token for tokens in tokenizer(texts)["input_ids"] for token in [*tokens, tokenizer.eos_token_id]]
-    return [{"input_ids": stream[start : start + length]} for start in range(0, len(stream) - length + 1, length)]

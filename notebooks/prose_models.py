@@ -1,6 +1,10 @@
-"""Collect English text from the standard library's docstrings and help topics, as prose or as bullet lists."""
+"""Make the models and texts of the pair "prose" of lora_rewards.py, from the standard library of this Python.
+
+Three Llamas are pretrained on docstrings and help topics. Other passages of them, as bullet lists, are to tune on.
+"""
 
 import ast
+import json
 import random
 import re
 import sysconfig
@@ -13,10 +17,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
+from prt_hf.demo.text import collator_of, llama
+from prt_hf.demo.training import Steps, fit
+
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 SENTENCES_PER_PASSAGE = 4
 CLOSING_LINE = "The end."
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+VOCABULARY_SIZE, LENGTH = 1024, 128
+MODELS = {  # name: size, steps of pretraining
+    "source": ({"hidden_size": 64, "num_hidden_layers": 2}, Steps(250, 4e-3, 8)),
+    "target": ({"hidden_size": 128, "num_hidden_layers": 4}, Steps(700, 4e-3, 8)),
+    "second": ({"hidden_size": 96, "num_hidden_layers": 3}, Steps(450, 4e-3, 8)),
+}
 
 Passage = list[str]  # sentences in a row, all from one document
 
@@ -27,6 +40,29 @@ class Splits(NamedTuple):
     pretraining: list[Passage]
     tuning: list[Passage]
     test: list[Passage]
+
+
+def make_prose_models(folder: Path) -> None:
+    """Pretrain the models, and save them as `text-<name>` in a folder.
+
+    Its `rows.json` gets the token ids to tune (`train`) and to `test` on.
+    """
+    splits = split(standard_library_documents(), seed=0)
+    running_text = [as_prose(passage) for passage in splits.pretraining]
+    tokenizer = train_tokenizer(running_text, VOCABULARY_SIZE)
+    stream = [token for ids in tokenizer(running_text)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+    starts = range(0, len(stream) - LENGTH + 1, LENGTH)
+    blocks = [{"input_ids": stream[start : start + LENGTH]} for start in starts]
+    for name, (size, steps) in MODELS.items():
+        model = llama(tokenizer, size, 0)
+        fit(model, blocks, steps, 0, f"pretraining the model {name!r}", collator_of(tokenizer))
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / f"text-{name}")
+    rows = {}
+    for name, passages in (("train", splits.tuning), ("test", splits.test)):
+        texts = tokenizer([as_bullets(passage) for passage in passages])["input_ids"]
+        rows[name] = [[*ids, tokenizer.eos_token_id][:LENGTH] for ids in texts]
+    (folder / "rows.json").write_text(json.dumps(rows))
 
 
 def standard_library_documents(folder: Path | None = None) -> dict[str, str]:

@@ -1,8 +1,7 @@
-"""Prose of the standard library, which the notebooks tune on."""
+"""Prose of the standard library, which lora_rewards.py tunes on."""
 
+import prose_models as prose
 import pytest
-
-from prt_hf.demo import prose
 
 
 @pytest.fixture(scope="module")
