@@ -4,8 +4,8 @@
     python notebooks/bake.py --output bake.json --table
 
 Pairs: "stories" (stories-old -> stories260K, bullet lists) and "cifar" (ResNet-20 -> ResNet-32, mild Gaussian noise).
-All methods train for as many steps, with the same LoRA on the target; from prompts alone, where each step generates, for
-a third of them. Only `fine-tuned` sees labels at the target.
+All methods train for as many steps, with the same LoRA on the target; from prompts alone, where each step generates,
+for a third of them. Only `fine-tuned` sees labels at the target.
 """
 
 import argparse
