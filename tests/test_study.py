@@ -22,6 +22,11 @@ def test_the_tables_are_those_of_the_figures(results):
     assert lora_rewards.table(results).strip() in (NOTEBOOKS / "lora_rewards.md").read_text()
 
 
+def test_the_table_of_starts_is_that_of_the_figures():
+    results = json.loads((NOTEBOOKS / "lora_rewards_starts.json").read_text())
+    assert lora_rewards.table(results).strip() in (NOTEBOOKS / "lora_rewards.md").read_text()
+
+
 def test_every_configuration_has_three_seeds(results):
     for name, entry in results["pairs"].items():
         seeds = {
