@@ -7,7 +7,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.transformers_utils.config import get_config, get_hf_text_config
 
-from ..errors import PRTValueError
+from ..errors import PRTValueError, UnsupportedError
 from ..hub.client import local_folder
 from ..inference.recipe import PRTModelConfig
 from . import ADAPTER_BASE
@@ -36,6 +36,13 @@ class PRTEngineConfig(VerifyAndUpdateConfig):
             if isinstance(overrides, dict) and overrides:
                 raise PRTValueError(
                     "A recipe names all of its networks.", expected="no `hf_overrides`", found=str(overrides)
+                )
+            if getattr(config.backbone_config, "quantization_config", None) is not None:
+                raise UnsupportedError(
+                    "The recipe quantises its backbone when it is loaded, which the engine would not do.",
+                    expected="a recipe of a backbone in full precision",
+                    found=str(config.backbone_config.quantization_config)[:200],
+                    remedy="save a recipe without `quantization_config`",
                 )
             folder = local_folder(model_config.model, **where)
             parts = parts_of_recipe(folder, config, model_config.tokenizer, token=where["token"])

@@ -260,6 +260,12 @@ def test_what_the_engine_cannot_do_is_refused_before_it_starts(served, tmp_path)
     edit(tmp_path / "quantised", quantization_config={"quant_method": "fp8"})
     with pytest.raises(RewardFileError, match="more than a network(?s:.)*found: quantization_config: .*fp8"):
         configure(served.backbone, **by_name(str(tmp_path / "quantised")))
+    shutil.copytree(served.recipe, tmp_path / "int8")
+    entries = json.loads((tmp_path / "int8/config.json").read_text())
+    entries["backbone_config"]["quantization_config"] = {"quant_method": "torchao"}
+    (tmp_path / "int8/config.json").write_text(json.dumps(entries))
+    with pytest.raises(UnsupportedError, match="The recipe quantises its backbone when it is loaded"):
+        configure(str(tmp_path / "int8"))
     with pytest.raises(UnsupportedError, match="beside the backbone's, not in stages"):
         configure(served.recipe, pipeline_parallel_size=2)
     odd = RewardModel.from_base(
