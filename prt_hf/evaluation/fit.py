@@ -1,6 +1,7 @@
 """Check without any weights whether a reward and a backbone fit, and what the two cost together."""
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..contract import (
-    MINUS_BASE,
-    NETWORK,
-    PRT_CONFIG_NAME,
-    TEXT_GENERATION,
-    ModelReference,
-    RewardConfig,
-    VocabularyContract,
-)
-from ..errors import PRTError, PRTValueError, RewardFileError
+from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
+from ..errors import PRTError, RewardFileError
 from ..hub.client import has_file, local_file, refuse_reward
 from ..hub.folder import ADAPTER_CONFIG, check_files
 from ..networks.adapter_config import read_peft_config
 from ..networks.adapters import wrap
-from ..networks.anatomy import context_length, contract_of, head_of, pretrained_parameters, task_of
+from ..networks.anatomy import context_length, head_of, pretrained_parameters
 from ..networks.auto import load_processing_class, load_skeleton
 from ..networks.identity import reference_to
 from ..reward.full import check_full
@@ -196,7 +189,13 @@ def _skeleton_of_reward(
 ) -> tuple[RewardModel, PreTrainedModel]:
     """Return a reward without its base's weights, and the network that its adapter is on (or the full reward)."""
     if has_file(place, ADAPTER_CONFIG, token) and not has_file(place, PRT_CONFIG_NAME, token):
-        return _skeleton_of_adapter(place, token, trust_remote_code)
+        adapter = read_ordinary_adapter(place, token)
+        named, base = {"revision": adapter.revision, "trust_remote_code": trust_remote_code}, None
+        if adapter.base_model_name_or_path:
+            base = load_skeleton(adapter.base_model_name_or_path, token=token, **named)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="(?s).*copying from a non-meta parameter")  # on purpose
+            return RewardModel.from_adapter(place, base_model=base, token=token), base
     config = RewardConfig.from_json_file(local_file(place, PRT_CONFIG_NAME, token=token))
     if Path(place).is_dir():
         check_files(Path(place), config)
@@ -221,27 +220,6 @@ def _skeleton_of_reward(
     reward = RewardModel(network, config, processing_class)
     reward.name_tokens()
     return reward, base
-
-
-def _skeleton_of_adapter(
-    place: str | Path, token: str | bool | None, trust_remote_code: bool | None
-) -> tuple[RewardModel, PreTrainedModel]:
-    """Return the reward that an ordinary adapter becomes when it is carried over, without its weights, and its base."""
-    peft_config = read_ordinary_adapter(place, token)
-    named = {"revision": peft_config.revision, "token": token, "trust_remote_code": trust_remote_code}
-    base = load_skeleton(peft_config.base_model_name_or_path, **named)
-    if task_of(base) != TEXT_GENERATION:
-        raise PRTValueError(
-            "Only adapters of causal language models are carried over.",
-            expected=f"a base for {TEXT_GENERATION}",
-            found=type(base).__name__,
-        )
-    tokenizer = load_processing_class(place, TEXT_GENERATION, token=token)
-    tokenizer = tokenizer or load_processing_class(base.name_or_path, TEXT_GENERATION, **named)
-    config = RewardConfig(
-        TEXT_GENERATION, contract_of(base, tokenizer), reference_to(base), terms=(NETWORK, MINUS_BASE)
-    )
-    return RewardModel(wrap(base, peft_config, device="meta"), config, tokenizer), base
 
 
 def _differing_roles(config: RewardConfig, processing_class: Any) -> dict[str, tuple[str | None, str | None]]:

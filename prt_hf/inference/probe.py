@@ -18,8 +18,9 @@ from ..networks.mixed_pass import Pass, evaluating
 
 LENGTH, PADDING = 8, 5  # of the text that is read, and of the padding before it: no multiple of usual blocks
 STEPS = 3
-# Of the spread of the logits. Rounding in bfloat16 stays below; counting from another position is tens of percent.
-TOLERANCE = 0.05
+# Of the spread of the logits. Counting from another position is tens of percent in small random networks, and several
+# spreads in SmolLM2-135M, whose logits in bfloat16 differ by up to 28 units of rounding between two right ways to read.
+TOLERANCE, UNITS = 0.05, 64
 
 
 class Behaviour(NamedTuple):
@@ -73,6 +74,8 @@ def _find_out(run: Pass) -> Behaviour | None:
     apart = run.model.config.get_text_config().vocab_size // (length + 2)
     text = (torch.arange(1, length + 1, device=run.device) * apart)[None]
     mask = torch.ones_like(text)
+    dtype = next(value.dtype for value in run.model.parameters() if value.is_floating_point())
+    tolerance = max(TOLERANCE, UNITS * torch.finfo(dtype).eps)
     padded, padded_mask = (nn.functional.pad(tensor, (PADDING, 0)) for tensor in (text, mask))
     with torch.autocast(run.device.type, enabled=False):
         expected = _read(run, text, mask)
@@ -88,7 +91,7 @@ def _find_out(run: Pass) -> Behaviour | None:
             except Exception:  # networks that are called in another way raise errors of many kinds
                 return False
             difference = (found[-last:] - expected[-last:]).abs().amax(-1) / expected[-last:].std(-1)
-            return bool(difference.median() <= TOLERANCE)
+            return bool(difference.median() <= tolerance)
 
         steps = run.cache_name is not None and is_same(STEPS, _read_in_steps, text, mask)
         rewinds = steps and not run.has_own_layers and is_same(STEPS, _read_after_others, text)

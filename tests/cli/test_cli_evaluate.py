@@ -264,8 +264,3 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_loaded(fold
         and "batch" not in printed.err
         and "Traceback" not in printed.err
     )
-
-
-def test_an_ordinary_adapter_comes_with_a_remedy(folder, capsys):
-    printed = evaluate(capsys, "tuned", "--targets", "one", "--data", "texts.jsonl", status=1)
-    assert "remedy: PRTTrainer(base, distill_from=adapter) makes a reward of it" in printed.err

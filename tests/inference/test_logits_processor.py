@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig
-from transformers import CompileConfig, StaticCache, logging
+from transformers import CompileConfig, GPT2LMHeadModel, StaticCache, logging
 
 from prt_hf import (
     ContextLengthError,
@@ -19,7 +19,9 @@ from prt_hf import (
     combine,
 )
 from prt_hf.errors import PRTValueError
+from prt_hf.inference.probe import behaviour_of
 from prt_hf.networks.anatomy import CACHE
+from prt_hf.networks.mixed_pass import Pass
 
 MODES = {
     "greedy": {},
@@ -420,3 +422,13 @@ def test_arguments_of_other_kinds(reward, tokenizer):
         PRTLogitsProcessor("me/reward", tokenizer)
     with pytest.raises(PRTValueError, match="needs the backbone's tokenizer"):
         PRTLogitsProcessor(reward, None)
+
+
+@pytest.mark.parametrize("layers", [2, 40])
+def test_rounding_is_not_taken_for_another_way_of_reading(layers):
+    """Forty layers in bfloat16 differ by a fifth of the logits' spread between two right ways to read."""
+    network = tiny.llama(1, num_hidden_layers=layers).to(torch.bfloat16)
+    assert behaviour_of(Pass(network)) == (True, True, True)
+    blind = tiny.gpt2(1).to(torch.bfloat16)
+    blind.forward = lambda input_ids, **_: GPT2LMHeadModel.forward(blind, input_ids)  # neither mask nor cache
+    assert behaviour_of(Pass(blind)) == (False, False, False)
