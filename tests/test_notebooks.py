@@ -39,7 +39,8 @@ def execute(notebooks, folder):
     cells = []
     for notebook in notebooks:
         cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]  # names of one are not the next one's
-    joined = nbformat.v4.new_notebook(cells=[cell | {"id": f"cell-{index}"} for index, cell in enumerate(cells)])
+    cells = [nbformat.from_dict({**cell, "id": f"cell-{index}"}) for index, cell in enumerate(cells)]
+    joined = nbformat.v4.new_notebook(cells=cells)
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": binaries, "OMP_NUM_THREADS": "1"}
     client = NotebookClient(joined, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
