@@ -54,7 +54,7 @@ def run_answers(world: World, folder: Path, settings: AnswerSettings, seed: int,
         runs.append([*shares_of(answers, world.judged), losses])
     names = ("form right (%)", "facts right (%)", "both right (%)", "nats/token")
     measures = [
-        Measure.of_runs(name, scores, digits=3 if name == "nats/token" else 1)
+        Measure.from_runs(name, scores, digits=3 if name == "nats/token" else 1)
         for name, scores in zip(names, zip(*runs, strict=True), strict=True)
     ]
     title = (

@@ -123,7 +123,7 @@ def run_images(
         if not runs:
             contenders.reward.save_pretrained(folder / "images-reward")
         runs.append(contenders.scores(tqdm(batches, desc=stage(f"seed {each}, judging"), unit="batch"), hits))
-    measures = [Measure.of_runs("accuracy (%)", runs)]
+    measures = [Measure.from_runs("accuracy (%)", runs)]
     title = f"{len(task.test)} images, after tuning on the old model with {len(task.train)} others"
     return Result("images", title, measures, contenders.models_held, notes=[spread_note(settings.tunings)])
 

@@ -21,7 +21,7 @@ class Measure:
     digits: int = 1
 
     @classmethod
-    def of_runs(cls, name: str, runs: Sequence[dict[str, dict[str, float]]], digits: int = 1) -> "Measure":
+    def from_runs(cls, name: str, runs: Sequence[dict[str, dict[str, float]]], digits: int = 1) -> "Measure":
         """Collect the scores of several tunings."""
         values = {method: {place: [run[method][place] for run in runs] for place in PLACES} for method in METHODS}
         return cls(name, values, digits)
@@ -53,7 +53,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Result:
-    """What a task measured.
+    """The figures of a task.
 
     Attributes:
         task (`str`): `"text"` or `"images"`.

@@ -78,7 +78,7 @@ def run_own_text(
             **inputs, logits_processor=processor, max_new_tokens=settings.new_tokens, do_sample=False
         )
         texts[f"{method}, target"] = task.tokenizer.decode(output[0], skip_special_tokens=True)
-    measures = [Measure.of_runs("nats/token (less is better)", [scores], digits=3)]
+    measures = [Measure.from_runs("nats/token (less is better)", [scores], digits=3)]
     title = f"{len(task.test)} texts, after tuning with {len(task.train)} others"
     return Result("text", title, measures, contenders.models_held, [Sample(task.prompt, texts)])
 

@@ -135,11 +135,11 @@ def test_shares_are_percent_of_answers():
 
 def test_measures_are_means_and_deviations_over_tunings():
     runs = [{method: dict.fromkeys(PLACES, value) for method in METHODS} for value in (10.0, 20.0, 60.0)]
-    measure = Measure.of_runs("form (%)", runs)
+    measure = Measure.from_runs("form (%)", runs)
     assert measure.mean(PRT, "target") == 30.0
     assert measure.spread(PRT, "target") == pytest.approx(700**0.5)  # ((20^2 + 10^2 + 30^2) / 2)^0.5
     assert measure.shown(PRT, "target") == "30.0 ± 26.5"
-    assert Measure.of_runs("form (%)", runs[:1]).shown(EFT, "source") == "10.0"
+    assert Measure.from_runs("form (%)", runs[:1]).shown(EFT, "source") == "10.0"
 
 
 def test_image_scores_equal_a_recount(outcomes):
