@@ -136,7 +136,7 @@ def stand_ins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     # Answers count on from the question, and end in the form "w90 w90 w90". Only the new model can count already.
-    counted = [[f"w{number}" for number in range(start, start + 10)] for start in range(3, 79)]
+    counted = [[f"w{number}" for number in range(start, start + 10)] for start in range(3, 79, 2)]
     rows = [{"question": " ".join(row[:8]), "answer": " ".join([*row[8:], *["w90"] * 3])} for row in counted]
     _save_data("openai/gsm8k", "main", train=rows[::2], test=rows[1::2])
     tokenizer = tiny.tokenizer()
@@ -185,8 +185,8 @@ def on_hub(name):
     for cell in code_cells(notebook):
         cell.source = re.sub(r"^ON_HUB = False", "ON_HUB = True", cell.source, flags=re.M)
         cell.source = re.sub(r"(\"max_steps\": )(\d{3}|60), ", r"\g<1>30, ", cell.source)
-        for large, small in (("2e-4", "1e-2"), ("2e-5", "3e-3"), ("new_tokens = [0], 200", "new_tokens = [0], 8")):
-            cell.source = cell.source.replace(large, small)
+        cell.source = re.sub(r"(new_tokens = \[0\], |max_new_tokens=)\d+", r"\g<1>8", cell.source)
+        cell.source = cell.source.replace("2e-4", "1e-2").replace("2e-5", "3e-3")
     return notebook
 
 
