@@ -39,7 +39,8 @@ def execute(notebooks, folder):
     cells = []
     for notebook in notebooks:
         cells += [nbformat.v4.new_code_cell("%reset -f"), *notebook.cells]  # names of one are not the next one's
-    joined = nbformat.v4.new_notebook(cells=[cell | {"id": f"cell-{index}"} for index, cell in enumerate(cells)])
+    cells = [nbformat.from_dict({**cell, "id": f"cell-{index}"}) for index, cell in enumerate(cells)]
+    joined = nbformat.v4.new_notebook(cells=cells)
     binaries = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": binaries, "OMP_NUM_THREADS": "1"}
     client = NotebookClient(joined, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
@@ -134,11 +135,10 @@ def stand_ins(tmp_path, monkeypatch):
     """Save small models and data under their names of the Hub, in the folder where the notebooks run."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    # Counting goes on in the answer, which ends in "w96 w96". The new model can count, the old one cannot. What is
-    # tuned with are low numbers, what is judged on are high ones.
-    counted = [[f"w{number}" for number in range(start, start + 11)] for start in range(3, 84)]
-    rows = [{"question": " ".join(row[:8]), "answer": " ".join([*row[8:], "w96", "w96"])} for row in counted]
-    _save_data("openai/gsm8k", "main", train=rows[:36], test=rows[45:])
+    # Answers count on from the question, and end in the form "w90 w90 w90". Only the new model can count already.
+    counted = [[f"w{number}" for number in range(start, start + 10)] for start in range(3, 79, 2)]
+    rows = [{"question": " ".join(row[:8]), "answer": " ".join([*row[8:], *["w90"] * 3])} for row in counted]
+    _save_data("openai/gsm8k", "main", train=rows[::2], test=rows[1::2])
     tokenizer = tiny.tokenizer()
     known = [{"input_ids": tokenizer(" ".join(row))["input_ids"]} for row in counted]
     new = fit(tiny.llama(2, hidden_size=64), known, Steps(60, 3e-3, 8), 0, "", collator_of(tokenizer))
@@ -184,9 +184,9 @@ def on_hub(name):
     notebook = read(name)
     for cell in code_cells(notebook):
         cell.source = re.sub(r"^ON_HUB = False", "ON_HUB = True", cell.source, flags=re.M)
-        cell.source = re.sub(r"(\"max_steps\": )\d{3}, ", r"\g<1>30, ", cell.source)
-        for large, small in (("2e-4", "1e-2"), ("2e-5", "3e-3"), ("new_tokens = [0], 200", "new_tokens = [0], 8")):
-            cell.source = cell.source.replace(large, small)
+        cell.source = re.sub(r"(\"max_steps\": )(\d{3}|60), ", r"\g<1>30, ", cell.source)
+        cell.source = re.sub(r"(new_tokens = \[0\], |max_new_tokens=)\d+", r"\g<1>8", cell.source)
+        cell.source = cell.source.replace("2e-4", "1e-2").replace("2e-5", "3e-3")
     return notebook
 
 

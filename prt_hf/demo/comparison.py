@@ -129,9 +129,3 @@ def token_losses(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def hits(log_probs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Return 100 where the likeliest label is right, else 0, `(batch_size,)`; the mean is the accuracy in %."""
     return 100.0 * (log_probs.argmax(-1) == labels)
-
-
-def gain_recovered(scores: dict[str, dict[str, float]]) -> float | None:
-    """Return (PRT - pretrained) / (fine-tuned - pretrained) at the target; None if fine-tuning changes nothing."""
-    pretrained, prt, finetuned = (scores[method]["target"] for method in (PRETRAINED, PRT, FINE_TUNED))
-    return (prt - pretrained) / (finetuned - pretrained) if finetuned != pretrained else None

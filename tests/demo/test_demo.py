@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ViTImageProcessor
 from prt_hf import PRTError, RewardModel, VocabularyMismatchError
 from prt_hf.cli import demo, main
 from prt_hf.demo import OwnModels, answers, facts, images, run_demo
-from prt_hf.demo.comparison import EFT, FINE_TUNED, METHODS, PLACES, PRETRAINED, PRT, REWARD_ONLY, gain_recovered, hits
+from prt_hf.demo.comparison import EFT, FINE_TUNED, METHODS, PLACES, PRETRAINED, PRT, REWARD_ONLY, hits
 from prt_hf.demo.data import load_splits
 from prt_hf.demo.report import Measure, table
 from prt_hf.demo.training import Steps
@@ -61,12 +61,6 @@ def test_digits_are_disjoint_and_turned():
     assert abs(noise.std() - 0.1) < 0.002  # 115,008 pixels: a standard error of 0.0002
     order = images.digits(seed=1)[1]
     assert (order != labels).any() and sorted(order) == sorted(labels)
-
-
-def test_gain_recovered():
-    scores = {PRETRAINED: {"target": 4.0}, PRT: {"target": 2.5}, FINE_TUNED: {"target": 2.0}}
-    assert gain_recovered(scores) == 0.75
-    assert gain_recovered(scores | {FINE_TUNED: {"target": 4.0}}) is None
 
 
 def test_hits_are_percent():
