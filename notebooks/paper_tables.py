@@ -9,7 +9,7 @@ from PIL import Image
 
 from prt_hf.evaluation.figure import Bar, draw
 from prt_hf.evaluation.results import markdown_table
-from prt_hf.hub.card import METHODS
+from prt_hf.hub.card import PAPER_METHODS as METHODS
 from prt_hf.hub.folder import replace_file
 
 PLACES = ("source", "target")

@@ -127,7 +127,7 @@ def describe(outcome: Outcome) -> str:
 
 def draw(result: Result, path: Path) -> None:
     """Draw bars with spreads: of a single measure at both places, of several measures at the target."""
-    names = dict(zip(card.METHODS, METHODS, strict=False))  # the demo has the first five
+    names = dict(zip(card.PAPER_METHODS, METHODS, strict=True))
     percent = [measure for measure in result.measures if "%" in measure.name]
     if len(percent) > 1:
         groups = [(measure, "target", measure.name) for measure in percent]

@@ -31,16 +31,14 @@ CITATION = """\
   booktitle = {International Conference on Machine Learning},
   year      = {2025},
 }"""
-METHODS = {  # as in [`Measurement`], with their names in tables; in the order of the paper's figures
+PAPER_METHODS = {  # as in [`Measurement`], with their names in tables; in the order of the paper's figures
     "pretrained": "pretrained",
     "eft": "EFT",
     "prt": "PRT",
     "reward_only": "reward only",
     "finetuned": "fine-tuned",
-    "transplanted": "transplanted",
-    "lora": "LoRA",
-    "baked": "baked",
 }
+METHODS = PAPER_METHODS | {"transplanted": "transplanted", "lora": "LoRA", "baked": "baked"}
 MOST_LABELS = 48
 
 _TAGS = ["portable-reward-tuning", "prt"]

@@ -38,7 +38,7 @@ def check_gradio() -> Any:
             "The playground is a gradio page, and gradio is not installed.",
             expected="the package gradio",
             found=str(error),
-            remedy="pip install prt_hf[playground]",
+            remedy='pip install -e ".[playground]" in your clone of prt_hf',
         ) from error
     return gradio
 

@@ -124,7 +124,7 @@ def test_a_space_that_could_not_run_is_refused(arguments, problem, tmp_path, mon
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["playground", "no/backbone", "--reward", "no/reward"]) == 1
-    assert "pip install prt_hf[playground]" in capsys.readouterr().err
+    assert 'pip install -e ".[playground]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("port", ["0", "70000", "http"])
