@@ -175,6 +175,11 @@ def check_bake(seen, before, hub):
         torch.testing.assert_close(merged["merged"](ids).logits, baked["baked"](ids).logits, rtol=1e-3, atol=1e-3)
 
 
+def check_playground(seen, before, hub):
+    (found,) = seen
+    assert len(found["rewarded"]) == 20 and found["before"].shape == found["after"].shape == (20,)
+
+
 def check_migration(seen, before, hub):
     proxy, distilled = seen
     large, ids = proxy["large"], proxy["inputs"]["input_ids"]
@@ -219,6 +224,7 @@ CHECKS = {
     "notebooks/migration.md": check_migration,
     "notebooks/images.md": check_images,
     "prt_hf/evaluation/README.md": check_evaluation,
+    "prt_hf/playground/README.md": check_playground,
     "model_cards/README.md": check_sharing,
 }
 

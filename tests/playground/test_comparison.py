@@ -1,8 +1,5 @@
 """Every figure of the playground equals its definition in float64, and its answers are those of `generate`."""
 
-import re
-from pathlib import Path
-
 import pytest
 import tiny
 import torch
@@ -10,7 +7,6 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-import prt_hf.playground
 from prt_hf import ContextLengthError, PRTForCausalLM, PRTForImageClassification, RewardModel
 from prt_hf.errors import PRTValueError
 from prt_hf.playground.comparison import ALONE, CARRIED_OVER, REWARDED, Comparison
@@ -224,16 +220,3 @@ def test_a_chat_is_written_in_the_template(comparison, monkeypatch):
     monkeypatch.setattr(comparison.tokenizer, "chat_template", template)
     assert comparison.encode("w7 w8", is_chat=True) == [3, 7, 8, 4, 9]
     assert comparison.encode("w7 w8") == [7, 8]
-
-
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name, seed in (("Qwen/Qwen2.5-7B", 1), ("old", 2)):
-        tiny.llama(seed).save_pretrained(name)
-        tiny.tokenizer().save_pretrained(name)
-    RewardModel.from_base("old").save_pretrained("me/gsm8k-reward")
-    readme = Path(prt_hf.playground.__file__).with_name("README.md").read_text()
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
-    found = {}
-    exec(block, found)
-    assert len(found["rewarded"]) == 20 and found["before"].shape == found["after"].shape == (20,)
