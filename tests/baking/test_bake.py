@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoImageProcessor, TrainingArguments, ViTImageProcessor
+from transformers import TrainingArguments, ViTImageProcessor
 
 from prt_hf import (
     BakeConfig,
@@ -237,7 +237,7 @@ def test_image_classifiers_with_pixels_of_their_own(tmp_path):
         bare = model.backbone(pixel_values=inputs["pixel_values"]).logits.log_softmax(-1)
     after, before = ((log_p.exp() * (log_p - each)).sum(-1).mean().item() for each in (log_q, bare))
     assert after < before / 3, (before, after)
-    assert AutoImageProcessor.from_pretrained(tmp_path) is not None
+    assert (tmp_path / "preprocessor_config.json").is_file()
 
 
 def test_batch_statistics_stay_the_backbones(tmp_path):
