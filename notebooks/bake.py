@@ -90,7 +90,7 @@ def stories(assets: Path, seed: int, folder: str) -> dict[str, float]:
         peft_config=default_peft_config(models["source"]),
     )
     trainer.train()
-    model = PRTForCausalLM.from_parts(models["target"], [trainer.reward.eval()], tokenizer=tokenizer).eval()
+    model = PRTForCausalLM.from_parts(models["target"], [trainer.reward], tokenizer=tokenizer).eval()
     found = {"pretrained": nats(models["target"], tokenizer, held_out), "PRT": nats(model, tokenizer, held_out)}
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
 
@@ -140,7 +140,7 @@ def cifar(assets: Path, seed: int, folder: str) -> dict[str, float]:
     config = default_peft_config(models["source"])
     trainer = PRTTrainer(models["source"], PRTConfig(folder, **settings), train_dataset=rows, peft_config=config)
     trainer.train()
-    model = PRTForImageClassification.from_parts(models["target"], [trainer.reward.eval()]).eval()
+    model = PRTForImageClassification.from_parts(models["target"], [trainer.reward]).eval()
     found = {"pretrained": accuracy(models["target"]), "PRT": accuracy(model)}
     set_seed(seed)
     found["baked"] = accuracy(bake(model, unlabelled, args))
