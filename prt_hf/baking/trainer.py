@@ -302,8 +302,8 @@ def bake(
 def default_lora(model: PRTPreTrainedModel) -> LoraConfig:
     """Return LoRA of rank 16, on every linear layer of a language model but the head, or on all of a classifier."""
     if model.task != TEXT_GENERATION:
-        return default_peft_config(model.backbone, task_type=_PEFT_TASKS.get(model.task))
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type=_PEFT_TASKS[model.task])
+        return default_peft_config(model.backbone)
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
 
 
 def student_of(model: PRTPreTrainedModel, peft_config: LoraConfig | None = None) -> PeftModel:

@@ -94,9 +94,9 @@ def _model(args: argparse.Namespace) -> PRTPreTrainedModel:
     import torch
 
     from .. import inference
-    from ..hub.card import PRT_CLASSES
     from ..inference.configuration import PRTModelConfig
-    from ..networks.auto import load_config, task_of_checkpoint
+    from ..networks.auto import load_config
+    from ..playground.comparison import load
 
     kwargs: dict[str, Any] = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
     config = load_config(args.backbone, **kwargs)
@@ -111,8 +111,7 @@ def _model(args: argparse.Namespace) -> PRTPreTrainedModel:
         model = getattr(inference, config.architectures[0]).from_pretrained(args.backbone, **kwargs)
         model.strengths = args.strength or model.strengths
         return model
-    model_class = getattr(inference, PRT_CLASSES[task_of_checkpoint(args.backbone, revision=args.revision)])
-    return model_class.from_parts(args.backbone, args.reward, args.strength or None, **kwargs)
+    return load(args.backbone, args.reward, args.strength or None, **kwargs)
 
 
 def _rows(args: argparse.Namespace, model: PRTPreTrainedModel) -> Dataset:
