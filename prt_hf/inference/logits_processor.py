@@ -18,6 +18,9 @@ from ..networks.mixed_pass import lock_of
 from ..reward.finetuned import check_finetuned, pretrained_of
 from ..reward.model import RewardModel, Term
 from ..vocabulary import MOVED, OTHER, VocabularyContract, VocabularyMatch, unwrap_tokenizer
+from ..vocabulary.across import VocabularyMap
+from ..vocabulary.byte_tokens import ByteTokens
+from .across import AcrossVocabularies
 from .context import Prompt, RewardContext
 from .terms import TermStates
 
@@ -37,9 +40,10 @@ class _TermProcessor(LogitsProcessor):
         strength: float | torch.Tensor | list[float],
         attention_mask: torch.LongTensor | None,
         compile_config: CompileConfig | None = None,
+        across: AcrossVocabularies | None = None,
     ):
-        self._match, self._contract = match, contract
-        self._context = RewardContext(tokenizer, match)
+        self._match, self._contract, self._across = match, contract, across
+        self._context = RewardContext(tokenizer, match) if across is None else across.contexts
         self._signs = [term.sign for term in terms]
         self._states = TermStates(*(term.network.eval() for term in terms), compile_config=compile_config)
         self.strength = strength
@@ -103,17 +107,25 @@ class _TermProcessor(LogitsProcessor):
                 remedy="use `generate` with `input_ids`; not continuous batching, nor `inputs_embeds` alone",
             )
         self._contract.check_head(scores.shape[-1])
+        size, device = self._match.size, scores.device
+        output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
+        if self._across is not None:
+            rewards = self._across(input_ids, scores[:, :size], self.strength)
+            output[:, :size] = combine(scores[:, :size], rewards, columns=self._across.columns_on(device))
+            return output
+        strength = strength_of_rows(self.strength, len(scores))[:, None].to(device)
+        columns = self._match.columns_on(device)
+        output[:, :size] = combine(scores[:, :size], self._rewards(input_ids).to(device), strength, columns)
+        return output
+
+    def _rewards(self, input_ids: torch.LongTensor) -> torch.Tensor:
+        """Return r for the tokens after each row, `(batch_size, reward_size)`."""
         rows = self._context.read(input_ids)
         logits = self._states(rows.input_ids, rows.attention_mask, slice(len(self._signs)))
         rewards = signed_sum(self._signs, [self._scored(each) for each in logits])
-        if rows.is_empty is not None:
-            rewards = rewards.masked_fill(rows.is_empty.to(rewards.device)[:, None], 0.0)
-        strength = strength_of_rows(self.strength, len(scores))[:, None].to(scores.device)
-        output = torch.full_like(scores, -torch.inf, dtype=torch.float32)
-        size = self._match.size
-        columns = self._match.columns_on(scores.device)
-        output[:, :size] = combine(scores[:, :size], rewards.to(scores.device), strength, columns)
-        return output
+        if rows.is_empty is None:
+            return rewards
+        return rewards.masked_fill(rows.is_empty.to(rewards.device)[:, None], 0.0)
 
     def _scored(self, logits: torch.Tensor) -> torch.Tensor:
         """Cut off the columns that pad the reward's vocabulary."""
@@ -126,6 +138,30 @@ class _TermProcessor(LogitsProcessor):
         [`~prt_hf.inference.versions.Versions`] sees changes.
         """
         self._states.reset()
+        if self._across is not None:
+            self._across.reset()
+
+
+def _across(
+    contract: VocabularyContract,
+    backbone: VocabularyContract,
+    tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase],
+    terms: Sequence[Term],
+    untuned: PreTrainedModel,
+    token_map: Mapping[str, str] | None,
+    lookahead: int,
+) -> AcrossVocabularies:
+    """Return the view of a reward, or of an old model, from another vocabulary; tokenizers are its own, then that."""
+    if tokenizers[0] is None:
+        raise PRTValueError(
+            "The reward has no tokenizer, and cannot read another vocabulary's texts.",
+            expected="the tokenizer that it was tuned with",
+            remedy="save it beside the reward: tokenizer.save_pretrained(folder)",
+        )
+    source, target = map(ByteTokens, tokenizers)
+    vocabularies = VocabularyMap(source, target, contract.counterparts(backbone, token_map))
+    signs = [term.sign for term in terms]
+    return AcrossVocabularies(vocabularies, signs, terms[0].network, untuned, lookahead)
 
 
 def _tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
@@ -163,12 +199,17 @@ class PRTLogitsProcessor(_TermProcessor):
             by default loaded as `prt_config.json` names it. An adapter drafts with its own base.
         compile_config (`CompileConfig`, *optional*): compile the reward's step, for GPUs on which a small network waits
             for its launches; `CompileConfig()` uses CUDA graphs.
+        across_vocabularies (`bool`): accept a tokenizer of another vocabulary, see [`~prt_hf.inference.across`]. It
+            changes nothing where the vocabulary is the reward's or an update of it.
+        lookahead (`int`): rows of a further pass of the reward at each step, at most, for tokens of another vocabulary
+            that are several of the reward's; 0 for none.
 
     Attributes:
         match ([`~prt_hf.vocabulary.VocabularyMatch`]): of the two vocabularies.
 
     Raises:
         VocabularyMismatchError: the tokenizer has another vocabulary than the reward, and no update of it.
+        UnsupportedError: with `across_vocabularies`, a tokenizer that is slow or changes texts, or a recurrent source.
         PRTValueError: `token_map` names unknown tokens, or maps two onto one; or the reward is on the device `meta`.
 
     Example:
@@ -189,6 +230,8 @@ class PRTLogitsProcessor(_TermProcessor):
         token_map: Mapping[str, str] | None = None,
         source_backbone: PreTrainedModel | None = None,
         compile_config: CompileConfig | None = None,
+        across_vocabularies: bool = False,
+        lookahead: int = 8,
     ):
         if not isinstance(reward, RewardModel):
             raise PRTValueError(
@@ -213,17 +256,23 @@ class PRTLogitsProcessor(_TermProcessor):
                 remedy="`PRTForSequenceClassification` or `PRTForImageClassification` adds a classifier's reward",
             )
         theirs = VocabularyContract.from_tokenizer(tokenizer)
-        match = contract.check(theirs, token_map=token_map, tokenizer=unwrap_tokenizer(reward.processing_class))
-        terms = reward.terms
-        if compile_config is not None and len(terms) > 1:
+        own_tokenizer = unwrap_tokenizer(reward.processing_class)
+        match = contract.check(
+            theirs, token_map=token_map, tokenizer=own_tokenizer, across_vocabularies=across_vocabularies
+        )
+        terms, across = reward.terms, None
+        if match.kind == OTHER:
+            untuned = terms[1].network if len(terms) > 1 else source_of(reward, source_backbone)
+            across = _across(contract, theirs, (own_tokenizer, tokenizer), terms, untuned, token_map, lookahead)
+        if compile_config is not None and (len(terms) > 1 or across is not None):
             raise UnsupportedError(
-                "The step of an adapter that was carried over cannot be compiled.",
-                expected="a reward of one network",
-                found="log pi_ft - log pi_pt, of two",
-                remedy="leave `compile_config` out, or distil it into a reward",
+                "The step of two networks cannot be compiled.",
+                expected="a reward of one network, and a backbone with its vocabulary",
+                found="a backbone with another vocabulary" if across is not None else "log pi_ft - log pi_pt",
+                remedy="leave `compile_config` out",
             )
         strength = reward.config.strength if strength is None else strength
-        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask, compile_config)
+        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask, compile_config, across)
         self.match = match
         self.reward = reward
         self._compile_config, self._source_backbone = compile_config, source_backbone
@@ -249,30 +298,17 @@ class PRTLogitsProcessor(_TermProcessor):
 
     def _draft_states(self) -> TermStates:
         """Return the states of the reward's terms, the last of which, or one more, is the source backbone."""
+        if self._across is not None:
+            raise UnsupportedError(
+                "A reward with another vocabulary cannot draft for the backbone.",
+                expected="a backbone with the reward's vocabulary, or an update of it",
+                found=str(self._match),
+                remedy="generate without speculation",
+            )
         if len(self._signs) > 1:
             return self._states
-        network, config = self.reward.network, self.reward.config
-        if config.is_adapter:
-            source = bare_base(network)
-        elif self._source_backbone is None:
-            source = load_base(config.sources[0], dtype=self.reward.dtype)
-        else:
-            source = self._source_backbone
-        if source.get_input_embeddings().weight.shape[0] < self._match.reward_size or self._is_moved(source):
-            raise UnsupportedError(
-                "The source backbone has other token ids than the reward, and cannot draft for it.",
-                expected="a source backbone that reads the reward's tokens",
-                found=f"{type(source).__name__} from {source.name_or_path or 'memory'}",
-                remedy="name one in `source_backbone=`, or generate without speculation",
-            )
-        return TermStates(network, source.to(self.reward.device).eval(), compile_config=self._compile_config)
-
-    def _is_moved(self, source: PreTrainedModel) -> bool:
-        """Return whether ordinary tokens of the source backbone have other ids; without a tokenizer they have not."""
-        tokenizer = unwrap_tokenizer(processing_class_of(source, self.reward.config.task))
-        if tokenizer is None:
-            return False
-        return self.reward.contract.match(VocabularyContract.from_tokenizer(tokenizer)).kind in (MOVED, OTHER)
+        source = source_of(self.reward, self._source_backbone)
+        return TermStates(self.reward.network, source, compile_config=self._compile_config)
 
     def source_logits(self, input_ids: torch.LongTensor) -> torch.FloatTensor:
         """Return the source backbone's logits for the tokens after `input_ids`, `(batch_size, match.size)`.
@@ -283,6 +319,39 @@ class PRTLogitsProcessor(_TermProcessor):
         (logits,) = self._states(rows.input_ids, rows.attention_mask, slice(-1, None))
         logits, columns = self._scored(logits), self._match.columns_on(logits.device)
         return logits if columns is None else logits[:, columns.clamp(min=0)].masked_fill(columns < 0, -torch.inf)
+
+
+def source_of(reward: RewardModel, source_backbone: PreTrainedModel | None = None) -> PreTrainedModel:
+    """Return the pretrained model that a reward starts from, on the reward's device.
+
+    Args:
+        reward: an adapter has its own base; a full reward is not that model any more.
+        source_backbone (*optional*): the model for a full reward; by default loaded as `prt_config.json` names it.
+
+    Raises:
+        UnsupportedError: the model has other token ids than the reward.
+        PRTValueError: a full reward does not name its source backbone.
+    """
+    config = reward.config
+    if config.is_adapter:
+        source = bare_base(reward.network)
+    elif source_backbone is None:
+        source = load_base(config.sources[0], dtype=reward.dtype)
+    else:
+        source = source_backbone
+    tokenizer = unwrap_tokenizer(processing_class_of(source, config.task))
+    # Without a tokenizer its ids are taken to be the reward's.
+    is_other = tokenizer is not None and (
+        reward.contract.match(VocabularyContract.from_tokenizer(tokenizer)).kind in (MOVED, OTHER)
+    )
+    if is_other or source.get_input_embeddings().weight.shape[0] < reward.size:
+        raise UnsupportedError(
+            "The source backbone has other token ids than the reward.",
+            expected="a source backbone that reads the reward's tokens",
+            found=f"{type(source).__name__} from {source.name_or_path or 'memory'}",
+            remedy="name one in `source_backbone=`",
+        )
+    return source.to(reward.device).eval()
 
 
 class EFTLogitsProcessor(_TermProcessor):
@@ -297,7 +366,7 @@ class EFTLogitsProcessor(_TermProcessor):
         tokenizer: the backbone's.
         pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel` that leaves
             its base as it was.
-        strength, attention_mask, token_map: as for [`PRTLogitsProcessor`].
+        strength, attention_mask, token_map, across_vocabularies, lookahead: as for [`PRTLogitsProcessor`].
         source_tokenizer (*optional*): the tokenizer of the two old models; by default the backbone's.
 
     Raises:
@@ -317,6 +386,8 @@ class EFTLogitsProcessor(_TermProcessor):
         attention_mask: torch.LongTensor | None = None,
         token_map: Mapping[str, str] | None = None,
         source_tokenizer: PreTrainedTokenizerBase | None = None,
+        across_vocabularies: bool = False,
+        lookahead: int = 8,
     ):
         check_finetuned(finetuned)
         pretrained = pretrained_of(finetuned) if pretrained is None else pretrained
@@ -324,9 +395,14 @@ class EFTLogitsProcessor(_TermProcessor):
         source_tokenizer = tokenizer if source_tokenizer is None else _tokenizer_of(source_tokenizer)
         contract, _ = (contract_of(network, source_tokenizer) for network in (finetuned, pretrained))
         theirs = VocabularyContract.from_tokenizer(tokenizer)
-        match = contract.check(theirs, token_map=token_map, tokenizer=source_tokenizer)
-        terms = (Term(finetuned), Term(pretrained, -1.0))
-        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask)
+        match = contract.check(
+            theirs, token_map=token_map, tokenizer=source_tokenizer, across_vocabularies=across_vocabularies
+        )
+        terms, across = (Term(finetuned), Term(pretrained, -1.0)), None
+        if match.kind == OTHER:
+            tokenizers = source_tokenizer, tokenizer
+            across = _across(contract, theirs, tokenizers, terms, pretrained, token_map, lookahead)
+        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask, across=across)
 
     @classmethod
     def from_adapter(

@@ -30,11 +30,13 @@ class Behaviour(NamedTuple):
         sees_padding: left padding changes nothing.
         steps: reading on from a cache, token by token, gives the same logits as reading everything.
         rewinds: so does reading several tokens at once, after others were taken back.
+        skips: masked positions between tokens change nothing.
     """
 
     sees_padding: bool
     steps: bool
     rewinds: bool
+    skips: bool
 
 
 _KNOWN: "weakref.WeakKeyDictionary[nn.Module, Behaviour]" = weakref.WeakKeyDictionary()
@@ -47,7 +49,7 @@ def behaviour_of(run: Pass) -> Behaviour:
         with evaluating(model):
             found = _find_out(Pass(model))
         if found is None:
-            return Behaviour(sees_padding=True, steps=True, rewinds=True)
+            return Behaviour(sees_padding=True, steps=True, rewinds=True, skips=True)
         _KNOWN[model] = found
     return _KNOWN[model]
 
@@ -99,7 +101,10 @@ def _find_out(run: Pass) -> Behaviour | None:
         sees_padding = not run.has_own_layers and is_same(length, _read, padded, padded_mask)
         if sees_padding and steps:
             sees_padding = is_same(STEPS, _read_in_steps, padded, padded_mask)
-    return Behaviour(sees_padding, steps, rewinds)
+        gap = torch.zeros_like(text[:, :PADDING])
+        spaced, spaced_mask = (torch.cat([each[:, :-STEPS], gap, each[:, -STEPS:]], 1) for each in (text, mask))
+        skips = sees_padding and rewinds and is_same(STEPS, _read_in_steps, spaced, spaced_mask)
+    return Behaviour(sees_padding, steps, rewinds, skips)
 
 
 def _read(

@@ -7,6 +7,7 @@ a full recomputation returns; the cache only saves time.
 
 import threading
 import weakref
+from typing import Any
 
 import torch
 import transformers
@@ -92,7 +93,7 @@ class RewardState:
             )
         self.reset()
         # On the decoder, which runs in every kind of pass.
-        hook = model.base_model.register_forward_pre_hook(_ResetInTraining(self))
+        hook = model.base_model.register_forward_pre_hook(ResetInTraining(self))
         weakref.finalize(self, hook.remove)
 
     def reset(self) -> None:
@@ -280,10 +281,10 @@ class RewardState:
         return run(**self._pass.prepare(inputs), return_dict=True)
 
 
-class _ResetInTraining:
+class ResetInTraining:
     """A hook that resets a state on a pass in training mode, after which the weights change; copies do nothing."""
 
-    def __init__(self, state: RewardState):
+    def __init__(self, state: Any):
         self._state = weakref.ref(state)
 
     def __call__(self, module: nn.Module, _: tuple) -> None:

@@ -144,6 +144,7 @@ class VocabularyContract:
         owner: str = "backbone",
         token_map: Mapping[str, str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        across_vocabularies: bool = False,
     ) -> VocabularyMatch:
         """Match the tokens of a backbone, and refuse another vocabulary. See [`match`].
 
@@ -152,6 +153,7 @@ class VocabularyContract:
             owner: whose vocabulary it is, for the error.
             token_map: as in [`match`].
             tokenizer: as in [`match`].
+            across_vocabularies: accept another vocabulary, in a match of the kind `other`.
 
         Raises:
             VocabularyMismatchError: another vocabulary; shows sizes and a few differing tokens.
@@ -164,12 +166,15 @@ class VocabularyContract:
                 found=f"a backbone with a {backbone.kind} contract",
             )
         match = self.match(backbone, token_map, tokenizer)
+        if match.kind == OTHER and across_vocabularies:
+            return match
         if match.kind == OTHER:
             raise VocabularyMismatchError(
                 f"The vocabulary of the {owner} is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with, or an update of that vocabulary",
                 found=match.difference,
-                remedy=f"use a {owner} of the same family, or tune a reward for this one",
+                remedy=f"`across_vocabularies=True` where a text is generated, a {owner} of the same family, or a reward "
+                "that is tuned for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         end = None if theirs is None else backbone.id_of(theirs)
@@ -209,6 +214,26 @@ class VocabularyContract:
     def id_of(self, token: str) -> int | None:
         """Return the id of a token as it stands in a text; None if there is none, or names are not known."""
         return self.added.get(token, (self.vocabulary or {}).get(token.encode()))
+
+    def counterparts(
+        self, backbone: "VocabularyContract", token_map: Mapping[str, str] | None = None
+    ) -> dict[int, int]:
+        """Return the added tokens of a backbone with another vocabulary -> the reward's, of the same name or role.
+
+        Args:
+            backbone: its contract.
+            token_map: as in [`match`].
+
+        Raises:
+            PRTValueError: as in [`match`].
+        """
+        ours, theirs = (
+            {**(contract.vocabulary or {}), **{token.encode(): index for token, index in contract.added.items()}}
+            for contract in (self, backbone)
+        )
+        names = {token: token for token in backbone.added if token in self.added}
+        names |= self._renamed(backbone, ours, theirs, token_map or {})
+        return {theirs[new.encode()]: ours[old.encode()] for new, old in names.items()}
 
     def check_head(self, columns: int, owner: str = "backbone") -> None:
         """Accept logits with at least as many columns as there are tokens, and as many more as may be padding.

@@ -55,6 +55,12 @@ def _without_space(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[i
     return ids if index is None else [index, *ids[1:]]
 
 
+def byte_of(token: str) -> int | None:
+    """Return the byte that SentencePiece writes as "<0x0A>"; None for other tokens."""
+    found = _BYTE_TOKEN.fullmatch(token)
+    return None if found is None else int(found[1], 16)
+
+
 def spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> Callable[[str], bytes]:
     """Return a function from an ordinary one of all `tokens` to the bytes of text that it stands for.
 
@@ -70,10 +76,9 @@ def spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> C
             return token.encode()
 
     def sentencepiece(token: str) -> bytes:
-        found = _BYTE_TOKEN.fullmatch(token)
-        if found is None:
+        byte = byte_of(token)
+        if byte is None:
             return token.replace("▁", " ").encode()
-        byte = int(found[1], 16)
         return token.encode() if byte < 128 and chr(byte).replace(" ", "▁") in tokens else bytes([byte])
 
     if "ByteLevel" in form:

@@ -428,7 +428,7 @@ def test_arguments_of_other_kinds(reward, tokenizer):
 def test_rounding_is_not_taken_for_another_way_of_reading(layers):
     """Forty layers in bfloat16 differ by a fifth of the logits' spread between two right ways to read."""
     network = tiny.llama(1, num_hidden_layers=layers).to(torch.bfloat16)
-    assert behaviour_of(Pass(network)) == (True, True, True)
+    assert behaviour_of(Pass(network)) == (True, True, True, True)
     blind = tiny.gpt2(1).to(torch.bfloat16)
     blind.forward = lambda input_ids, **_: GPT2LMHeadModel.forward(blind, input_ids)  # neither mask nor cache
-    assert behaviour_of(Pass(blind)) == (False, False, False)
+    assert behaviour_of(Pass(blind)) == (False, False, False, False)

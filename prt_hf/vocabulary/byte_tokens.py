@@ -1,0 +1,193 @@
+"""The tokens of a tokenizer as bytes of text, and the tokens that it writes in the middle of a text."""
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UnsupportedError
+from .spelling import byte_of, spelling
+
+# Words, numbers, code, spaces, letters of two to four bytes, characters of several letters: all composed (NFC).
+_PROBES = (
+    "Hello, world! It's 3.14159 or 1234567 of them, isn't it? THE END",
+    "def f(x):\n    if x:\n\t\treturn  [x, {'a': 1}]   # odd  spaces \n\n\n    pass\r\n",
+    "naïve café, Größe, señor; Привет, мир; 你好,世界; こんにちは; 안녕하세요; שלום עולם; مرحبا",
+    "f\u0303 ½ ™ ﬁ ﷺ № Ⅷ ² 👩‍👩‍👧 🏳️‍🌈 𝔘𝔫𝔦 \u200b\u00a0\u2028 ａｂｃ",
+)
+_INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no text, as `surrogateescape` decodes them
+_WORD = re.compile(rb"(?<=[a-z,.]) (?=[A-Za-z])")  # a space at which every tokenizer of text starts a token
+_CHUNK = 512  # bytes after which a text is divided at the next such space, so that what comes before is read once
+
+
+class ByteTokens:
+    """Tokens as bytes, and the encoding of bytes that stand in the middle of a text.
+
+    Args:
+        tokenizer: fast, and lossless: what it writes gives its text back byte for byte.
+
+    Attributes:
+        tokenizer: the tokenizer.
+        size (`int`): largest id plus one.
+        bytes (`list[bytes | None]`): the text of each token; None for special ones and unused ids.
+        ids (`dict[bytes, int]`): the token of a text.
+        prefix (`bytes`): what is put before the first word of a text: a space with SentencePiece.
+        start (`list[int]`): special tokens that it puts before every text.
+
+    Raises:
+        UnsupportedError: a slow tokenizer, or one that loses or changes text, as WordPiece does.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if not getattr(tokenizer, "is_fast", False):
+            raise UnsupportedError(
+                "A reward across vocabularies needs to know what its tokenizers write inside of a text.",
+                expected="fast tokenizers",
+                found=type(tokenizer).__name__,
+                remedy="save a fast one beside the model: AutoTokenizer.from_pretrained(..., use_fast=True)",
+            )
+        self.tokenizer = tokenizer
+        settings, self.prefix = _inside_a_text(json.loads(tokenizer.backend_tokenizer.to_str()))
+        self._encoder = Tokenizer.from_str(json.dumps(settings))
+        self._encoder.encode_special_tokens = True  # their names are text like any other
+        vocabulary = tokenizer.get_vocab()
+        self.size = max(vocabulary.values()) + 1
+        self.bytes = self._bytes_of_all(vocabulary)
+        byte_tokens = {index for token, index in vocabulary.items() if byte_of(token) is not None}
+        in_order = sorted((index for index, text in enumerate(self.bytes) if text), key=lambda i: i not in byte_tokens)
+        self.ids = {self.bytes[index]: index for index in in_order}  # a plain token goes before a byte's
+        self.longest = max(map(len, self.ids), default=0)
+        self._sorted = sorted(self.ids)
+        self._sorted_ids = [self.ids[text] for text in self._sorted]
+        ends = {tokenizer.eos_token_id, None}
+        self.start = [index for index in tokenizer.encode("") if index not in ends]
+        self._check()
+        self._encode_chunk = lru_cache(1 << 14)(self._encode)
+
+    def _bytes_of_all(self, vocabulary: dict[str, int]) -> list[bytes | None]:
+        as_bytes = spelling(self.tokenizer, vocabulary)
+        added = self.tokenizer.added_tokens_decoder
+        special = {index for index, token in added.items() if token.special} | set(self.tokenizer.all_special_ids)
+        found: list[bytes | None] = [None] * self.size
+        for token, index in vocabulary.items():
+            if index not in special:
+                text = as_bytes(token)
+                byte = byte_of(token) if text == token.encode() and index not in added else None
+                found[index] = text if byte is None else bytes([byte])
+        for index, token in added.items():  # the tokenizer decodes to it, whatever else has its id
+            if index not in special:
+                found[index] = as_bytes(token.content) if self._is_sentencepiece else token.content.encode()
+        return found
+
+    @property
+    def _is_sentencepiece(self) -> bool:
+        return "▁" in json.dumps(self.tokenizer.backend_tokenizer.decoder.__getstate__().decode(), ensure_ascii=False)
+
+    def _check(self) -> None:
+        for text in _PROBES:
+            found = self.text(self._encode(text.encode()))
+            if found == text.encode():
+                continue
+            raise UnsupportedError(
+                f"{self.tokenizer.name_or_path or 'The tokenizer'} does not give every text back byte for byte.",
+                expected="byte-level BPE, or SentencePiece with a token for every byte, that changes no letters",
+                found=f"{type(self.tokenizer.backend_tokenizer.model).__name__} that makes {found!r} of {text!r}",
+                remedy="use a reward and a backbone with such tokenizers; others work within one vocabulary only",
+            )
+
+    def text(self, ids: Sequence[int]) -> bytes:
+        """Return the text of tokens; special ones have none."""
+        return b"".join([self.bytes[index] or b"" for index in ids])
+
+    def encode(self, text: bytes) -> list[int]:
+        """Return the tokens of bytes in the middle of a text; bytes that are no text become a token each.
+
+        A long text is divided at spaces where it makes no difference. What a text is divided into depends on the text
+        alone, and all but its end has been encoded before while it grows.
+        """
+        ids: list[int] = []
+        while len(text) > _CHUNK and (cut := _WORD.search(text, _CHUNK)):
+            ids += self._encode_chunk(text[: cut.start()])
+            text = text[cut.start() :]
+        return ids + self._encode_chunk(text)
+
+    def _encode(self, text: bytes) -> list[int]:
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """Return the tokens of each of many short texts."""
+        pieces = [_INVALID.split(text.decode("utf-8", "surrogateescape")) for text in texts]
+        valid = iter(self._encoder.encode_batch_fast([piece for each in pieces for piece in each[::2] if piece]))
+        found = []
+        for each in pieces:
+            ids: list[int] = []
+            for number, piece in enumerate(each):
+                if number % 2:
+                    torn = piece.encode("utf-8", "surrogateescape")
+                    # Bytes that no text has, such as 0xFF, may have no token.
+                    ids += [self.ids[bytes([byte])] for byte in torn if bytes([byte]) in self.ids]
+                elif piece:
+                    ids += next(valid).ids
+            found.append(ids)
+        return found
+
+    def first_of_many(self, texts: Sequence[bytes]) -> list[int]:
+        """Return the first token of each of many texts, which may end inside of a letter; -1 if there is none."""
+        return [
+            self._longest_start(text) if _INVALID.search(text.decode("utf-8", "surrogateescape")) else [*ids, -1][0]
+            for text, ids in zip(texts, self.encode_many(texts), strict=True)
+        ]
+
+    def _longest_start(self, text: bytes) -> int:
+        """Return the longest token that a text starts with: what stands after it is not known yet."""
+        starts = (text[:length] for length in range(min(len(text), self.longest), 0, -1))
+        return next((self.ids[start] for start in starts if start in self.ids), -1)
+
+    def longer_than(self, text: bytes) -> list[int]:
+        """Return the tokens that start with a text and go on."""
+        ends_before = text.rstrip(b"\xff")
+        low = bisect_right(self._sorted, text)
+        if not ends_before:
+            return self._sorted_ids[low:]
+        after = ends_before[:-1] + bytes([ends_before[-1] + 1])
+        return self._sorted_ids[low : bisect_left(self._sorted, after)]
+
+
+def _inside_a_text(settings: Any) -> tuple[Any, bytes]:
+    """Return a tokenizer's settings without what it does to the ends of a text, and what it puts before one.
+
+    Normalisation to composed letters is left out as well: a model may write others.
+    """
+    prefix = b""
+
+    def changed(part: Any) -> Any:
+        nonlocal prefix
+        if isinstance(part, list):
+            return [each for each in map(changed, part) if each is not None]
+        if not isinstance(part, dict):
+            return part
+        kind = part.get("type")
+        if kind == "Prepend":
+            prefix = b" "
+            return None
+        if kind == "NFC":
+            return None
+        if kind == "Metaspace" and part.get("prepend_scheme") != "never":
+            prefix = b" "
+            return part | {"prepend_scheme": "never"}
+        if kind == "ByteLevel" and part.get("add_prefix_space"):
+            prefix = b" "
+            return part | {"add_prefix_space": False}
+        return {name: changed(value) for name, value in part.items()}
+
+    for name in ("normalizer", "pre_tokenizer"):
+        settings[name] = changed(settings[name])
+    settings["post_processor"] = settings["truncation"] = settings["padding"] = None
+    if "dropout" in settings["model"]:
+        settings["model"]["dropout"] = None
+    return settings, prefix
