@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args, fit, quantized):
     """Return the portability, and the number of rows that had nothing to predict after they were cut off."""
     from ..evaluation import batches, measure_portability
-    from ..inference.recipe import load_reward
+    from ..inference.loading import load_reward
     from ..reward.backbones import Backbone, source_backbones
 
     device, kwargs = chosen_device(args), load_kwargs(args)

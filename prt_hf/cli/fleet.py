@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..evaluation.fit import check_fits
     from ..evaluation.fleet import Fleet, check_earlier, measure_fleet
-    from ..inference.recipe import load_reward
+    from ..inference.loading import load_reward
 
     for name in _OF_ONE_REWARD:
         if getattr(args, name):

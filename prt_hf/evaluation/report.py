@@ -19,7 +19,7 @@ from ..errors import PRTValueError
 from ..hub.card import METHODS
 from ..hub.folder import check_writable
 from ..hub.training_record import hub_ids
-from ..inference.recipe import load_reward
+from ..inference.loading import load_reward
 from ..networks.anatomy import context_length, unwrap_adapter
 from ..networks.auto import CONFIG_KWARGS, load_processing_class, load_skeleton
 from ..networks.identity import as_bytes, weights_digest_of_model

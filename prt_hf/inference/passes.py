@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..contract import TEXT_GENERATION, Match
 from ..errors import UnsupportedError
 from ..networks.adapters import bare_base
-from ..networks.anatomy import check_length, context_length, pretrained_parameters, unwrap_adapter
+from ..networks.anatomy import check_length, context_length, pad_id, pretrained_parameters, unwrap_adapter
 from ..networks.mixed_pass import MixedPass, Pass, can_mix
 from ..reward.model import RewardModel
 from ..vocabulary import VocabularyMatch
@@ -117,7 +117,7 @@ def translated(part: Part, inputs: dict, task: str) -> tuple[dict, TranslatedRow
         return inputs, None
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     is_usual = mask is None or (mask.ndim == 2 and mask.shape == ids.shape)
-    pad = getattr(part.run.model.config.get_text_config(), "pad_token_id", None) or 0
+    pad = pad_id(part.run.model)
     found = part.tokens.to_reward.one_to_one(ids, mask if is_usual else None)
     if found is not None:
         if mask is not None and is_usual:

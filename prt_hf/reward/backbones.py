@@ -20,7 +20,7 @@ from ..errors import PRTValueError, VocabularyMismatchError
 from ..functional import IGNORE_INDEX
 from ..hub.client import commit_of
 from ..networks.adapters import bare_base, check_bare
-from ..networks.anatomy import context_length, contract_of
+from ..networks.anatomy import context_length, contract_of, pad_id
 from ..networks.auto import load_base, load_pretrained, processing_class_of
 from ..networks.identity import reference_to, weights_digest_of_files, weights_digest_of_model, weights_fingerprint
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
@@ -243,7 +243,7 @@ class Backbone:
         found = self._known(ids, mask)
         if self.task == TEXT_GENERATION and batch.labels is not None:
             self._known(batch.supervised_labels, None)
-        pad = getattr(self.network.config.get_text_config(), "pad_token_id", None) or 0
+        pad = pad_id(self.network)
         return found if mask is None else found.masked_fill(mask == 0, pad)
 
     def _known(self, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.LongTensor:
