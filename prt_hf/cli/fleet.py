@@ -113,7 +113,7 @@ def _entries(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 def _listed(path: Path) -> list[dict]:
     import yaml
 
-    from ..evaluation.report import did_you_mean
+    from ..evaluation.arguments import did_you_mean
 
     expected = f"a list of rewards, each with {', '.join(_KEYS)}"
     try:
