@@ -24,7 +24,7 @@ from ..networks.anatomy import frozen_norms
 from ..networks.identity import reference_to
 from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
 from ..reward.adapter import default_peft_config
-from ..reward.backbones import Batch
+from ..reward.batch import Batch
 from ..training.collators import PixelCollator
 from ..training.fused_loss import fused_prt_loss
 from ..training.saving import checkpoint_to_resume

@@ -13,7 +13,8 @@ from ..functional import IGNORE_INDEX, check_finite
 from ..networks.anatomy import check_length, context_length, pretrained_parameters
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import split_inputs
-from ..reward.backbones import Backbone, Batch
+from ..reward.backbones import Backbone
+from ..reward.batch import Batch
 from ..reward.model import RewardModel
 from .machine import now
 

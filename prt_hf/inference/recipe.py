@@ -81,17 +81,17 @@ def recipe_card(config: PRTModelConfig, name: str) -> str:
     return render_recipe_card(name, task, ModelReference(**config.backbone_reference or {}), rewards)
 
 
-def recipe_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]:
+def recipe_files_to_push(folder: Path, config: PRTModelConfig, include: Sequence[str] = ()) -> list[str]:
     """Return the names of the files of a saved recipe that [`push_recipe`] pushes.
 
     Args:
         folder: of the recipe.
+        config: its configuration.
         include: names of further files.
 
     Raises:
         RewardFileError: it is not whole, or one of the files is a link.
     """
-    config = PRTModelConfig.from_pretrained(folder)
     check_complete(config)
     names = [name for name in known_files(folder) if not name.endswith(".safetensors")]
     for entry in config.reward_references:
@@ -114,8 +114,8 @@ def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), *
         RewardFileError: the folder holds no whole recipe, or the repository something else.
     """
     folder = folder_to_read(Path(folder))
-    names = recipe_files_to_push(folder, include)
     config = PRTModelConfig.from_pretrained(folder)
+    names = recipe_files_to_push(folder, config, include)
     places = [reward_folder(folder, entry) for entry in config.reward_references if entry["id"] is None]
     warn_of_local_base(ModelReference(**config.backbone_reference or {}), "backbone=")
 

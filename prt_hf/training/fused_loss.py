@@ -20,7 +20,7 @@ from ..functional import (
     prt_statistics,
 )
 from ..networks.lm_head import Projection, why_not_projected
-from ..reward.backbones import Backbone, Batch
+from ..reward.batch import BackboneLogits, Batch
 from .config import PRTConfig
 
 
@@ -285,7 +285,11 @@ def _same_tensor(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def why_not_fused(
-    args: PRTConfig, shards_heads: bool, network: PreTrainedModel | PeftModel, others: list[Backbone], batch: Batch
+    args: PRTConfig,
+    shards_heads: bool,
+    network: PreTrainedModel | PeftModel,
+    others: list[BackboneLogits],
+    batch: Batch,
 ) -> str | None:
     """Return why the loss needs full logits; None if it does not.
 

@@ -24,7 +24,7 @@ from ..networks.anatomy import (
     unwrap_adapter,
 )
 from ..networks.lm_head import Projection, last_hidden_state, projection
-from ..reward.backbones import Backbone, Batch
+from ..reward.batch import BackboneLogits, Batch
 from ..reward.finetuned import teacher_of
 from ..reward.model import RewardModel
 from ..vocabulary import unwrap_tokenizer
@@ -288,7 +288,12 @@ class PRTTrainer(BackboneReader):
             logger.warning(f"Falling back to full logits: {problem}.")
 
     def _forward(
-        self, model: nn.Module, batch: Batch, backbones: list[Backbone], teachers: list[Backbone], is_fused: bool
+        self,
+        model: nn.Module,
+        batch: Batch,
+        backbones: list[BackboneLogits],
+        teachers: list[BackboneLogits],
+        is_fused: bool,
     ) -> tuple[list[Term], list[Term], Term]:
         """Return the terms of the backbones, of the teachers, and of the reward.
 
