@@ -14,11 +14,11 @@ from .generation import (
     add_templates,
     encode,
     encode_for_rewards,
+    generated,
     generation_options,
     is_streamable,
     load_model,
     pad_and_ends,
-    padded,
     readable_length,
 )
 
@@ -97,13 +97,10 @@ def _answer(model, messages: list[dict], options: dict, args: argparse.Namespace
     Raises:
         ContextLengthError: the conversation is too long for a reply.
     """
-    from transformers import TextStreamer
-
-    tokenizer = model.processing_class
-    (pad, ends), limit = pad_and_ends(model), readable_length(model)
+    tokenizer, limit = model.processing_class, readable_length(model)
     row = encode(tokenizer, messages, "backbone")
-    own_rows = [rows[0] for rows in encode_for_rewards(model, [messages], args)]
-    length = max(map(len, [row, *own_rows]))
+    own_rows = encode_for_rewards(model, [messages], args)
+    length = max(map(len, [row, *(own for (own,) in own_rows)]))
     if limit is not None and length >= limit:
         raise ContextLengthError(
             "The conversation is longer than the models can read.",
@@ -113,12 +110,9 @@ def _answer(model, messages: list[dict], options: dict, args: argparse.Namespace
         )
     if limit is not None:
         options = options | {"max_new_tokens": min(options["max_new_tokens"], limit - length)}
-    if own_rows:
-        options = options | {"reward_inputs": [padded([each], 0).to(model.device) for each in own_rows]}
     is_streamed = is_streamable(model, options)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
-    output = model.generate(**padded([row], pad).to(model.device), **options, streamer=streamer, pad_token_id=pad)
-    tokens = (output.sequences if args.speculative else output)[0, len(row) :].tolist()
+    _, (tokens,) = generated(model, [row], own_rows, options, is_streamed=is_streamed)
+    _, ends = pad_and_ends(model)
     while tokens and tokens[-1] in ends:
         tokens.pop()
     reply = tokenizer.decode(tokens, skip_special_tokens=True)
