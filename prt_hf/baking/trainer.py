@@ -310,7 +310,7 @@ def student_of(model: PRTPreTrainedModel, peft_config: LoraConfig | None = None)
     """Return a new LoRA on the weights of a PRT model's backbone, which stays without it.
 
     Raises:
-        PRTValueError: the configuration is none of LoRA.
+        PRTValueError: the configuration is no `LoraConfig`.
     """
     peft_config = default_lora(model) if peft_config is None else copy.deepcopy(peft_config)
     if not isinstance(peft_config, LoraConfig):

@@ -6,21 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ..errors import ContextLengthError, PRTValueError
-from . import quantization
+from . import generation, quantization
 from .arguments import add_command, add_loading_options
-from .generation import (
-    add_generation,
-    add_model,
-    add_templates,
-    encode,
-    encode_for_rewards,
-    generated,
-    generation_options,
-    is_streamable,
-    load_model,
-    pad_and_ends,
-    readable_length,
-)
 
 DESCRIPTION = """\
 Talk to a backbone with rewards, in its chat template. Each line is a message, answered token by token; the models read
@@ -36,9 +23,9 @@ _LONGEST = 512
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
     parser = add_command(commands, "chat", "talk to a backbone with rewards", DESCRIPTION, EXAMPLES)
-    add_model(parser)
-    add_templates(parser)
-    add_generation(parser, _LONGEST)
+    generation.add_model(parser)
+    generation.add_templates(parser)
+    generation.add_generation(parser, _LONGEST)
     add_loading_options(parser)
     quantization.add_arguments(parser)
     return parser
@@ -48,12 +35,13 @@ def run(args: argparse.Namespace) -> None:
     """Answer messages until there are no more."""
     from transformers import set_seed
 
-    options = generation_options(args, _LONGEST)
-    model = load_model(args)
+    options = generation.generation_options(args, _LONGEST)
+    model = generation.load_model(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     trial = [*opening, {"role": "user", "content": "Hello"}]
-    encode(model.processing_class, trial, "backbone")  # what cannot be written is told before the first message
-    encode_for_rewards(model, [trial], args)
+    # To report a template that refuses it before the first message.
+    generation.encode(model.processing_class, trial, "backbone")
+    generation.encode_for_rewards(model, [trial], args)
     set_seed(args.seed)
     conversation = list(opening)
     for line in _lines():
@@ -97,9 +85,9 @@ def _answer(model, messages: list[dict], options: dict, args: argparse.Namespace
     Raises:
         ContextLengthError: the conversation is too long for a reply.
     """
-    tokenizer, limit = model.processing_class, readable_length(model)
-    row = encode(tokenizer, messages, "backbone")
-    own_rows = encode_for_rewards(model, [messages], args)
+    tokenizer, limit = model.processing_class, generation.readable_length(model)
+    row = generation.encode(tokenizer, messages, "backbone")
+    own_rows = generation.encode_for_rewards(model, [messages], args)
     length = max(map(len, [row, *(own for (own,) in own_rows)]))
     if limit is not None and length >= limit:
         raise ContextLengthError(
@@ -110,9 +98,9 @@ def _answer(model, messages: list[dict], options: dict, args: argparse.Namespace
         )
     if limit is not None:
         options = options | {"max_new_tokens": min(options["max_new_tokens"], limit - length)}
-    is_streamed = is_streamable(model, options)
-    _, (tokens,) = generated(model, [row], own_rows, options, is_streamed=is_streamed)
-    _, ends = pad_and_ends(model)
+    is_streamed = generation.is_streamable(model, options)
+    _, (tokens,) = generation.generated(model, [row], own_rows, options, is_streamed=is_streamed)
+    _, ends = generation.pad_and_ends(model)
     while tokens and tokens[-1] in ends:
         tokens.pop()
     reply = tokenizer.decode(tokens, skip_special_tokens=True)

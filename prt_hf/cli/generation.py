@@ -114,7 +114,7 @@ def generation_options(args: argparse.Namespace, longest: int) -> dict:
 
 
 def recipe_at(backbone: str, rewards: list[str], **config_kwargs: Any) -> PRTModelConfig | None:
-    """Return the configuration of a recipe; None for the backbone of rewards.
+    """Return the configuration of a recipe; None if the model is a backbone, to which rewards are added.
 
     Raises:
         PRTValueError: a recipe and rewards, or neither.

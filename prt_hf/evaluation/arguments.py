@@ -1,4 +1,4 @@
-"""Check and name what a report is asked for: methods, models, targets and rows."""
+"""Check the arguments of a report, and name its targets."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches

@@ -116,7 +116,8 @@ class Reading:
                 for name, each in read.items():
                     with self._measured(name):
                         logits[name] = each.at(part).logits() if isinstance(each, Projection) else each[part]
-                    logits[name] = _exact(logits[name]).to(self._reward.device)
+                    precision = torch.float32 if logits[name].device.type == "mps" else torch.float64
+                    logits[name] = logits[name].to(precision).to(self._reward.device)
                 if REWARD in logits:
                     check_finite(logits[REWARD])
                 yield Part(logits, batch.supervised_labels[part], batch.supervised[0][part].cpu() + rows, absent)
@@ -236,7 +237,3 @@ def signed_projection(terms: Sequence[tuple[float, Projection]]) -> Projection:
         tuple(weight for _, each in terms for weight in each.weights),
         sum(biases) if biases else None,
     )
-
-
-def _exact(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)

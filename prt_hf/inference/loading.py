@@ -1,4 +1,4 @@
-"""Load the parts that a PRT model is put together from: its backbone, its rewards, and their bases, once each."""
+"""Load the parts of a PRT model: its backbone, and its rewards, on bases that they share."""
 
 import os
 from collections.abc import Sequence

@@ -43,7 +43,10 @@ class Part:
 def parts_of(
     backbone: PreTrainedModel, rewards: list[RewardModel], matches: list[Match], size: int | None
 ) -> list[Part]:
-    """Return the backbone, `size` of whose columns are tokens (None for labels), and the terms of all rewards."""
+    """Return the backbone and the terms of all rewards as parts.
+
+    `size` is the number of the backbone's columns that stand for tokens; None for labels.
+    """
     parts = [Part(Pass(backbone), slice(size), is_frozen=True)]
     for index, (reward, match) in enumerate(zip(rewards, matches, strict=True)):
         tokens = None if match.tokens is None or match.tokens.is_identical else match.tokens
@@ -58,7 +61,7 @@ class PartsPass(NamedTuple):
 
     Attributes:
         run ([`Pass`]): the pass.
-        parts (`list[Part]`): whose logits its blocks of rows are, in their order.
+        parts (`list[Part]`): the parts that its blocks of rows belong to, in order.
     """
 
     run: Pass

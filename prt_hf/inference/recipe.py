@@ -277,7 +277,10 @@ def write_recipe(model: "PRTPreTrainedModel", folder: Path, state_dict: dict[str
                 reward.trained_with(source, kl_coef=1 / strength, entropy_coef=reward.config.entropy_coef)
             entry = model.config.reward_references[index]
             if name := names.get(index):
-                state = state_dict and _without_prefix(state_dict, f"reward_networks.{index}.")
+                prefix = f"reward_networks.{index}."
+                state = state_dict and {
+                    key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
+                }
                 entry = save_beside(reward, staged / name, folder / name, state)
             config.reward_references[index] = entry | {"strength": float(strength)}
         save_processing_class(model.processing_class, staged)
@@ -300,7 +303,3 @@ def save_beside(reward: RewardModel, place: Path, earlier: Path, state_dict: dic
         shutil.copytree(earlier, place, symlinks=True, copy_function=link_or_copy)
     reward.save_pretrained(place, state_dict=state_dict)
     return {"id": None, "revision": None, "digest": reward_digest(place, reward.config), "folder": place.name}
-
-
-def _without_prefix(state_dict: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}

@@ -1,4 +1,4 @@
-"""A batch of data, and what a loss reads of a backbone for it, whether a network or stored states give it."""
+"""Batches of data, and the logits of a backbone that losses read, from a network or from stored states."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

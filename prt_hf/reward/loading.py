@@ -1,4 +1,4 @@
-"""Load the networks that saved files name, and check that they are those: an adapter, and its base."""
+"""Load the networks that saved files name, an adapter and its base, and check that they are the right ones."""
 
 import copy
 from pathlib import Path
@@ -236,7 +236,7 @@ def load_own_processing_class(folder: Path, config: RewardConfig, source: str | 
 def load_saved_processing_class(folder: Path, task: str) -> Any:
     """Load the tokenizer or image processor in the folder of a reward or an adapter.
 
-    The folder may be anybody's: no code of it is run.
+    The folder is not trusted: none of its code is run.
 
     Returns:
         None if there is none, or one that needs code.

@@ -302,7 +302,7 @@ class RewardModel(Shareable):
         distilled_from: ModelReference | None = None,
         is_chat: bool | None = None,
     ) -> None:
-        """Record the training that `network` is about to get in `config`.
+        """Record in `config` the training that `network` is about to get.
 
         Args:
             *source_backbones: the models that it is tuned on.
@@ -343,7 +343,7 @@ class RewardModel(Shareable):
             allow_partial: whether the backbone may have labels that the reward does not score, and lack some.
 
         Raises:
-            PRTValueError: the backbone is made for another task, or a map names what is not there.
+            PRTValueError: the backbone is made for another task, or a map names an unknown token or label.
             VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
         return match_backbone(

@@ -120,9 +120,9 @@ def address(value: torch.Tensor) -> int | None:
 def summed_over_processes(
     trainer: Trainer, model: nn.Module, loss: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Return the loss of one process so that the mean of all gradients is that of the sum of the losses.
+    """Scale the loss of a process, so that the mean gradient of all processes is the gradient of their sum.
 
-    `num_items_in_batch` counts the items of all processes, and gradients are averaged over them.
+    Nothing is scaled if `num_items_in_batch` does not count the items of all processes.
     """
     is_of_all = trainer.args.average_tokens_across_devices and num_items_in_batch is not None
     return loss * trainer.accelerator.num_processes if model.training and is_of_all else loss

@@ -1,4 +1,4 @@
-"""Backbones whose stored states are read instead of running them, and the data sets that say which state is where."""
+"""Read the stored states of backbones instead of running them, and number the rows of data sets to find them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -368,7 +368,7 @@ def _supervised(batch: Batch, term: Term) -> Term:
 
 
 def _check_trained(model, backbones: list[PreTrainedModel], teachers: list[PreTrainedModel]) -> None:
-    """Raise unless something is trained, and nothing of a backbone or of what is distilled.
+    """Raise unless the reward has trainable parameters, and none of them belongs to a backbone or a teacher.
 
     Raises:
         PRTValueError: names the first of the parameters.

@@ -154,7 +154,6 @@ class VocabularyContract:
     def check(
         self,
         backbone: "VocabularyContract",
-        owner: str = "backbone",
         token_map: Mapping[str, str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> VocabularyMatch:
@@ -162,7 +161,6 @@ class VocabularyContract:
 
         Args:
             backbone: its contract; its head may be padded, and it may end or pad with other tokens.
-            owner: whose vocabulary it is, for the error.
             token_map: as in [`match`].
             tokenizer: as in [`match`].
 
@@ -179,10 +177,10 @@ class VocabularyContract:
         match = self.match(backbone, token_map, tokenizer)
         if match.kind == OTHER:
             raise VocabularyMismatchError(
-                f"The vocabulary of the {owner} is not the reward's.",
+                "The vocabulary of the backbone is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with, or an update of that vocabulary",
                 found=match.difference,
-                remedy=f"use a {owner} of the same family, or tune a reward for this one",
+                remedy="use a backbone of the same family, or tune a reward for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         end = None if theirs is None else backbone.id_of(theirs)
@@ -192,7 +190,7 @@ class VocabularyContract:
                 f"token_map={{{theirs!r}: {ours or '<its end token>'!r}}} says which of its tokens that is."
             )
         elif match.renamed:
-            logger.warning_once(f"The vocabulary of the {owner} is the reward's with other names. {match}.")
+            logger.warning_once(f"The vocabulary of the backbone is the reward's with other names. {match}.")
         elif ours and theirs and ours != theirs:
             logger.warning_once(
                 f"The reward was tuned with the end token {ours!r}, the backbone stops at {theirs!r}: pass "
