@@ -69,6 +69,11 @@ class LabelContract:
             )
         return cls(names)
 
+    @property
+    def size(self) -> int:
+        """The number of labels."""
+        return len(self.names)
+
     def match(
         self, backbone: "LabelContract", label_map: Mapping[str, str] | None = None, allow_partial: bool = False
     ) -> list[int]:

@@ -53,7 +53,7 @@ class RewardFileError(PRTError, OSError):
             expected: What the file should hold.
             remedy: What to do about it.
         """
-        found = str(error).strip()[:200]  # of a file that anybody may have written
+        found = str(error).strip()[:200]  # of an untrusted file
         return cls(f"{path} cannot be read: {type(error).__name__}: {found}", expected=expected, remedy=remedy)
 
 

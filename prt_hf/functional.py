@@ -138,7 +138,7 @@ def check_strengths(strengths: Sequence[float], count: int, name: str = "strengt
     """Check that there is one finite number for each reward.
 
     Raises:
-        PRTValueError: there is not; `name` is that of the argument.
+        PRTValueError: there are more or fewer, or one is not finite; `name` is that of the argument.
     """
     is_usable = isinstance(strengths, list | tuple) and len(strengths) == count
     if not is_usable or not all(isinstance(value, Real) and isfinite(value) for value in strengths):
@@ -206,7 +206,7 @@ def prt_loss(
 
     Returns:
         0-dim `torch.FloatTensor`, nats per supervised position; 0 (with a gradient of 0) where none is supervised but
-        `num_items_in_batch` says that others are.
+        `num_items_in_batch` counts some of other batches.
 
     Raises:
         NonFiniteRewardError: a reward at a supervised position is NaN or infinite.
@@ -312,7 +312,7 @@ def check_same_positions(labels: torch.Tensor, positions: tuple[int, ...]) -> No
     """Check that there is one label for each position.
 
     Raises:
-        PRTValueError: there is not.
+        PRTValueError: there are more or fewer labels.
     """
     if labels.shape != tuple(positions):
         raise PRTValueError(

@@ -1,5 +1,6 @@
 """What fits, what does not, and what the user is told."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -35,6 +36,20 @@ def test_same_vocabulary_under_differently_padded_heads():
 def test_language_models_need_a_tokenizer():
     with pytest.raises(PRTValueError, match="`processing_class=` a tokenizer"):
         contract_of(tiny.llama())
+
+
+def test_a_tokenizer_is_read_again_once_its_tokens_or_roles_have_changed():
+    tokenizer = tiny.tokenizer()
+    read = VocabularyContract.from_tokenizer
+    first = read(tokenizer)
+    assert read(tokenizer) is first
+    tokenizer.add_tokens(["<new>"])
+    second = read(tokenizer)
+    assert (second.size, second.added["<new>"]) == (first.size + 1, first.size)
+    assert (second.fingerprint != first.fingerprint, second.ordinary) == (True, first.ordinary)
+    tokenizer.pad_token = "<new>"
+    assert read(tokenizer).special_tokens == second.special_tokens | {"pad_token": "<new>"}
+    assert read(copy.deepcopy(tokenizer)) == read(tokenizer)
 
 
 def test_labels_are_matched_by_name():

@@ -9,7 +9,7 @@ from ..errors import UnsupportedError
 from ..inference.prt_model import PRTPreTrainedModel
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import split_inputs
-from ..reward.backbones import Batch
+from ..reward.batch import Batch
 
 
 class Teacher:

@@ -24,11 +24,12 @@ from ..networks.anatomy import frozen_norms
 from ..networks.identity import reference_to
 from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
 from ..reward.adapter import default_peft_config
-from ..reward.backbones import Batch
+from ..reward.batch import Batch
 from ..training.collators import PixelCollator
 from ..training.fused_loss import fused_prt_loss
 from ..training.saving import checkpoint_to_resume
 from ..training.sft import SFTData
+from ..training.sharding import summed_over_processes
 from ..vocabulary import unwrap_tokenizer
 from .teacher import Teacher
 
@@ -124,8 +125,7 @@ class BakeTrainer(Trainer):
                 teacher = self.teacher.log_probs(batch)
                 student = batch.chosen(model(**own).logits)[..., self.teacher.columns]
                 loss = prt_loss(torch.zeros_like(student), student, labels, teacher_logits=teacher, **settings)
-        if model.training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
+        loss = summed_over_processes(self, model, loss, num_items_in_batch)
         return (loss, {"logits": student.log_softmax(-1)}) if return_outputs else loss
 
     def batch(self, inputs: dict[str, torch.Tensor]) -> Batch:
@@ -310,7 +310,7 @@ def student_of(model: PRTPreTrainedModel, peft_config: LoraConfig | None = None)
     """Return a new LoRA on the weights of a PRT model's backbone, which stays without it.
 
     Raises:
-        PRTValueError: the configuration is none of LoRA.
+        PRTValueError: the configuration is no `LoraConfig`.
     """
     peft_config = default_lora(model) if peft_config is None else copy.deepcopy(peft_config)
     if not isinstance(peft_config, LoraConfig):

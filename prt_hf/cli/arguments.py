@@ -37,7 +37,7 @@ class StrictParser(argparse.ArgumentParser):
 
 
 def describe_unknown(unknown: list[str], known: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
-    """Return a message that names the nearest known option for each unknown one, or the hint there is for it."""
+    """Return a message with the hint for each unknown option, else with the known option nearest to it."""
     found = []
     for argument in unknown:
         name = argument.partition("=")[0].replace("-", "_").replace("__", "--", 1)

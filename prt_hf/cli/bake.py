@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import PRTValueError
 from .arguments import DTYPES, add_command, add_json, add_option, positive, with_default
+from .generation import recipe_at
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,20 +95,12 @@ def _model(args: argparse.Namespace) -> PRTPreTrainedModel:
     import torch
 
     from .. import inference
-    from ..inference.configuration import PRTModelConfig
-    from ..networks.auto import load_config
     from ..playground.comparison import load
 
     kwargs: dict[str, Any] = {"revision": args.revision, "trust_remote_code": args.trust_remote_code}
-    config = load_config(args.backbone, **kwargs)
+    config = recipe_at(args.backbone, args.reward, **kwargs)
     kwargs |= {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
-    if isinstance(config, PRTModelConfig) == bool(args.reward):
-        raise PRTValueError(
-            "There is no reward to bake." if not args.reward else f"{args.backbone} names its own rewards.",
-            expected="a backbone and --reward, or a recipe alone",
-            found=", ".join(args.reward) or args.backbone,
-        )
-    if not args.reward:
+    if config is not None:
         model = getattr(inference, config.architectures[0]).from_pretrained(args.backbone, **kwargs)
         model.strengths = args.strength or model.strengths
         return model

@@ -6,21 +6,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from ..errors import ContextLengthError, PRTValueError
-from . import quantization
+from . import generation, quantization
 from .arguments import add_command, add_loading_options
-from .generation import (
-    add_generation,
-    add_model,
-    add_templates,
-    encode,
-    encode_for_rewards,
-    generation_options,
-    is_streamable,
-    load_model,
-    pad_and_ends,
-    padded,
-    readable_length,
-)
 
 DESCRIPTION = """\
 Talk to a backbone with rewards, in its chat template. Each line is a message, answered token by token; the models read
@@ -36,9 +23,9 @@ _LONGEST = 512
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's parser."""
     parser = add_command(commands, "chat", "talk to a backbone with rewards", DESCRIPTION, EXAMPLES)
-    add_model(parser)
-    add_templates(parser)
-    add_generation(parser, _LONGEST)
+    generation.add_model(parser)
+    generation.add_templates(parser)
+    generation.add_generation(parser, _LONGEST)
     add_loading_options(parser)
     quantization.add_arguments(parser)
     return parser
@@ -48,12 +35,13 @@ def run(args: argparse.Namespace) -> None:
     """Answer messages until there are no more."""
     from transformers import set_seed
 
-    options = generation_options(args, _LONGEST)
-    model = load_model(args)
+    options = generation.generation_options(args, _LONGEST)
+    model = generation.load_model(args)
     opening = [] if args.system is None else [{"role": "system", "content": args.system}]
     trial = [*opening, {"role": "user", "content": "Hello"}]
-    encode(model.processing_class, trial, "backbone")  # what cannot be written is told before the first message
-    encode_for_rewards(model, [trial], args)
+    # To report a template that refuses it before the first message.
+    generation.encode(model.processing_class, trial, "backbone")
+    generation.encode_for_rewards(model, [trial], args)
     set_seed(args.seed)
     conversation = list(opening)
     for line in _lines():
@@ -97,13 +85,10 @@ def _answer(model, messages: list[dict], options: dict, args: argparse.Namespace
     Raises:
         ContextLengthError: the conversation is too long for a reply.
     """
-    from transformers import TextStreamer
-
-    tokenizer = model.processing_class
-    (pad, ends), limit = pad_and_ends(model), readable_length(model)
-    row = encode(tokenizer, messages, "backbone")
-    own_rows = [rows[0] for rows in encode_for_rewards(model, [messages], args)]
-    length = max(map(len, [row, *own_rows]))
+    tokenizer, limit = model.processing_class, generation.readable_length(model)
+    row = generation.encode(tokenizer, messages, "backbone")
+    own_rows = generation.encode_for_rewards(model, [messages], args)
+    length = max(map(len, [row, *(own for (own,) in own_rows)]))
     if limit is not None and length >= limit:
         raise ContextLengthError(
             "The conversation is longer than the models can read.",
@@ -113,12 +98,9 @@ def _answer(model, messages: list[dict], options: dict, args: argparse.Namespace
         )
     if limit is not None:
         options = options | {"max_new_tokens": min(options["max_new_tokens"], limit - length)}
-    if own_rows:
-        options = options | {"reward_inputs": [padded([each], 0).to(model.device) for each in own_rows]}
-    is_streamed = is_streamable(model, options)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
-    output = model.generate(**padded([row], pad).to(model.device), **options, streamer=streamer, pad_token_id=pad)
-    tokens = (output.sequences if args.speculative else output)[0, len(row) :].tolist()
+    is_streamed = generation.is_streamable(model, options)
+    _, (tokens,) = generation.generated(model, [row], own_rows, options, is_streamed=is_streamed)
+    _, ends = generation.pad_and_ends(model)
     while tokens and tokens[-1] in ends:
         tokens.pop()
     reply = tokenizer.decode(tokens, skip_special_tokens=True)

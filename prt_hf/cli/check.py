@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 def _measure(args, fit, quantized):
     """Return the portability, and the number of rows that had nothing to predict after they were cut off."""
     from ..evaluation import batches, measure_portability
-    from ..inference.recipe import load_reward
+    from ..inference.loading import load_reward
     from ..reward.backbones import Backbone, source_backbones
 
     device, kwargs = chosen_device(args), load_kwargs(args)
@@ -141,7 +141,7 @@ def _contract(fit) -> str:
     is_updated = fit.match is not None and not fit.match.startswith(IDENTICAL)
     if contract.kind == "labels":
         order = "in another order, matched by name" if fit.is_permuted else "in the same order"
-        return f"{len(contract.names)}, {order}" + (f"; vocabulary {fit.match.split(';')[0]}" if is_updated else "")
+        return f"{contract.size}, {order}" + (f"; vocabulary {fit.match.split(';')[0]}" if is_updated else "")
     heads = {"reward": (contract.size, fit.reward_columns), "backbone": (fit.backbone_tokens, fit.backbone_columns)}
     padded = [
         f"{columns - tokens} rows pad the {owner}'s head"

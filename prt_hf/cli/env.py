@@ -23,9 +23,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     """Print versions and hardware."""
-    from ..evaluation.machine import hardware, installed_versions
+    from ..evaluation.machine import hardware, versions
 
-    found = installed_versions() | {"system": platform.platform()} | {"gpu": "none"} | hardware()
+    packages = versions("trl", "datasets", "accelerate", "huggingface_hub", "vllm")
+    found = packages | {"system": platform.platform()} | {"gpu": "none"} | hardware()
     if args.json:
         print(json.dumps(found))
     else:

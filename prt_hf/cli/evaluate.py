@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
     from ..hub.folder import check_writable
-    from ..inference.recipe import load_reward
+    from ..inference.loading import load_reward
 
     if args.output_dir:
         check_writable(args.output_dir)  # before anything is measured

@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
 
     from ..evaluation.fit import check_fits
     from ..evaluation.fleet import Fleet, check_earlier, measure_fleet
-    from ..inference.recipe import load_reward
+    from ..inference.loading import load_reward
 
     for name in _OF_ONE_REWARD:
         if getattr(args, name):
@@ -113,7 +113,7 @@ def _entries(args: argparse.Namespace) -> dict[str, argparse.Namespace]:
 def _listed(path: Path) -> list[dict]:
     import yaml
 
-    from ..evaluation.report import did_you_mean
+    from ..evaluation.arguments import did_you_mean
 
     expected = f"a list of rewards, each with {', '.join(_KEYS)}"
     try:

@@ -16,11 +16,11 @@ from .generation import (
     add_templates,
     encode,
     encode_for_rewards,
+    generated,
     generation_options,
     is_streamable,
     load_model,
     pad_and_ends,
-    padded,
     readable_length,
 )
 
@@ -137,29 +137,20 @@ def _generated(
     is_streamed: bool,
 ) -> Iterator[dict]:
     """Yield the record that --json prints for each prompt."""
-    from transformers import TextStreamer
-
-    tokenizer = model.processing_class
-    pad, ends = pad_and_ends(model)
+    tokenizer, (_, ends) = model.processing_class, pad_and_ends(model)
     for start in range(0, len(rows), args.batch_size):
         part = slice(start, start + args.batch_size)
-        inputs = padded(rows[part], pad).to(model.device)
-        own_inputs = [padded(each[part], 0).to(model.device) for each in own_rows]
-        length = inputs["input_ids"].shape[1]
-        longest = max(each["input_ids"].shape[1] for each in (inputs, *own_inputs))
+        own = [each[part] for each in own_rows]
+        longest = max(len(row) for each in (rows[part], *own) for row in each)
         room = options["max_new_tokens"] if limit is None else limit - longest
         if room < options["max_new_tokens"]:
             print(f"prt-hf generate: after {longest} tokens the models can read {room} more", file=sys.stderr)
         fitting = options | {"max_new_tokens": min(options["max_new_tokens"], room)}
-        if own_inputs:
-            fitting["reward_inputs"] = own_inputs
-        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
         began = perf_counter()
-        output = model.generate(**inputs, **fitting, streamer=streamer, pad_token_id=pad)
+        output, texts = generated(model, rows[part], own, fitting, is_streamed=is_streamed)
         seconds = perf_counter() - began
         drafts = {"drafted": output.num_drafted, "accepted": output.num_accepted} if args.speculative else {}
-        sequences = output.sequences if args.speculative else output
-        for prompt, tokens in zip(prompts[start:], sequences[:, length:].tolist(), strict=False):
+        for prompt, tokens in zip(prompts[start:], texts, strict=False):
             count = next((index + 1 for index, token in enumerate(tokens) if token in ends), len(tokens))
             text = tokenizer.decode(tokens[:count], skip_special_tokens=True)
             yield {"prompt": prompt, "text": text, "new_tokens": count, "seconds": seconds} | drafts

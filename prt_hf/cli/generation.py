@@ -1,7 +1,10 @@
 """Load the model, and read the options and prompts, of `generate` and `chat`."""
 
+from __future__ import annotations
+
 import argparse
 import re
+from typing import TYPE_CHECKING, Any
 
 from ..errors import PRTValueError
 from . import quantization
@@ -17,6 +20,9 @@ from .arguments import (
     share,
     with_default,
 )
+
+if TYPE_CHECKING:
+    from ..inference.configuration import PRTModelConfig
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _NUMBERS = {
@@ -107,24 +113,37 @@ def generation_options(args: argparse.Namespace, longest: int) -> dict:
     return defaults | options | ({"speculative": True} if args.speculative else {})
 
 
+def recipe_at(backbone: str, rewards: list[str], **config_kwargs: Any) -> PRTModelConfig | None:
+    """Return the configuration of a recipe; None if the model is a backbone, to which rewards are added.
+
+    Raises:
+        PRTValueError: a recipe and rewards, or neither.
+    """
+    from ..hub.client import refuse_reward
+    from ..inference.configuration import PRTModelConfig
+    from ..networks.auto import load_config
+
+    refuse_reward(backbone, "a backbone, or a recipe", config_kwargs.get("token"), config_kwargs["revision"])
+    config = load_config(backbone, **config_kwargs)
+    is_recipe = isinstance(config, PRTModelConfig)
+    if is_recipe == bool(rewards):
+        raise PRTValueError(
+            f"{backbone} is a recipe, which names its own rewards." if is_recipe else "There is no reward.",
+            expected="no --reward" if is_recipe else "--reward, or the recipe of a PRT model",
+            found=", ".join(rewards) or f"{backbone}, which is no recipe",
+        )
+    return config if is_recipe else None
+
+
 def load_model(args: argparse.Namespace):
     """Return the PRT model of a backbone and rewards, or of a recipe, on its device."""
     from ..contract import TEXT_GENERATION
-    from ..hub.client import refuse_reward
     from ..inference import PRTForCausalLM
-    from ..inference.recipe import PRTModelConfig
-    from ..networks.auto import load_config, load_pretrained, load_processing_class
+    from ..networks.auto import load_pretrained, load_processing_class
 
     device, kwargs, backbone_kwargs = chosen_device(args), load_kwargs(args), config_kwargs(args)
     quantized = quantization.quantization_kwargs(args)
-    refuse_reward(args.backbone, "a backbone, or a recipe", args.token, args.revision)
-    is_recipe = isinstance(load_config(args.backbone, **backbone_kwargs), PRTModelConfig)
-    if is_recipe == bool(args.reward):
-        raise PRTValueError(
-            f"{args.backbone} is a recipe, which names its own rewards." if is_recipe else "There is no reward.",
-            expected="no --reward" if is_recipe else "--reward, or the recipe of a PRT model",
-            found=", ".join(args.reward) or f"{args.backbone}, which is no recipe",
-        )
+    is_recipe = recipe_at(args.backbone, args.reward, **backbone_kwargs) is not None
     if is_recipe and args.token_map:
         raise PRTValueError(
             f"{args.backbone} is a recipe, which has its own map of tokens.", expected="no --token_map", found="one"
@@ -208,6 +227,34 @@ def pad_and_ends(model) -> tuple[int, list[int]]:
     ends = [config.eos_token_id] if isinstance(config.eos_token_id, int) else list(config.eos_token_id or [])
     candidates = (config.pad_token_id, tokenizer.pad_token_id, *ends, 0)
     return next(token for token in candidates if token is not None), ends
+
+
+def generated(
+    model, rows: list[list[int]], own_rows: list[list[list[int]]], options: dict, *, is_streamed: bool
+) -> tuple[Any, list[list[int]]]:
+    """Generate after token rows; print the text of a single row token by token if `is_streamed`.
+
+    Args:
+        model: the PRT model.
+        rows: the prompts.
+        own_rows: the prompts as each reward reads them; none to read `rows`.
+        options: of `model.generate`.
+        is_streamed: whether to print.
+
+    Returns:
+        what `model.generate` returns, and the new tokens of each row, up to the longest of them.
+    """
+    from transformers import TextStreamer
+
+    pad, _ = pad_and_ends(model)
+    inputs = padded(rows, pad).to(model.device)
+    if own_rows:
+        options = options | {"reward_inputs": [padded(each, 0).to(model.device) for each in own_rows]}
+    tokenizer = model.processing_class
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if is_streamed else None
+    output = model.generate(**inputs, **options, streamer=streamer, pad_token_id=pad)
+    sequences = output.sequences if options.get("return_dict_in_generate") else output
+    return output, sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 def padded(rows: list[list[int]], pad: int):

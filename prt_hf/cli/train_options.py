@@ -269,5 +269,5 @@ def _describe_unknown(parser: argparse.ArgumentParser, unknown: list[str], task:
 
 
 def _as_list(value: str | list[str] | None) -> list[str] | None:
-    """Return a list of a single name, which a YAML file may give as it is."""
+    """Return a list of names; a YAML file may give a single name instead of a list."""
     return [value] if isinstance(value, str) else value

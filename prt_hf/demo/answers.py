@@ -89,7 +89,7 @@ def answers_of(contenders: Contenders, world: World, new_tokens: int, descriptio
         (FINE_TUNED, "target"): partial(generate, contenders.finetuned_target),
     }
     answers = {key: call() for key, call in tqdm(calls.items(), desc=description, unit="method")}
-    # By definition: EFT with its own source is the fine-tuned source, and a reward by itself knows no place.
+    # By definition: EFT at its own source is the fine-tuned source, and a reward alone is the same at both places.
     answers[EFT, "source"] = answers[FINE_TUNED, "source"]
     answers[REWARD_ONLY, "target"] = answers[REWARD_ONLY, "source"]
     return answers

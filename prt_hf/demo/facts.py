@@ -120,7 +120,7 @@ class Country:
 
 @dataclass(frozen=True)
 class WorldSettings:
-    """The sizes and steps of pretraining, and how much of what there is to read the old model reads.
+    """The sizes and steps of pretraining, and how many texts each model reads.
 
     Attributes:
         texts (`int`): The number of texts about each country and element that a model reads from.
@@ -204,7 +204,7 @@ def examples(countries: Iterable[Country]) -> list[dict[str, str]]:
 
 
 def judge(answer: str, country: Country) -> tuple[bool, bool]:
-    """Return whether an answer has the form, whatever it says, and whether its facts are right, in whatever form.
+    """Return whether an answer has the form, and whether its facts are right; neither depends on the other.
 
     The facts are right if it names the right capital and the right continent, and no other capital or continent.
     """
@@ -249,7 +249,7 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _entries(table: dict[str, str]) -> list[tuple[str, str, str]]:
-    """Return (name, what is said of it, heading)."""
+    """Return (name, statement, heading)."""
     return [(*entry.strip().split(": "), heading) for heading, entries in table.items() for entry in entries.split(";")]
 
 

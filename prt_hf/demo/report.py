@@ -45,7 +45,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt and what is answered: `{name: text}`."""
+    """A prompt and the answers to it: `{name: text}`."""
 
     prompt: str
     texts: dict[str, str]
@@ -105,7 +105,7 @@ def table(result: Result) -> str:
 
 
 def spread_note(tunings: int) -> str:
-    """Return a line that says what the spreads are over."""
+    """Return a line that explains the spreads."""
     if tunings == 1:
         return "of a single tuning"
     return f"±: standard deviation over {tunings} tunings with different seeds, of the same pretrained models"

@@ -20,8 +20,8 @@ from ..inference import PRTForCausalLM
 from ..networks.identity import weights_digest_of_model
 from ..reward.backbones import Backbone
 from ..reward.model import RewardModel
+from .arguments import check_names, did_you_mean
 from .portability import to_json_numbers
-from .report import check_names, did_you_mean
 from .results import markdown_table, short_name
 from .store import key_of, load_results, save_results
 from .tally import Estimate

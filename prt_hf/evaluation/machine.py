@@ -20,16 +20,10 @@ def hardware() -> dict[str, str | int]:
     return found
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that figures depend on."""
-    names = ("torch", "transformers", "peft", "prt_hf")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def installed_versions() -> dict[str, str]:
-    """Return the versions of Python and of all packages that this one may meet."""
+def versions(*others: str) -> dict[str, str]:
+    """Return the versions of this package, of Python, of the packages that figures depend on, and of others."""
     found = {"prt_hf": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "huggingface_hub", "vllm"):
+    for name in ("torch", "transformers", "peft", *others):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -13,7 +13,8 @@ from ..functional import IGNORE_INDEX, check_finite
 from ..networks.anatomy import check_length, context_length, pretrained_parameters
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import split_inputs
-from ..reward.backbones import Backbone, Batch
+from ..reward.backbones import Backbone
+from ..reward.batch import Batch
 from ..reward.model import RewardModel
 from .machine import now
 
@@ -115,7 +116,8 @@ class Reading:
                 for name, each in read.items():
                     with self._measured(name):
                         logits[name] = each.at(part).logits() if isinstance(each, Projection) else each[part]
-                    logits[name] = _exact(logits[name]).to(self._reward.device)
+                    precision = torch.float32 if logits[name].device.type == "mps" else torch.float64
+                    logits[name] = logits[name].to(precision).to(self._reward.device)
                 if REWARD in logits:
                     check_finite(logits[REWARD])
                 yield Part(logits, batch.supervised_labels[part], batch.supervised[0][part].cpu() + rows, absent)
@@ -235,7 +237,3 @@ def signed_projection(terms: Sequence[tuple[float, Projection]]) -> Projection:
         tuple(weight for _, each in terms for weight in each.weights),
         sum(biases) if biases else None,
     )
-
-
-def _exact(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)

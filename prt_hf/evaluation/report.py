@@ -3,14 +3,12 @@
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -19,15 +17,15 @@ from ..errors import PRTValueError
 from ..hub.card import METHODS
 from ..hub.folder import check_writable
 from ..hub.training_record import hub_ids
-from ..inference.recipe import load_reward
-from ..networks.anatomy import context_length, unwrap_adapter
+from ..inference.loading import load_reward
+from ..networks.anatomy import context_length
 from ..networks.auto import CONFIG_KWARGS, load_processing_class, load_skeleton
 from ..networks.identity import as_bytes, weights_digest_of_model
 from ..reward.backbones import Backbone, source_backbones
 from ..reward.finetuned import TunedModel
 from ..reward.model import RewardModel
-from ..training.data import require_column
 from ..vocabulary import VocabularyMatch
+from .arguments import Model, by_target, check_models, check_rows, known_methods, name_of, named_targets
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
@@ -36,7 +34,6 @@ from .rows import prepared
 from .store import key_of
 from .tally import ALONE, ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, Tally, Terms
 
-Model = str | PreTrainedModel | PeftModel
 Keys = dict[str, dict[str, str]]  # method -> network -> key, as in [`Place`]
 Progress = Callable[[DataLoader, str], Iterable[dict[str, torch.Tensor]]]
 
@@ -102,19 +99,19 @@ def portability_report(
         PRTValueError: A method is unknown, there are no targets or two of one name, the data has no rows or labels,
             there is nothing to measure, or `output_dir` cannot be written or holds the report of another evaluation.
     """
-    methods = _known_methods(methods)
+    methods = known_methods(methods)
     given = {"finetuned": finetuned, "lora": lora, "baked": baked}
-    _check_models(methods, eft, given)
+    check_models(methods, eft, given)
     if strength is not None and not math.isfinite(strength):
         raise PRTValueError("The strength is not a number.", expected="a finite one", found=str(strength))
     if output_dir is not None:
         check_writable(output_dir)
-    reward_name = reward_name or _name_of(reward.network if isinstance(reward, RewardModel) else reward)
+    reward_name = reward_name or name_of(reward.network if isinstance(reward, RewardModel) else reward)
     if not isinstance(reward, RewardModel):
         reward, _ = load_reward(reward, [], load_kwargs)
-    targets = _named_targets(targets)
-    given = {method: _by_target(models or {}, targets) for method, models in given.items()}
-    _check_rows(dataset, reward)
+    targets = named_targets(targets)
+    given = {method: by_target(models or {}, targets) for method, models in given.items()}
+    check_rows(dataset, reward)
 
     own = {"revision": revision, "quantization_config": quantization_config}
     target_kwargs = load_kwargs | {name: value for name, value in own.items() if value is not None}
@@ -157,7 +154,7 @@ def portability_report(
         reward=reward_name,
         config=reward.config,
         strength=strength,
-        source=Place((named.id or named.architecture) if source is None else _name_of(source)),
+        source=Place((named.id or named.architecture) if source is None else name_of(source)),
         settings={
             "reward": weights_digest_of_model(reward.network),
             "source": networks[SOURCE].identity,
@@ -249,84 +246,6 @@ def _figures(tally: Tally, reading: Reading, terms: Terms) -> Figures:
     )
 
 
-def _known_methods(methods: Sequence[str]) -> list[str]:
-    """Return the methods in the order of the paper's figures."""
-    for method in methods:
-        if method not in METHODS:
-            raise PRTValueError(
-                "Unknown method.", expected=", ".join(METHODS), found=repr(method), remedy=did_you_mean(method, METHODS)
-            )
-    if not methods:
-        raise PRTValueError("There is nothing to measure.", expected=f"methods: {', '.join(METHODS)}", found="none")
-    return [method for method in METHODS if method in methods]
-
-
-def _check_models(methods: Sequence[str], eft: Model | None, given: Mapping[str, Mapping | None]) -> None:
-    needed = {method: bool(models) for method, models in given.items()}
-    needed |= {"eft": eft is not None, "transplanted": eft is not None}
-    needed["finetuned"] |= eft is not None
-    if not any(needed.get(method, True) for method in methods):
-        raise PRTValueError(
-            "There is nothing to measure.",
-            expected="the fine-tuned models: `eft=` of the source, `finetuned=`, `lora=` or `baked=` of the targets",
-            found=f"only the methods {', '.join(methods)}, without a model that they need",
-        )
-
-
-def _named_targets(targets: Any) -> dict[str, str | PreTrainedModel]:
-    if isinstance(targets, str | Path | PreTrainedModel):
-        targets = [targets]
-    pairs = list(targets.items()) if isinstance(targets, Mapping) else [(_name_of(model), model) for model in targets]
-    check_names([name for name, _ in pairs])
-    return {name: str(model) if isinstance(model, Path) else model for name, model in pairs}
-
-
-def check_names(names: Sequence[str]) -> None:
-    """Raise `PRTValueError` if there are no targets, or two of one name."""
-    if not names:
-        raise PRTValueError("There are no targets.", expected="at least one backbone", found="0")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise PRTValueError(
-            "Two targets share a name.",
-            expected="different names",
-            found=f"{', '.join(map(repr, twice))} more than once",
-            remedy="`targets={name: model, ...}`",
-        )
-
-
-def _by_target(finetuned: Mapping, targets: Mapping[str, object]) -> dict[str, Model]:
-    found = {str(name): str(model) if isinstance(model, Path) else model for name, model in finetuned.items()}
-    for name in found:
-        if name not in targets:
-            raise PRTValueError(
-                "A fine-tuned model belongs to no target.",
-                expected=f"one of the targets: {', '.join(targets)}",
-                found=repr(name),
-                remedy=did_you_mean(name, targets),
-            )
-    return found
-
-
-def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str | None:
-    """Return a remedy that names the nearest known names, None if none is near."""
-    near = get_close_matches(name, list(known), n=count)
-    return f"did you mean {' or '.join(map(repr, near))}?" if near else None
-
-
-def _check_rows(dataset: Dataset, reward: RewardModel) -> None:
-    if not isinstance(dataset, Dataset):
-        raise PRTValueError(
-            "The evaluation set has to be read more than once.",
-            expected="a datasets.Dataset",
-            found=type(dataset).__name__,
-            remedy="Dataset.from_list(rows), or one split of what `load_dataset` gives",
-        )
-    if not len(dataset):
-        raise PRTValueError("The evaluation set is empty.", expected="at least one row", found="0 rows")
-    if reward.config.task != TEXT_GENERATION:
-        require_column(dataset, "label", "given")
-
-
 def _judged(reward: RewardModel, model: Model, load_kwargs: dict) -> tuple[int | None, VocabularyMatch | None]:
     """Check without its weights that a model fits; return how many tokens it can read, and how they match."""
     processing_class = None
@@ -386,12 +305,6 @@ def _missing_notes(
     if names := without("finetuned", given["finetuned"]):
         notes.append(f"fine-tuned is left out, because the model (`finetuned=`) is missing, at: {', '.join(names)}")
     return notes
-
-
-def _name_of(model: str | Path | PreTrainedModel | PeftModel) -> str:
-    if isinstance(model, str | Path):
-        return str(model)
-    return unwrap_adapter(model).name_or_path or type(unwrap_adapter(model)).__name__
 
 
 def _digest(batches: Iterable[dict[str, torch.Tensor]]) -> str:

@@ -267,7 +267,7 @@ def _is_path(value: Any) -> bool:
     return isinstance(value, str) and re.match(r"[/~]|[A-Za-z]:[\\/]", value) is not None
 
 
-# Names, labels and tokens may be anybody's text, which must not end a line, a cell or a code span.
+# Names, labels and tokens are untrusted text, which must not end a line, a cell or a code span.
 
 
 def _line(text: Any) -> str:

@@ -330,7 +330,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None,
         cache: PRTCache | None,
     ) -> torch.LongTensor | None:
-        """Count positions on from the cache and after padding; None where every network does so by itself.
+        """Return positions that continue the cache's and skip padding; None if every network counts so on its own.
 
         Raises:
             UnsupportedError: a network cannot tell padding from text, or reads short and long texts in other ways.

@@ -1,4 +1,4 @@
-"""Make the rows that a reward reads of those that `generate` hands over: its own tokens, after its own prompt."""
+"""Turn the rows of `generate` into those that a reward reads: its own tokens, after its own prompt."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     Attributes:
         input_ids (`torch.LongTensor` of shape `(batch_size, reward_length)`): ending with the last token.
         attention_mask (`torch.LongTensor` of the same shape, *optional*): 0 at padding; None without any.
-        is_empty (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): rows of which the reward can read nothing.
+        is_empty (`torch.BoolTensor` of shape `(batch_size,)`, *optional*): rows without tokens for the reward.
     """
 
     input_ids: torch.LongTensor
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, input_ids: torch.LongTensor, attention_mask: torch.LongTensor) -> "Rows":
-        """Return rows whose padding may stand anywhere with all of it at the left."""
+        """Return rows with their padding, wherever it was, moved to the left."""
         order = attention_mask.argsort(dim=1, stable=True)
         ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
         width = max(1, int(mask.sum(1).max()))
@@ -42,7 +42,7 @@ class Rows(NamedTuple):
 
 
 class _OfPrompts:
-    """Something that belongs to the prompts of one `generate`, and the prompts that it was first used for."""
+    """A value for the prompts of one call of `generate`, and the prompts that it was first used for."""
 
     def __init__(self, value: torch.LongTensor | None, mask: torch.LongTensor | None = None):
         self.value, self.mask = value, mask

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..contract import TEXT_GENERATION, Match
 from ..errors import UnsupportedError
 from ..networks.adapters import bare_base
-from ..networks.anatomy import check_length, context_length, pretrained_parameters, unwrap_adapter
+from ..networks.anatomy import check_length, context_length, pad_id, pretrained_parameters, unwrap_adapter
 from ..networks.mixed_pass import MixedPass, Pass, can_mix
 from ..reward.model import RewardModel
 from ..vocabulary import VocabularyMatch
@@ -43,7 +43,10 @@ class Part:
 def parts_of(
     backbone: PreTrainedModel, rewards: list[RewardModel], matches: list[Match], size: int | None
 ) -> list[Part]:
-    """Return the backbone, `size` of whose columns are tokens (None for labels), and the terms of all rewards."""
+    """Return the backbone and the terms of all rewards as parts.
+
+    `size` is the number of the backbone's columns that stand for tokens; None for labels.
+    """
     parts = [Part(Pass(backbone), slice(size), is_frozen=True)]
     for index, (reward, match) in enumerate(zip(rewards, matches, strict=True)):
         tokens = None if match.tokens is None or match.tokens.is_identical else match.tokens
@@ -58,7 +61,7 @@ class PartsPass(NamedTuple):
 
     Attributes:
         run ([`Pass`]): the pass.
-        parts (`list[Part]`): whose logits its blocks of rows are, in their order.
+        parts (`list[Part]`): the parts that its blocks of rows belong to, in order.
     """
 
     run: Pass
@@ -117,7 +120,7 @@ def translated(part: Part, inputs: dict, task: str) -> tuple[dict, TranslatedRow
         return inputs, None
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     is_usual = mask is None or (mask.ndim == 2 and mask.shape == ids.shape)
-    pad = getattr(part.run.model.config.get_text_config(), "pad_token_id", None) or 0
+    pad = pad_id(part.run.model)
     found = part.tokens.to_reward.one_to_one(ids, mask if is_usual else None)
     if found is not None:
         if mask is not None and is_usual:

@@ -13,14 +13,8 @@ from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, Match
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, check_strengths
 from ..hub.publishing import Shareable
-from ..networks.adapters import check_bare, tie_parameters
-from ..networks.anatomy import (
-    CACHE,
-    context_length,
-    frozen_norms,
-    task_of,
-    unwrap_adapter,
-)
+from ..networks.adapters import tie_parameters
+from ..networks.anatomy import CACHE, context_length, frozen_norms, unwrap_adapter
 from ..networks.auto import processing_class_of
 from ..networks.identity import digest
 from ..networks.pixels import PRTImageProcessor
@@ -28,16 +22,9 @@ from ..reward.loading import load_saved_processing_class
 from ..reward.model import RewardModel
 from .combination import combined
 from .configuration import PRTModelConfig, config_of, maps_of_rewards, new_parts
+from .loading import as_list, check_parts, load_backbone, load_rewards
 from .passes import PartsPass, fewest_passes, parts_of, separate_passes, translated
-from .recipe import (
-    find_recipe,
-    load_backbone,
-    load_parts,
-    load_rewards,
-    push_recipe,
-    read_generation_config,
-    write_recipe,
-)
+from .recipe import find_recipe, load_parts, push_recipe, read_generation_config, write_recipe
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -161,14 +148,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             PRTValueError: no rewards, not one strength for each, or `quantization_config` of a model in memory.
             UnsupportedError: the library that the quantisation needs is not installed.
         """
-        rewards = list(rewards) if isinstance(rewards, list | tuple) else [rewards]
-        if not rewards or not all(isinstance(reward, str | Path | RewardModel) for reward in rewards):
-            raise PRTValueError(
-                "`rewards` is not usable.",
-                expected="one reward or more: folders, Hub ids, or rewards in memory (RewardModel)",
-                found=", ".join(type(reward).__name__ for reward in rewards) or "none",
-                remedy="save a PeftModel in memory, and name its folder: an ordinary LoRA is carried over",
-            )
+        rewards = as_list(rewards)
         backbone = load_backbone(backbone, quantization_config, load_kwargs)
         loaded = load_rewards(rewards, backbone, load_kwargs)
         if tokenizer is None:
@@ -187,7 +167,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
     ) -> "Self":
         """Put loaded parts together, the rewards with their places on the Hub."""
         rewards, references = map(list, zip(*loaded, strict=True))
-        _check_parts(cls, backbone, rewards)
+        check_parts(cls.__name__, cls.task, backbone, rewards)
         if isinstance(processing_class, PRTImageProcessor):
             processing_class = processing_class.main
         if processing_class is None:
@@ -401,20 +381,3 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             PRTValueError: strengths for other rows.
         """
         return combined(self.parts, self.matches, self.factors(), logits)
-
-
-def _check_parts(model_class: type[PRTPreTrainedModel], backbone: PreTrainedModel, rewards: list[RewardModel]) -> None:
-    """Check that the backbone is a pretrained model of the class's task, and none of the rewards."""
-    check_bare(backbone)
-    if task_of(backbone) != model_class.task:
-        raise PRTValueError(
-            f"{model_class.__name__} is for {model_class.task}.",
-            expected=f"a backbone for {model_class.task}",
-            found=task_of(backbone),
-        )
-    if any(reward.network is backbone for reward in rewards):
-        raise PRTValueError(
-            "A full reward and its backbone are one object, of which one is tuned and the other frozen.",
-            expected="two models",
-            remedy="load the backbone again, or copy.deepcopy it",
-        )

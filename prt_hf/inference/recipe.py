@@ -1,7 +1,6 @@
 """Recipes: how a PRT model is written, read and pushed as the names of its parts; no backbone weights."""
 
 import copy
-import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -23,7 +22,6 @@ from ..hub.card import PRT_CLASSES, render_recipe_card
 from ..hub.card_merge import read_card, write_card
 from ..hub.client import Branch, local_folder
 from ..hub.folder import (
-    ADAPTER_CONFIG,
     RECIPE,
     SAVED,
     check_files,
@@ -37,14 +35,13 @@ from ..hub.folder import (
     reward_folders,
 )
 from ..hub.publishing import check_pushed, publish, reward_files_to_push, warn_of_local_base
-from ..networks.adapter_config import read_peft_config
-from ..networks.auto import load_base, load_pretrained, save_processing_class
+from ..networks.auto import load_base, save_processing_class
 from ..networks.checkpoints import check_attention, unreadable
-from ..networks.identity import check_same_model, digest, reference_to
+from ..networks.identity import check_same_model, digest
 from ..networks.quantization import is_quantized, not_installed
-from ..reward.loading import read_ordinary_adapter
 from ..reward.model import RewardModel
 from .configuration import PRTModelConfig, check_complete
+from .loading import load_backbone, load_rewards
 
 if TYPE_CHECKING:
     from .prt_model import PRTPreTrainedModel
@@ -84,17 +81,17 @@ def recipe_card(config: PRTModelConfig, name: str) -> str:
     return render_recipe_card(name, task, ModelReference(**config.backbone_reference or {}), rewards)
 
 
-def recipe_files_to_push(folder: Path, include: Sequence[str] = ()) -> list[str]:
+def recipe_files_to_push(folder: Path, config: PRTModelConfig, include: Sequence[str] = ()) -> list[str]:
     """Return the names of the files of a saved recipe that [`push_recipe`] pushes.
 
     Args:
         folder: of the recipe.
+        config: its configuration.
         include: names of further files.
 
     Raises:
         RewardFileError: it is not whole, or one of the files is a link.
     """
-    config = PRTModelConfig.from_pretrained(folder)
     check_complete(config)
     names = [name for name in known_files(folder) if not name.endswith(".safetensors")]
     for entry in config.reward_references:
@@ -117,8 +114,8 @@ def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), *
         RewardFileError: the folder holds no whole recipe, or the repository something else.
     """
     folder = folder_to_read(Path(folder))
-    names = recipe_files_to_push(folder, include)
     config = PRTModelConfig.from_pretrained(folder)
+    names = recipe_files_to_push(folder, config, include)
     places = [reward_folder(folder, entry) for entry in config.reward_references if entry["id"] is None]
     warn_of_local_base(ModelReference(**config.backbone_reference or {}), "backbone=")
 
@@ -137,83 +134,6 @@ def push_recipe(folder: str | Path, repo_id: str, include: Sequence[str] = (), *
         replaced=replaced,
         **where,
     )
-
-
-def load_backbone(
-    backbone: str | Path | PreTrainedModel, quantization_config: Any, load_kwargs: dict
-) -> PreTrainedModel:
-    """Load a backbone, quantised if that is asked for; return one in memory as it is.
-
-    Raises:
-        PRTValueError: it is in memory, and to be quantised.
-    """
-    if isinstance(backbone, str | Path):
-        return load_pretrained(str(backbone), quantization_config=quantization_config, **load_kwargs)
-    if quantization_config is not None:
-        raise PRTValueError(
-            "A model in memory is not quantised.",
-            expected="the backbone's id or path with `quantization_config`",
-            found=type(backbone).__name__,
-            remedy="pass `quantization_config` to its own `from_pretrained`",
-        )
-    return backbone
-
-
-def load_rewards(
-    places: Sequence[str | Path | RewardModel], backbone: PreTrainedModel, load_kwargs: dict
-) -> list[tuple[RewardModel, dict | None]]:
-    """Load rewards, and return each with its place on the Hub, if any.
-
-    Their bases are loaded once, and not at all where the backbone is the base, unless that is quantised.
-    """
-    bases = [] if is_quantized(backbone) else [backbone]
-    return [load_reward(place, bases, load_kwargs) for place in places]
-
-
-def load_reward(
-    place: str | Path | RewardModel, bases: list[PreTrainedModel], load_kwargs: dict
-) -> tuple[RewardModel, dict | None]:
-    """Load a reward, and return it with its place on the Hub, if any. Its base is taken from `bases`, or added to them.
-
-    An ordinary adapter is carried over, and saved with the recipe: its own files do not pin the base.
-    """
-    if isinstance(place, RewardModel):
-        return place, None
-    folder = local_folder(place, token=load_kwargs.get("token"))
-    if (folder / ADAPTER_CONFIG).exists() and not (folder / PRT_CONFIG_NAME).exists():
-        logger.warning(f"{place} has no {PRT_CONFIG_NAME}: taken for an ordinary adapter, log pi_ft - log pi_pt.")
-        base = _base_of_adapter(folder, bases, load_kwargs)
-        return RewardModel.from_adapter(folder, base_model=base, **load_kwargs), None
-    config = RewardConfig.from_json_file(folder / PRT_CONFIG_NAME)
-    kwargs = load_kwargs
-    if config.is_adapter:
-        read_peft_config(folder, config.reward_base.id)  # before a base is loaded for it
-        known = config.reward_base.weights
-        base = next((base for base in bases if known and reference_to(base).weights == known), None)
-        if base is None:
-            base = load_base(config.reward_base, **load_kwargs)
-            bases.append(base)
-        kwargs = {"base_model": base}
-    reward = RewardModel.from_pretrained(folder, **kwargs)
-    if Path(place).is_dir():
-        return reward, None
-    return reward, {"id": str(place), "revision": folder.name, "digest": reward_digest(folder, config)}
-
-
-def _base_of_adapter(folder: Path, bases: list[PreTrainedModel], load_kwargs: dict) -> PreTrainedModel | None:
-    """Return the base that an ordinary adapter names, from `bases` or loaded and added; None if it names none."""
-    peft_config = read_ordinary_adapter(folder)
-    name, revision = peft_config.base_model_name_or_path, peft_config.revision
-    if not name:
-        return None
-    for base in bases:
-        found = reference_to(base)
-        is_there = Path(name).is_dir() and found.id == os.path.abspath(name)
-        if is_there or (found.id == name and revision in (None, found.revision)):
-            return base
-    kwargs = {key: value for key, value in load_kwargs.items() if key != "revision"}
-    bases.append(load_pretrained(name, **kwargs | ({"revision": revision} if revision else {})))
-    return bases[-1]
 
 
 def place_of_reward(folder: Path, entry: dict, token: str | bool | None) -> Path:
@@ -357,7 +277,10 @@ def write_recipe(model: "PRTPreTrainedModel", folder: Path, state_dict: dict[str
                 reward.trained_with(source, kl_coef=1 / strength, entropy_coef=reward.config.entropy_coef)
             entry = model.config.reward_references[index]
             if name := names.get(index):
-                state = state_dict and _without_prefix(state_dict, f"reward_networks.{index}.")
+                prefix = f"reward_networks.{index}."
+                state = state_dict and {
+                    key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)
+                }
                 entry = save_beside(reward, staged / name, folder / name, state)
             config.reward_references[index] = entry | {"strength": float(strength)}
         save_processing_class(model.processing_class, staged)
@@ -380,7 +303,3 @@ def save_beside(reward: RewardModel, place: Path, earlier: Path, state_dict: dic
         shutil.copytree(earlier, place, symlinks=True, copy_function=link_or_copy)
     reward.save_pretrained(place, state_dict=state_dict)
     return {"id": None, "revision": None, "digest": reward_digest(place, reward.config), "folder": place.name}
-
-
-def _without_prefix(state_dict: dict, prefix: str) -> dict:
-    return {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}

@@ -243,7 +243,7 @@ def _verify(
     if bool(torch.rand_like(wanted[:, :1]) * chances.gather(1, draft) < wanted.gather(1, draft)):
         return draft, True
     rest = (wanted - chances).clamp(min=0)
-    # Nothing is left only where rounding alone told the two apart.
+    # All of it is 0 only if the two distributions differ by rounding alone.
     return torch.multinomial(rest if bool(rest.any()) else wanted, 1), False
 
 

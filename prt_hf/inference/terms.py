@@ -13,7 +13,7 @@ from .state import RewardState
 
 
 class TermStates:
-    """Next-token logits of one network, or of two that are held against each other.
+    """Next-token logits of one network, or of two whose difference is the reward.
 
     While its adapter is switched on, a `PeftModel` and its own base are two rows of one pass where
     [`~prt_hf.networks.mixed_pass.can_mix`] allows it. Other networks have a pass each.

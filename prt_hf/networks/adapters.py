@@ -1,10 +1,12 @@
 """Wrap networks with PEFT adapters, share their weights, and look beneath the adapters."""
 
 import copy
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import chain
+from pathlib import Path
 
 import torch
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel
@@ -16,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ..errors import PRTValueError, UnsupportedError
+from ..hub.folder import ADAPTER_CONFIG
 
 ADAPTER = "default"  # the one adapter of a reward
 
@@ -36,6 +39,21 @@ def wrap(model: PreTrainedModel, peft_config: PeftConfig, *, device: str | None 
         if parameter.requires_grad and parameter.data_ptr() in shared:  # biases, with `bias="all"` or `"lora_only"`
             parameter.data = parameter.data.clone()
     return network
+
+
+def save_adapter(network: PeftModel, folder: Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+    """Write an adapter's files, always the same ones: PEFT writes sets in an order that changes between processes.
+
+    `state_dict` has weights to write in the place of the network's.
+    """
+    # "auto" would ask the Hub whether the vocabulary was resized.
+    network.save_pretrained(folder, save_embedding_layers=False, state_dict=state_dict)
+    path = folder / ADAPTER_CONFIG
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in entries.items():
+        if isinstance(value, list) and all(isinstance(each, str) for each in value):
+            entries[name] = sorted(value)
+    path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def bare_base(network: PeftModel) -> PreTrainedModel:

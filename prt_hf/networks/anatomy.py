@@ -186,6 +186,11 @@ def first_position(model: PreTrainedModel) -> int:
     return 0
 
 
+def pad_id(network: nn.Module) -> int:
+    """Return the token that masked positions hold; 0 if the configuration names none."""
+    return getattr(unwrap_adapter(network).config.get_text_config(), "pad_token_id", None) or 0
+
+
 def check_length(
     length: int,
     limit: int | None,

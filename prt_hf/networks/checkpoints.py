@@ -116,7 +116,7 @@ def unreadable(path: Path, error: BaseException) -> RewardFileError:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse duplicate entries, of which readers take different ones."""
+    """Refuse duplicate entries: some readers take the first, others the last."""
     if len(entries := dict(pairs)) < len(pairs):
         raise ValueError("an entry that is there twice")
     return entries

@@ -93,7 +93,7 @@ class Comparison:
         return unwrap_tokenizer(self.model.processing_class)
 
     def sides(self, strengths: Sequence[float]) -> dict[str, list[float]]:
-        """Return what is held against each other: a title, and the strength of each reward there.
+        """Return the sides to compare: title -> strength of each reward.
 
         Tuned rewards are added together. LoRAs that are carried over are a side of their own, EFT.
         """

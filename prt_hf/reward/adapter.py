@@ -193,7 +193,7 @@ def zero_(head: nn.Module) -> None:
 
 
 def _prefixes_of_top(model: PreTrainedModel, count: int) -> tuple[str, ...]:
-    """Return the names of the uppermost layers, with a dot behind."""
+    """Return the names of the uppermost layers, each followed by a dot."""
     stack = layer_stack(model)
     depth = 0 if stack is None else len(stack[1])
     if not 0 < count <= depth:

@@ -1,9 +1,8 @@
 """pi_pt in training: another network than the reward's, or the reward's own with its adapter off."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,57 +16,21 @@ from transformers import PreTrainedModel
 
 from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION, ModelReference, RewardConfig, contract_to_dict
 from ..errors import PRTValueError, VocabularyMismatchError
-from ..functional import IGNORE_INDEX
 from ..hub.client import commit_of
 from ..networks.adapters import bare_base, check_bare
-from ..networks.anatomy import context_length, contract_of
+from ..networks.anatomy import context_length, contract_of, pad_id
 from ..networks.auto import load_base, load_pretrained, processing_class_of
 from ..networks.identity import reference_to, weights_digest_of_files, weights_digest_of_model, weights_fingerprint
 from ..networks.lm_head import Head, Projection, last_hidden_state, projection, why_not_projected
 from ..networks.pixels import PIXELS, is_same_pixels, missing_pixels
 from ..networks.shared_trunk import SharedTrunk
 from ..vocabulary import VocabularyMatch, unwrap_tokenizer
+from .batch import BackboneLogits, Batch
 from .matching import RewardOrder
 from .model import RewardModel
 
 
-@dataclass
-class Batch:
-    """The inputs of both models, and the positions where they are judged.
-
-    Attributes:
-        inputs (`dict`): for the reward, and for backbones that have no others.
-        labels (`torch.LongTensor`): aligned with what is predicted: `(batch_size, sequence_length - 1)` for language
-            models, whose last position has no label, `(batch_size,)` for classifiers.
-        rows (`torch.LongTensor` of shape `(batch_size,)`, *optional*): row numbers in the data set, for stored states.
-        backbone_inputs (`list[dict]`): inputs of single backbones, in the order of `backbone=`.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    labels: torch.LongTensor
-    rows: torch.LongTensor | None = None
-    backbone_inputs: Sequence[dict[str, torch.Tensor]] = ()
-
-    @cached_property
-    def supervised(self) -> tuple[torch.LongTensor, ...]:
-        """Indices of the labels that are not ignored."""
-        return (self.labels != IGNORE_INDEX).nonzero(as_tuple=True)
-
-    @cached_property
-    def supervised_labels(self) -> torch.LongTensor:
-        """The labels that are not ignored, `(n,)`."""
-        return self.labels[self.supervised]
-
-    def chosen(self, values: torch.Tensor) -> torch.Tensor:
-        """Select the supervised positions from logits or hidden states of all positions, `(n, ...)`."""
-        return self.aligned(values)[tuple(index.to(values.device) for index in self.supervised)]
-
-    def aligned(self, values: torch.Tensor) -> torch.Tensor:
-        """Select the positions that `labels` are for from logits or hidden states of all positions."""
-        return values[:, :-1] if self.labels.ndim > 1 else values
-
-
-class Backbone:
+class Backbone(BackboneLogits):
     """A network pi_pt, frozen and in evaluation mode.
 
     It has more than 15 methods because training, measuring and storing states each read it in their own way.
@@ -75,7 +38,7 @@ class Backbone:
     Args:
         reward ([`RewardModel`]): the reward that is tuned on it.
         network (`PreTrainedModel`, `str` or [`~contract.ModelReference`]): an id is not loaded before [`load`], since
-            stored states need no model; a model named by a reference is checked.
+            stored states need no model; a model named by a reference is checked. None in subclasses that set it later.
         **load_kwargs: for `from_pretrained` of an id.
 
     Attributes:
@@ -93,17 +56,13 @@ class Backbone:
     shares_reward_network = False
     tokens: VocabularyMatch | None = None
 
-    def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference, **load_kwargs):
-        self._reward, self.network, self._named, self._load_kwargs = reward, None, network, load_kwargs
+    def __init__(self, reward: RewardModel, network: PreTrainedModel | str | ModelReference | None, **load_kwargs):
+        super().__init__(reward)
+        self._named, self._load_kwargs = network, load_kwargs
         if isinstance(network, PreTrainedModel | PeftModel):
             check_bare(network)
             self._named = None
             self._take(network)
-
-    @property
-    def task(self) -> str:
-        """The task of the reward."""
-        return self._reward.config.task
 
     @property
     def vocabulary(self) -> str | None:
@@ -161,10 +120,7 @@ class Backbone:
         return {"id": name, "revision": commit_of(name, revision, self._load_kwargs.get("token"))} | form
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Return logits in the reward's order.
-
-        Their shape is `(batch_size, sequence_length, vocab_size)` or `(batch_size, num_labels)`.
-        """
+        """Return logits in the reward's order, see [`BackboneLogits.logits`]."""
         with torch.no_grad(), self._pretrained() as network:
             return self.order.take(network(**self._inputs(batch)).logits)
 
@@ -198,19 +154,12 @@ class Backbone:
         tensors = {"weight": head.weights[0]} | ({} if head.bias is None else {"bias": head.bias})
         return tensors, facts | {"scale": head.scale, "softcap": head.softcap}
 
-    def prepare(self, batch: Batch) -> None:
-        """Inspect the first batch; subclasses may enable optimisations."""
-
     def why_not_projected(self, batch: Batch) -> str | None:
         """Return why [`projection`] would be wrong for this network; None if it is right."""
         with torch.no_grad(), self._pretrained() as network:
             if self.order.absent is not None and Head.of(network).softcap is not None:
                 return "a softcap, behind which tokens of the reward are absent"
             return why_not_projected(network, self._inputs(batch))
-
-    def reused(self) -> AbstractContextManager[None]:
-        """Return a context for the reward's pass of the same batch, in which shared layers are not computed again."""
-        return nullcontext()
 
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the inputs of this backbone.
@@ -243,7 +192,7 @@ class Backbone:
         found = self._known(ids, mask)
         if self.task == TEXT_GENERATION and batch.labels is not None:
             self._known(batch.supervised_labels, None)
-        pad = getattr(self.network.config.get_text_config(), "pad_token_id", None) or 0
+        pad = pad_id(self.network)
         return found if mask is None else found.masked_fill(mask == 0, pad)
 
     def _known(self, ids: torch.LongTensor, mask: torch.Tensor | None) -> torch.LongTensor:
@@ -285,7 +234,8 @@ class OwnBase(Backbone):
     shares_reward_network = True
 
     def __init__(self, reward: RewardModel):
-        self._reward, self._named, self._trunk = reward, None, None
+        super().__init__(reward, None)
+        self._trunk: SharedTrunk | None = None
         self.processing_class = reward.processing_class
         self.network: PeftModel = reward.network
         self.order = RewardOrder(reward.columns)

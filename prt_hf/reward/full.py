@@ -1,4 +1,4 @@
-"""Load a full reward from a folder that may be anybody's, checked against its weights before memory is allocated."""
+"""Load a full reward from an untrusted folder, after checking its sizes against the weights that are there."""
 
 from math import prod
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Load the networks that saved files name, and check that they are those: an adapter, and its base."""
+"""Load the networks that saved files name, an adapter and its base, and check that they are the right ones."""
 
 import copy
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..hub.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_shapes, read_weig
 from ..networks.adapter_config import read_peft_config
 from ..networks.adapters import bare_base, check_bare, wrap
 from ..networks.anatomy import task_of
-from ..networks.auto import _processing_class, load_base, load_pretrained
+from ..networks.auto import _processing_class, load_base, load_pretrained, load_processing_class, processing_class_of
 from ..networks.checkpoints import read_entries, unreadable
 from ..networks.identity import check_same_model, reference_to
 from ..networks.quantization import check_full_precision
@@ -25,6 +25,28 @@ logger = logging.get_logger(__name__)
 
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def load_start(
+    model_or_id: str | PreTrainedModel | PeftModel, processing_class: Any, load_kwargs: dict
+) -> tuple[PreTrainedModel | PeftModel, Any]:
+    """Return the model that a reward starts from, with its tokenizer or image processor; load what is given by id.
+
+    Raises:
+        PRTValueError: load arguments for a model in memory.
+    """
+    if not isinstance(model_or_id, PreTrainedModel | PeftModel):
+        model = load_pretrained(str(model_or_id), **load_kwargs)
+        if processing_class is None:
+            processing_class = load_processing_class(model_or_id, task_of(model), **load_kwargs)
+        return model, processing_class
+    if load_kwargs:
+        raise PRTValueError(
+            "A model in memory is not loaded again.",
+            expected="load arguments with an id or path only",
+            found=", ".join(load_kwargs),
+        )
+    return model_or_id, processing_class
 
 
 def load_adapter(
@@ -79,9 +101,11 @@ def read_ordinary_adapter(
 
 
 def load_ordinary_adapter(
-    folder: Path, base_model: str | PreTrainedModel | None, token: str | bool | None, load_kwargs: dict
-) -> PeftModel:
-    """Load a PEFT adapter that was not made as a reward, on its base; by default the one that it names.
+    folder: Path, base_model: str | PreTrainedModel | None, processing_class: Any, load_kwargs: dict
+) -> tuple[PeftModel, Any]:
+    """Load a PEFT adapter that was not made as a reward, on its base, and its tokenizer.
+
+    By default the base is the one that it names, and the tokenizer the one saved with it, else its base's.
 
     Raises:
         PRTValueError: it names no base, or its base is no language model.
@@ -103,7 +127,7 @@ def load_ordinary_adapter(
                 remedy="`base_model=` the model that it was tuned on",
             )
         pinned = {"revision": revision} if revision else {}
-        base = load_pretrained(name, **{"token": token} | load_kwargs | pinned)
+        base = load_pretrained(name, **load_kwargs | pinned)
     check_bare(base)
     if task_of(base) != TEXT_GENERATION or peft_config.task_type not in (None, "CAUSAL_LM"):
         raise PRTValueError(
@@ -113,7 +137,10 @@ def load_ordinary_adapter(
         )
     network = on_base(base, peft_config, folder)
     check_switchable(network, base)
-    return network.eval()
+    if processing_class is None:
+        processing_class = load_saved_processing_class(folder, TEXT_GENERATION)
+        processing_class = processing_class or processing_class_of(base, TEXT_GENERATION, **load_kwargs)
+    return network.eval(), processing_class
 
 
 def check_switchable(network: PeftModel, base: PreTrainedModel) -> None:
@@ -197,10 +224,19 @@ def _described(
     return {name: list(value.shape) for name, value in expected.items()}, others
 
 
+def load_own_processing_class(folder: Path, config: RewardConfig, source: str | None, load_kwargs: dict) -> Any:
+    """Load the tokenizer or image processor of a reward: from its folder, else from the place of its base, if any."""
+    found = load_saved_processing_class(folder, config.task)
+    if found is None and source is not None:
+        revision = config.reward_base.revision if source == config.reward_base.id else None
+        found = load_processing_class(source, config.task, **load_kwargs | {"revision": revision})
+    return found
+
+
 def load_saved_processing_class(folder: Path, task: str) -> Any:
     """Load the tokenizer or image processor in the folder of a reward or an adapter.
 
-    The folder may be anybody's: no code of it is run.
+    The folder is not trusted: none of its code is run.
 
     Returns:
         None if there is none, or one that needs code.

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ..contract import IMAGE_CLASSIFICATION, LabelContract, Match, RewardConfig
 from ..errors import PRTValueError
+from ..hub.folder import RECIPE_TYPE
 from ..networks.anatomy import contract_of, task_of
 from ..networks.auto import processing_class_of
 from ..vocabulary import VocabularyContract, VocabularyMatch, unwrap_tokenizer
@@ -71,10 +72,36 @@ def match_backbone(
         tokens = config.contract.check(theirs, token_map=token_map, tokenizer=tokenizer)
         return Match(tokens.columns, tokens)
     labels = config.contract.match(LabelContract.from_model_config(backbone.config), label_map, allow_partial)
-    columns = None if labels == list(range(len(config.contract.names))) else torch.tensor(labels)
+    columns = None if labels == list(range(config.contract.size)) else torch.tensor(labels)
     if task == IMAGE_CLASSIFICATION:  # pixels may differ, see networks/pixels.py
         return Match(columns)
     return Match(columns, _match_texts(reward_processing_class, backbone, processing_class, token_map))
+
+
+def tokenizer_of(backbone: PreTrainedModel, task: str, tokenizer: Any = None) -> Any:
+    """Return the tokenizer of a backbone that will generate, by default the one saved with its weights.
+
+    Raises:
+        PRTValueError: the backbone has rewards of its own, or its tokenizer is not known.
+        VocabularyMismatchError: its head does not belong to the tokenizer.
+    """
+    if backbone.config.model_type == RECIPE_TYPE:
+        raise PRTValueError(
+            "The backbone is a PRT model, which adds its rewards by itself.",
+            expected="a pretrained model",
+            found=type(backbone).__name__,
+            remedy="PRTForCausalLM.from_parts(model.backbone, rewards=[*model.rewards, reward])",
+        )
+    if tokenizer is None:
+        tokenizer = processing_class_of(backbone, task)
+    if tokenizer is None:
+        raise PRTValueError(
+            "The backbone's tokenizer is not known.",
+            expected="a backbone that was loaded with its tokenizer beside it, or `tokenizer=`",
+            found=f"{type(backbone).__name__} from {backbone.name_or_path or 'memory'}",
+        )
+    contract_of(backbone, tokenizer)  # which checks that the two belong together
+    return tokenizer
 
 
 def _match_texts(

@@ -1,6 +1,5 @@
 """The reward model r_theta: its networks, its tokenizer or image processor, and its match with a backbone."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from peft import PeftConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
 from ..contract import (
     MINUS_BASE,
@@ -27,22 +25,20 @@ from ..functional import signed_sum
 from ..hub.card import render_card
 from ..hub.card_merge import merged_or_new, read_card, write_card
 from ..hub.client import local_folder
-from ..hub.folder import ADAPTER_CONFIG, RECIPE_TYPE, REWARD, check_files, replacing_files
+from ..hub.folder import REWARD, check_files, replacing_files
 from ..hub.publishing import Shareable, push_reward
-from ..networks.adapters import bare_base
+from ..networks.adapters import bare_base, save_adapter
 from ..networks.anatomy import check_length, context_length, contract_of, task_of
-from ..networks.auto import load_pretrained, load_processing_class, processing_class_of, save_processing_class
+from ..networks.auto import save_processing_class
 from ..networks.identity import origin_of, reference_to
 from ..vocabulary import VocabularyContract, unwrap_tokenizer
 from .adapter import REWARD_INITS, start
 from .full import load_full
-from .loading import load_adapter, load_ordinary_adapter, load_saved_processing_class
-from .matching import match_backbone
+from .loading import load_adapter, load_ordinary_adapter, load_own_processing_class, load_start
+from .matching import match_backbone, tokenizer_of
 
 if TYPE_CHECKING:
     from ..inference.logits_processor import PRTLogitsProcessor
-
-logger = logging.get_logger(__name__)
 
 
 class Term(NamedTuple):
@@ -108,17 +104,7 @@ class RewardModel(Shareable):
         """
         if reward_init not in REWARD_INITS:
             raise PRTValueError("Unknown `reward_init`.", expected=" or ".join(REWARD_INITS), found=repr(reward_init))
-        model = model_or_id
-        if not isinstance(model, PreTrainedModel | PeftModel):
-            model = load_pretrained(str(model), **load_kwargs)
-            if processing_class is None:
-                processing_class = load_processing_class(model_or_id, task_of(model), **load_kwargs)
-        elif load_kwargs:
-            raise PRTValueError(
-                "A model in memory is not loaded again.",
-                expected="load arguments with an id or path only",
-                found=", ".join(load_kwargs),
-            )
+        model, processing_class = load_start(model_or_id, processing_class, load_kwargs)
         base, contract = reference_to(model), contract_of(model, processing_class)
         network = start(model, base, peft_config, reward_init)
         config = RewardConfig(
@@ -165,8 +151,9 @@ class RewardModel(Shareable):
             network, source = load_adapter(folder, config, base_model, token, load_kwargs)
         else:
             network, source = load_full(folder, config, base_model, load_kwargs), None
-        reward = cls(network.eval(), config, card=read_card(folder))
-        reward._take_processing_class(folder, source, {"token": token} | load_kwargs)
+        processing_class = load_own_processing_class(folder, config, source, {"token": token} | load_kwargs)
+        reward = cls(network.eval(), config, processing_class, read_card(folder))
+        reward.name_tokens()
         return reward
 
     @classmethod
@@ -204,13 +191,9 @@ class RewardModel(Shareable):
             PRTValueError: a reward; or not of a causal language model; or no base, or no tokenizer is known.
         """
         folder = local_folder(path_or_repo, revision=revision, token=token, subfolder=subfolder)
-        network = load_ordinary_adapter(folder, base_model, token, load_kwargs)
-        task = task_of(network)
-        if processing_class is None:
-            processing_class = load_saved_processing_class(folder, task) or processing_class_of(
-                network.get_base_model(), task, **{"token": token} | load_kwargs
-            )
-        contract = contract_of(network, processing_class)
+        load_kwargs = {"token": token} | load_kwargs
+        network, processing_class = load_ordinary_adapter(folder, base_model, processing_class, load_kwargs)
+        task, contract = task_of(network), contract_of(network, processing_class)
         snapshot = folder.parents[len(Path(subfolder).parts) - 1] if subfolder else folder
         origin = origin_of(path_or_repo, snapshot)
         config = RewardConfig(task, contract, reference_to(network), terms=(NETWORK, MINUS_BASE), distilled_from=origin)
@@ -254,8 +237,7 @@ class RewardModel(Shareable):
     @property
     def size(self) -> int:
         """The number of tokens or labels that it scores."""
-        contract = self.contract
-        return contract.size if isinstance(contract, VocabularyContract) else len(contract.names)
+        return self.contract.size
 
     @property
     def device(self) -> torch.device:
@@ -304,9 +286,7 @@ class RewardModel(Shareable):
         self.check_processing_class()
         with replacing_files(folder, REWARD) as staged:
             if self.config.is_adapter:
-                # "auto" would ask the Hub whether the vocabulary was resized.
-                self.network.save_pretrained(staged, save_embedding_layers=False, state_dict=state_dict)
-                _sort_lists(staged / ADAPTER_CONFIG)
+                save_adapter(self.network, staged, state_dict)
             else:
                 self.network.save_pretrained(staged, state_dict=state_dict)
             save_processing_class(self.processing_class, staged)
@@ -322,7 +302,7 @@ class RewardModel(Shareable):
         distilled_from: ModelReference | None = None,
         is_chat: bool | None = None,
     ) -> None:
-        """Record the training that `network` is about to get in `config`.
+        """Record in `config` the training that `network` is about to get.
 
         Args:
             *source_backbones: the models that it is tuned on.
@@ -363,7 +343,7 @@ class RewardModel(Shareable):
             allow_partial: whether the backbone may have labels that the reward does not score, and lack some.
 
         Raises:
-            PRTValueError: the backbone is made for another task, or a map names what is not there.
+            PRTValueError: the backbone is made for another task, or a map names an unknown token or label.
             VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
         return match_backbone(
@@ -391,23 +371,7 @@ class RewardModel(Shareable):
         # The one import from a floor above: users expect the processor at the reward.
         from ..inference.logits_processor import PRTLogitsProcessor
 
-        if backbone.config.model_type == RECIPE_TYPE:
-            raise PRTValueError(
-                "The backbone is a PRT model, which adds its rewards by itself.",
-                expected="a pretrained model",
-                found=type(backbone).__name__,
-                remedy="PRTForCausalLM.from_parts(model.backbone, rewards=[*model.rewards, reward])",
-            )
-        if tokenizer is None:
-            tokenizer = processing_class_of(backbone, self.config.task)
-        if tokenizer is None:
-            raise PRTValueError(
-                "The backbone's tokenizer is not known.",
-                expected="a backbone that was loaded with its tokenizer beside it, or `tokenizer=`",
-                found=f"{type(backbone).__name__} from {backbone.name_or_path or 'memory'}",
-            )
-        contract_of(backbone, tokenizer)  # checks that the two belong together
-        return PRTLogitsProcessor(self, tokenizer, **kwargs)
+        return PRTLogitsProcessor(self, tokenizer_of(backbone, self.config.task, tokenizer), **kwargs)
 
     def check_processing_class(self) -> VocabularyContract | None:
         """Check that the tokenizer is the reward's, and return its contract; None for labels, or without a tokenizer.
@@ -429,21 +393,3 @@ class RewardModel(Shareable):
         found = self.check_processing_class()
         if found is not None:
             self.config = replace(self.config, contract=found)
-
-    def _take_processing_class(self, folder: Path, source: str | Path | None, load_kwargs: dict) -> None:
-        """Read tokenizer or image processor from the reward's folder, else from its base."""
-        task, base = self.config.task, self.config.reward_base
-        self.processing_class = load_saved_processing_class(folder, task)
-        if self.processing_class is None and source is not None:
-            revision = base.revision if source == base.id else None
-            self.processing_class = load_processing_class(source, task, **load_kwargs | {"revision": revision})
-        self.name_tokens()
-
-
-def _sort_lists(path: Path) -> None:
-    """Sort the lists of names in a file: PEFT writes sets in an order that changes from process to process."""
-    entries = json.loads(path.read_text(encoding="utf-8"))
-    for name, value in entries.items():
-        if isinstance(value, list) and all(isinstance(each, str) for each in value):
-            entries[name] = sorted(value)
-    path.write_text(json.dumps(entries, indent=2, sort_keys=True), encoding="utf-8")

@@ -344,7 +344,7 @@ def _pretrained(reference: ModelReference, token: str | bool | None) -> Pretrain
 
     Raises:
         RewardFileError: it was made in memory and has no id.
-        BaseModelMismatchError: what lies there is another model.
+        BaseModelMismatchError: another model is there.
     """
     if reference.id is None:
         raise RewardFileError(

@@ -12,7 +12,8 @@ from ..contract import IMAGE_CLASSIFICATION, TEXT_GENERATION
 from ..errors import PRTValueError, UnsupportedError
 from ..networks.anatomy import check_length
 from ..networks.pixels import PIXELS, split_inputs
-from ..reward.backbones import Backbone, Batch
+from ..reward.backbones import Backbone
+from ..reward.batch import BackboneLogits, Batch
 from .collators import IMAGE, MASKS, TRUNCATE, PixelCollator, TokenCollator
 from .saving import RewardSaver
 from .sharding import is_sharding, sharded
@@ -23,10 +24,10 @@ class BackboneReader(RewardSaver):
     """The part of [`PRTTrainer`] that makes batches, and holds the backbones that read them.
 
     Attributes:
-        backbones (`list[Backbone]`): the source backbones that losses are computed with, or their stored states.
+        backbones (`list[BackboneLogits]`): the source backbones that losses are computed with, or their stored states.
     """
 
-    backbones: list[Backbone]
+    backbones: list[BackboneLogits]
     _sources: list[Backbone]  # the source backbones themselves
     _limits: set[int | None]  # tokens that the networks can read
 
@@ -112,7 +113,7 @@ class BackboneReader(RewardSaver):
                 remedy="precompute_backbone=False",
             )
 
-    def _draw_backbone(self) -> Backbone:
+    def _draw_backbone(self) -> BackboneLogits:
         """Return one backbone for each step: the same on all devices, and when training resumes."""
         if len(self.backbones) == 1:
             return self.backbones[0]

@@ -1,13 +1,16 @@
 """The training loss without full logits: models are given as a [`Projection`], and a chunk of logits is held at a time.
 
-Each function equals its plain form in [`~prt_hf.functional`].
+Losses and statistics equal their plain forms in [`~prt_hf.functional`].
 """
 
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
+from ..contract import TEXT_GENERATION
 from ..functional import (
     check_finite,
     check_same_columns,
@@ -16,7 +19,9 @@ from ..functional import (
     prt_loss,
     prt_statistics,
 )
-from ..networks.lm_head import Projection
+from ..networks.lm_head import Projection, why_not_projected
+from ..reward.batch import BackboneLogits, Batch
+from .config import PRTConfig
 
 
 def fused_prt_loss(
@@ -277,3 +282,35 @@ def _joint(backbone: Projection, reward: Projection, kl_coef: float) -> Projecti
 
 def _same_tensor(first: torch.Tensor, second: torch.Tensor) -> bool:
     return (first.data_ptr(), first.shape, first.dtype) == (second.data_ptr(), second.shape, second.dtype)
+
+
+def why_not_fused(
+    args: PRTConfig,
+    shards_heads: bool,
+    network: PreTrainedModel | PeftModel,
+    others: list[BackboneLogits],
+    batch: Batch,
+) -> str | None:
+    """Return why the loss needs full logits; None if it does not.
+
+    Args:
+        args: the trainer's.
+        shards_heads: whether DeepSpeed shards parameters.
+        network: the reward's.
+        others: the backbones, and the fine-tuned model that the reward is distilled from.
+        batch: the first one.
+    """
+    networks = [network, *(other.network for other in others if other.network is not None)]
+    devices = sorted({str(value.device) for each in networks for value in each.parameters()})
+    for problem, holds in {
+        "fused_loss='never'": args.fused_loss == "never",
+        "a classifier has few": others[0].task != TEXT_GENERATION,
+        "the networks are compiled": args.torch_compile,
+        "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
+        "ZeRO-3 shards the heads": shards_heads,
+        f"the models are on several devices: {devices}": len(devices) > 1,
+    }.items():
+        if holds:
+            return problem
+    problems = [why_not_projected(network, batch.inputs), *(each.why_not_projected(batch) for each in others)]
+    return next((problem for problem in problems if problem), None)

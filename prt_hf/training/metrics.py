@@ -9,7 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..functional import check_supervised
-from ..reward.backbones import Batch
+from ..reward.batch import Batch
 
 logger = logging.get_logger(__name__)
 

@@ -1,4 +1,4 @@
-"""Networks that are sharded among devices: FSDP2, and ZeRO-3 of DeepSpeed."""
+"""Training in several processes: networks that are sharded by FSDP2 or ZeRO-3, and the loss of all."""
 
 import os
 
@@ -8,9 +8,10 @@ from accelerate import Accelerator
 from accelerate.utils import fsdp2_prepare_model
 from packaging.version import Version
 from peft import PeftModel
+from torch import nn
 from torch.distributed.fsdp import StateDictType
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from trl.models import prepare_deepspeed
 
 from ..errors import UnsupportedError
@@ -114,3 +115,14 @@ def sharded(network: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMod
 def address(value: torch.Tensor) -> int | None:
     """Return the address of a parameter, or of this device's shard of it; None if the shard is empty."""
     return (value.to_local() if isinstance(value, DTensor) else value).data_ptr() or None
+
+
+def summed_over_processes(
+    trainer: Trainer, model: nn.Module, loss: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Scale the loss of a process, so that the mean gradient of all processes is the gradient of their sum.
+
+    Nothing is scaled if `num_items_in_batch` does not count the items of all processes.
+    """
+    is_of_all = trainer.args.average_tokens_across_devices and num_items_in_batch is not None
+    return loss * trainer.accelerator.num_processes if model.training and is_of_all else loss

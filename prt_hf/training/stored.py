@@ -1,4 +1,4 @@
-"""Backbones whose stored states are read instead of running them, and the data sets that say which state is where."""
+"""Read the stored states of backbones instead of running them, and number the rows of data sets to find them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,8 @@ from datasets.fingerprint import Hasher
 from ..contract import TEXT_GENERATION, Match, ModelReference, contract_from_dict
 from ..errors import BackboneCacheError, UnsupportedError
 from ..networks.lm_head import Head, Projection
-from ..reward.backbones import Backbone, Batch
+from ..reward.backbones import Backbone
+from ..reward.batch import BackboneLogits, Batch
 from ..reward.matching import RewardOrder
 from ..reward.model import RewardModel
 from .sharding import is_sharding
@@ -25,7 +26,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _SAMPLED_ROWS = 16  # of a data set whose batch is part of its key
 
 
-class StoredBackbone(Backbone):
+class StoredBackbone(BackboneLogits):
     """A backbone whose states at the supervised positions of data sets are read from disk.
 
     Args:
@@ -38,8 +39,8 @@ class StoredBackbone(Backbone):
     """
 
     def __init__(self, reward: RewardModel, shares_head: bool):
-        self._reward, self._shares_head, self._head = reward, shares_head, None
-        self.network = self.limit = None
+        super().__init__(reward)
+        self._shares_head, self._head = shares_head, None
         self.caches: list[BackboneCache] = []
 
     def add(self, cache: BackboneCache) -> None:
@@ -49,12 +50,12 @@ class StoredBackbone(Backbone):
             VocabularyMismatchError, LabelMismatchError: the backbone does not fit the reward.
         """
         contract = contract_from_dict(cache.facts["contract"])
-        if self._reward.config.task == TEXT_GENERATION:
+        if self.task == TEXT_GENERATION:
             self._reward.contract.check(contract)
         else:
             columns = torch.tensor(self._reward.contract.match(contract))
             self.order = RewardOrder.of(Match(columns), self._reward.size)
-        if not self.caches and self._reward.config.task == TEXT_GENERATION:
+        if not self.caches and self.task == TEXT_GENERATION:
             weight, bias = cache.tensors["weight"], cache.tensors.get("bias")
             own = Head.of(self._reward.network, self._reward.columns).weights[0]
             is_alike = not own.requires_grad and (own.shape, own.dtype) == (weight.shape, weight.dtype)

@@ -23,8 +23,8 @@ from ..networks.anatomy import (
     pretrained_parameters,
     unwrap_adapter,
 )
-from ..networks.lm_head import Projection, last_hidden_state, projection, why_not_projected
-from ..reward.backbones import Backbone, Batch
+from ..networks.lm_head import Projection, last_hidden_state, projection
+from ..reward.batch import BackboneLogits, Batch
 from ..reward.finetuned import teacher_of
 from ..reward.model import RewardModel
 from ..vocabulary import unwrap_tokenizer
@@ -32,9 +32,9 @@ from .backbone_reader import BackboneReader
 from .collators import EndWatch, TokenCollator, check_lengths, check_not_empty, check_tokenized
 from .config import PRTConfig
 from .data import holds_messages
-from .fused_loss import training_loss, training_statistics
+from .fused_loss import training_loss, training_statistics, why_not_fused
 from .metrics import RunningMeans, is_step_logged, tell_start
-from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks
+from .sharding import address, check_fsdp, is_sharding, is_zero3, name_blocks, summed_over_processes
 from .sources import reward_and_backbones
 
 logger = logging.get_logger(__name__)
@@ -202,8 +202,7 @@ class PRTTrainer(BackboneReader):
                 for backbone in backbones
             ]
         loss = sum(losses) / len(losses)
-        if model.training and self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the gradients are averaged over processes
+        loss = summed_over_processes(self, model, loss, num_items_in_batch)
         if not return_outputs:
             return loss
         return loss, {"logits": combine(backbones[0], reward, 1 / self.args.kl_coef)}
@@ -281,7 +280,7 @@ class PRTTrainer(BackboneReader):
                     source.prepare(batch)
             network = self.accelerator.unwrap_model(model)
             others = [*self.backbones, *self._teachers]
-            problem = _why_not_fused(self.args, is_zero3(self.accelerator), network, others, batch)
+            problem = why_not_fused(self.args, is_zero3(self.accelerator), network, others, batch)
         self._is_fused = problem is None
         if problem is not None and self.args.fused_loss == "always":
             raise UnsupportedError("The loss cannot be fused.", expected="fused_loss='auto'", found=problem)
@@ -289,7 +288,12 @@ class PRTTrainer(BackboneReader):
             logger.warning(f"Falling back to full logits: {problem}.")
 
     def _forward(
-        self, model: nn.Module, batch: Batch, backbones: list[Backbone], teachers: list[Backbone], is_fused: bool
+        self,
+        model: nn.Module,
+        batch: Batch,
+        backbones: list[BackboneLogits],
+        teachers: list[BackboneLogits],
+        is_fused: bool,
     ) -> tuple[list[Term], list[Term], Term]:
         """Return the terms of the backbones, of the teachers, and of the reward.
 
@@ -363,36 +367,8 @@ def _supervised(batch: Batch, term: Term) -> Term:
     return term if isinstance(term, Projection) else batch.chosen(term)
 
 
-def _why_not_fused(
-    args: PRTConfig, shards_heads: bool, network: PreTrainedModel | PeftModel, others: list[Backbone], batch: Batch
-) -> str | None:
-    """Return why the loss needs full logits; None if it does not.
-
-    Args:
-        args: the trainer's.
-        shards_heads: whether DeepSpeed shards parameters.
-        network: the reward's.
-        others: the backbones, and the fine-tuned model that the reward is distilled from.
-        batch: the first one.
-    """
-    networks = [network, *(other.network for other in others if other.network is not None)]
-    devices = sorted({str(value.device) for each in networks for value in each.parameters()})
-    for problem, holds in {
-        "fused_loss='never'": args.fused_loss == "never",
-        "a classifier has few": others[0].task != TEXT_GENERATION,
-        "the networks are compiled": args.torch_compile,
-        "torch.nn.DataParallel runs copies of the network": args.n_gpu > 1,
-        "ZeRO-3 shards the heads": shards_heads,
-        f"the models are on several devices: {devices}": len(devices) > 1,
-    }.items():
-        if holds:
-            return problem
-    problems = [why_not_projected(network, batch.inputs), *(each.why_not_projected(batch) for each in others)]
-    return next((problem for problem in problems if problem), None)
-
-
 def _check_trained(model, backbones: list[PreTrainedModel], teachers: list[PreTrainedModel]) -> None:
-    """Raise unless something is trained, and nothing of a backbone or of what is distilled.
+    """Raise unless the reward has trainable parameters, and none of them belongs to a backbone or a teacher.
 
     Raises:
         PRTValueError: names the first of the parameters.

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring_ascii
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,9 @@ SHOWN = 5  # differences that an error shows
 _ROLES = ("eos_token", "bos_token", "pad_token")  # in the order in which tokens of other names are matched
 _SHARE = 0.99  # of the ordinary tokens of either vocabulary that both must have
 _MOST_PADDING = 4096  # rows of a head, or a sixteenth of the vocabulary: DeepSeek V2 has 2,398
+
+# The contract of each tokenizer, with all that its methods may change: 150,000 tokens take half a second to read.
+_READ: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[tuple, VocabularyContract]]" = WeakKeyDictionary()
 
 
 def unwrap_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase | None:
@@ -53,21 +57,30 @@ class VocabularyContract:
 
     @classmethod
     def from_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "VocabularyContract":
-        """Read the map of a tokenizer.
+        """Read the map of a tokenizer; one that was read before is only read again if tokens or roles were added.
 
         Raises:
             PRTValueError: it has no tokens.
         """
+        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
+        special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
+        added = {str(token): index for index, token in sorted(tokenizer.added_tokens_decoder.items())}
+        state = len(tokenizer), added, special
+        if tokenizer not in _READ or _READ[tokenizer][0] != state:
+            _READ[tokenizer] = state, cls._read(tokenizer, added, special)
+        return _READ[tokenizer][1]
+
+    @classmethod
+    def _read(
+        cls, tokenizer: PreTrainedTokenizerBase, added: dict[str, int], special: dict[str, str]
+    ) -> "VocabularyContract":
         ids = tokenizer.get_vocab()
         if not ids:
             raise PRTValueError(f"{type(tokenizer).__name__} has no tokens.", expected="a tokenizer with a vocabulary")
         has_two_names = len(set(ids.values())) < len(ids)  # for one id
         in_order = sorted(ids, key=(lambda token: (ids[token], token)) if has_two_names else ids.get)
-        roles = ("bos_token", "eos_token", "unk_token", "pad_token")
-        special = {role: str(token) for role in roles if (token := getattr(tokenizer, role, None)) is not None}
         listed = ", ".join([f"[{encode_basestring_ascii(token)}, {ids[token]}]" for token in in_order])
         fingerprint = hashlib.sha256(f"[{listed}]".encode()).hexdigest()  # of JSON
-        added = {str(token): index for index, token in sorted(tokenizer.added_tokens_decoder.items())}
         as_bytes = spelling(tokenizer, ids)
         # An added token hides an ordinary one of its name or id: the tokenizer decodes to it.
         hidden = set(added.values())
@@ -141,7 +154,6 @@ class VocabularyContract:
     def check(
         self,
         backbone: "VocabularyContract",
-        owner: str = "backbone",
         token_map: Mapping[str, str] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         across_vocabularies: bool = False,
@@ -150,7 +162,6 @@ class VocabularyContract:
 
         Args:
             backbone: its contract; its head may be padded, and it may end or pad with other tokens.
-            owner: whose vocabulary it is, for the error.
             token_map: as in [`match`].
             tokenizer: as in [`match`].
             across_vocabularies: accept another vocabulary, in a match of the kind `other`.
@@ -170,11 +181,11 @@ class VocabularyContract:
             return match
         if match.kind == OTHER:
             raise VocabularyMismatchError(
-                f"The vocabulary of the {owner} is not the reward's.",
+                "The vocabulary of the backbone is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with, or an update of that vocabulary",
                 found=match.difference,
-                remedy=f"`across_vocabularies=True` where a text is generated, a {owner} of the same family, or a reward "
-                "that is tuned for this one",
+                remedy="`across_vocabularies=True` where texts are generated or scored, a backbone of the same family, or "
+                "a reward that is tuned for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         end = None if theirs is None else backbone.id_of(theirs)
@@ -184,7 +195,7 @@ class VocabularyContract:
                 f"token_map={{{theirs!r}: {ours or '<its end token>'!r}}} says which of its tokens that is."
             )
         elif match.renamed:
-            logger.warning_once(f"The vocabulary of the {owner} is the reward's with other names. {match}.")
+            logger.warning_once(f"The vocabulary of the backbone is the reward's with other names. {match}.")
         elif ours and theirs and ours != theirs:
             logger.warning_once(
                 f"The reward was tuned with the end token {ours!r}, the backbone stops at {theirs!r}: pass "

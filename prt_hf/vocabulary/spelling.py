@@ -15,8 +15,8 @@ def speller(
 ) -> Callable[[bytes], tuple[int, ...]]:
     """Return a function from a token of a backbone to the tokens of `tokenizer` for the same text.
 
-    Tokens that only begin or end a text are none of it, nor is what the tokenizer has no tokens for. Padding stands
-    where a text has ended, and is read as one token, so that all rows of a batch grow alike.
+    Tokens that only begin or end a text are left out, as is text that the tokenizer has no tokens for. Padding, which
+    follows the end of a text, is read as one token, so that all rows of a batch grow alike.
     """
     roles: dict[bytes, set[str]] = {}
     for role, token in special_tokens.items():

@@ -64,7 +64,7 @@ def test_a_recipe_and_an_interruption(home, tmp_path, capsys):
     assert main(["bake", str(home / "recipe"), "--reward", str(home / "reward"), *arguments[2:]]) == 1
     assert "names its own rewards" in capsys.readouterr().err
     assert main(["bake", str(home / "backbone"), *arguments[2:]]) == 1
-    assert "There is no reward to bake." in capsys.readouterr().err
+    assert "There is no reward.\n  expected: --reward, or the recipe of a PRT model" in capsys.readouterr().err
 
 
 def test_images(tmp_path):

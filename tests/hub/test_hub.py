@@ -12,7 +12,7 @@ from peft import LoraConfig
 
 from prt_hf import PRTConfig, PRTTrainer, RewardModel
 from prt_hf.cli import main
-from prt_hf.reward.backbones import Batch
+from prt_hf.reward.batch import Batch
 
 
 @pytest.fixture

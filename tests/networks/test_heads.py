@@ -21,7 +21,8 @@ from transformers import (
 
 from prt_hf import RewardModel
 from prt_hf.networks.lm_head import Head, last_hidden_state, projection, why_not_projected
-from prt_hf.reward.backbones import Batch, OwnBase
+from prt_hf.reward.backbones import OwnBase
+from prt_hf.reward.batch import Batch
 
 SIZES = tiny._ATTENTION
 

@@ -24,7 +24,7 @@ from prt_hf import (
 )
 from prt_hf.errors import PRTValueError
 from prt_hf.networks.identity import weights_fingerprint
-from prt_hf.reward.backbones import Batch
+from prt_hf.reward.batch import Batch
 from prt_hf.training.collators import TokenCollator
 
 
