@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from .errors import LabelMismatchError, PRTValueError, RewardFileError
-from .vocabulary import SHOWN, VocabularyContract, VocabularyMatch
+from .vocabulary import OTHER, SHOWN, VocabularyContract, VocabularyMatch
 
 logger = logging.get_logger(__name__)
 
@@ -153,6 +153,11 @@ class Match:
     def has_neutral(self) -> bool:
         """Whether some of the backbone's columns keep their probability."""
         return self.columns is not None and bool((self.columns < 0).any())
+
+    @property
+    def is_across(self) -> bool:
+        """Whether the backbone has another vocabulary, see [`~prt_hf.inference.across`]."""
+        return self.tokens is not None and self.tokens.kind == OTHER
 
     def columns_on(self, device: torch.device) -> torch.LongTensor | None:
         """Return `columns` on a device."""

@@ -33,6 +33,7 @@ _LEAST = 1e-6  # of the probability of the text itself, for those to count
 # source gives it next to none, the ratio says nothing.
 _DAMPING = 1e-3
 _WAITING = 1e-4  # probability that is worth a row of the further pass
+_AT_ONCE = 8  # positions of a text that are scored together
 
 Read = Callable[[Sequence[Path], int], list[torch.Tensor]]
 
@@ -96,31 +97,53 @@ class AcrossVocabularies:
             `torch.DoubleTensor` of shape `(batch_size, size)`; 0 in rows of which the source can read nothing.
         """
         texts = self.contexts.texts(input_ids)
-        is_empty = torch.tensor([not text.path for text in texts], device=scores.device)
-        texts = [text if text.path else TextContext([0], 1, []) for text in texts]
-        logits = self._state.read([text.path for text in texts], HEALED + 1)
-        strengths = strength_of_rows(strength, len(scores)).to(scores.device)
-        rho = self.ratios(texts, logits, self._state.peek, scores, strengths)
-        return rho.masked_fill(is_empty[:, None], 0.0)
+        return self._ratios(texts, self._state.read, scores, strength_of_rows(strength, len(scores)))
 
-    def ratios(
+    def score(
         self,
-        texts: Sequence[TextContext],
-        logits: Sequence[torch.Tensor],
-        peek: Read,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        positions: torch.LongTensor,
         scores: torch.Tensor,
-        strengths: torch.Tensor,
+        strength: float,
+    ) -> torch.Tensor:
+        """Return rho for the tokens after several positions of one text, `(n, size)`.
+
+        The source reads the text once, then what the backbone has written in another way.
+
+        Args:
+            input_ids: the backbone's tokens, `(sequence_length,)`.
+            attention_mask: of the same shape, 0 at padding.
+            positions: `(n,)`, in ascending order.
+            scores: the backbone's logits there, `(n, size)`.
+            strength: 1 / lambda.
+        """
+        found = []
+        for some, their_scores in zip(positions.split(_AT_ONCE), scores.split(_AT_ONCE), strict=True):
+            texts = self.contexts.prefixes(input_ids, attention_mask, some)
+            paths = [text.path for text in texts if text.path]
+            if paths:
+                self._state.read([paths[-1]], max(map(len, paths)) - min(map(len, paths)) + HEALED + 1)
+            strengths = torch.full((len(some),), float(strength))
+            found.append(self._ratios(texts, self._state.peek, their_scores, strengths))
+        return torch.cat(found)
+
+    def _ratios(
+        self, texts: Sequence[TextContext], read: Read, scores: torch.Tensor, strengths: torch.Tensor
     ) -> torch.Tensor:
         """Return rho for the tokens after each text.
 
         Args:
             texts: the texts.
-            logits: of the source after the last tokens of each, `(2, tokens, source size)`.
-            peek: gives them for other texts.
+            read: gives the source's logits after the last tokens of each.
             scores: the backbone's logits, `(texts, size)`.
             strengths: one for each text.
         """
         device = scores.device
+        strengths = strengths.to(device)
+        is_empty = torch.tensor([not text.path for text in texts], device=device)
+        texts = [text if text.path else TextContext([0], 1, []) for text in texts]
+        logits = read([text.path for text in texts], HEALED + 1)
         tables = self._map.on(device)
         now = self._log_probs(torch.stack([each[:, -1] for each in logits], 1), strengths)
         gap = now[0] - now[1]
@@ -130,8 +153,8 @@ class AcrossVocabularies:
         for row, text in enumerate(texts):
             self._heal(row, text, logits[row], now, strengths, masses, rho, tables)
         if self._lookahead and len(tables.waiting):
-            self._look_ahead(texts, peek, now, masses, rho, scores, strengths, tables)
-        return rho.masked_fill(tables.columns < 0, 0.0)
+            self._look_ahead(texts, now, masses, rho, scores, strengths, tables)
+        return rho.masked_fill((tables.columns < 0) | is_empty[:, None], 0.0)
 
     def _log_probs(self, logits: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities of the tuned and the untuned source, `(2, rows, ...)`, in double precision.
@@ -196,7 +219,6 @@ class AcrossVocabularies:
     def _look_ahead(
         self,
         texts: Sequence[TextContext],
-        peek: Read,
         now: torch.Tensor,
         masses: _Masses,
         rho: torch.Tensor,
@@ -215,7 +237,7 @@ class AcrossVocabularies:
             return
         read = best.indices[rows, ranks]
         pairs = list(zip(rows.tolist(), read.tolist(), strict=True))
-        logits = peek([[*texts[row].path, token] for row, token in pairs], 1)
+        logits = self._state.peek([[*texts[row].path, token] for row, token in pairs], 1)
         then = self._log_probs(torch.cat(logits, 1), strengths[rows])  # (2, pairs, source size)
         ends = torch.searchsorted(firsts, read, right=True).tolist()
         starts = torch.searchsorted(firsts, read).tolist()

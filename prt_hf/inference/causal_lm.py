@@ -29,7 +29,7 @@ from .probe import behaviour_of, check_padding
 from .prt_model import PRTPreTrainedModel
 from .recipe import PRTModelConfig
 from .state import switching_length
-from .with_processors import generate_with_processors
+from .with_processors import add_rewards_across, generate_with_processors
 
 logger = logging.get_logger(__name__)
 
@@ -104,7 +104,8 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             `CausalLMOutputWithPast`: `logits` normalised, float32.
 
         Raises:
-            UnsupportedError: a prompt given as embeddings; left padding that a network takes for text.
+            UnsupportedError: a prompt given as embeddings; left padding that a network takes for text; training with a
+                reward of another vocabulary.
             ContextLengthError: longer than a reward can read.
             NonFiniteRewardError: a reward is NaN or infinite.
         """
@@ -146,6 +147,10 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
             cache.rows = len(input_ids)
         logits, beside = self._run(inputs, asked, None if cache is None else cache.parts)
         log_probs = self._combine([_keep(value, logits_to_keep, input_ids.shape[1]) for value in logits])
+        if any(match.is_across for match in self.matches):
+            positions = torch.arange(input_ids.shape[1])[None].to(input_ids.device)
+            positions = _keep(positions, logits_to_keep, input_ids.shape[1])[0]
+            log_probs = add_rewards_across(self, input_ids, attention_mask, positions, log_probs)
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
@@ -257,7 +262,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
     @property
     def _reads_other_tokens(self) -> bool:
         """Whether the rows of a reward may have other lengths than the backbone's, so that no cache holds both."""
-        return any(match.tokens is not None and match.tokens.neutral for match in self.matches)
+        return any(match.is_across or (match.tokens is not None and match.tokens.neutral) for match in self.matches)
 
     def _new_cache(self) -> PRTCache | None:
         """Return an empty cache for all passes; None if a network cannot read on from one."""

@@ -26,18 +26,19 @@ def combined(
         NonFiniteRewardError: a reward is NaN or infinite.
     """
     backbone, *others = (each[..., part.columns] for part, each in zip(parts, logits, strict=True))
-    totals: list[torch.Tensor | float] = [0.0 for _ in matches]
+    totals: dict[int, torch.Tensor] = {}
     for part, factor, other in zip(parts[1:], factors[1:], others, strict=True):
-        values = other.to(backbone.device).float()
-        totals[part.reward] = totals[part.reward] + _for_rows(factor, backbone) * values
-    columns = [match.columns_on(backbone.device) for match in matches]
+        values = _for_rows(factor, backbone) * other.to(backbone.device).float()
+        totals[part.reward] = totals[part.reward] + values if part.reward in totals else values
+    if not totals:
+        return backbone.float().log_softmax(-1)
+    ordered = [(total, matches[index].columns_on(backbone.device)) for index, total in totals.items()]
     if any(match.has_neutral for match in matches):
-        for total, order in zip(totals, columns, strict=True):
+        for total, columns in ordered:
             # What is neutral to one reward keeps what those before gave it.
-            backbone = combine(backbone, total, columns=order)
+            backbone = combine(backbone, total, columns=columns)
         return backbone
-    ordered = (total if order is None else total[..., order] for total, order in zip(totals, columns, strict=True))
-    return combine(backbone, sum(ordered))
+    return combine(backbone, sum(total if columns is None else total[..., columns] for total, columns in ordered))
 
 
 def _for_rows(factor: float | torch.Tensor, logits: torch.Tensor) -> float | torch.Tensor:

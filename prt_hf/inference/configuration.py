@@ -18,6 +18,7 @@ from ..networks.quantization import is_quantized_in_files
 from ..reward.model import RewardModel
 
 RECIPE_VERSION = "1.0"
+MAPS = ("token_map", "label_map", "allow_partial", "across_vocabularies")  # how rewards are matched with the backbone
 _ABOUT_RECIPE = "a recipe of prt_hf: `import prt_hf.inference` before an Auto class of transformers loads it"
 _MOST_REWARDS = 256  # each is loaded, and may bring a base of its own
 _BACKBONE_ENTRY = dict.fromkeys(("id", "revision", "architecture", "weights"), str | None)
@@ -38,6 +39,7 @@ class PRTModelConfig(PreTrainedConfig):
         token_map (`dict`, *optional*): the backbone's tokens -> the rewards', where names and roles do not tell.
         label_map (`dict`, *optional*): the backbone's labels -> the rewards'.
         allow_partial (`bool`): whether rewards may score some of the backbone's labels only.
+        across_vocabularies (`bool`): whether rewards may have other vocabularies than the backbone.
 
     Raises:
         RewardFileError: written by a newer major version, or malformed.
@@ -55,6 +57,7 @@ class PRTModelConfig(PreTrainedConfig):
     token_map: dict | None = None
     label_map: dict | None = None
     allow_partial: bool = False
+    across_vocabularies: bool = False
     tie_word_embeddings: bool = False  # of this model's own heads, which it has not
 
     def __post_init__(self, **kwargs):
@@ -113,7 +116,7 @@ def config_of(
         references: places of the rewards on the Hub.
         strengths: 1 / lambda of each.
         size: tokens of the backbone's vocabulary; None for labels.
-        maps: `token_map`, `label_map` and `allow_partial`.
+        maps: the entries of `MAPS`.
     """
     backbone_config = copy.deepcopy(backbone.config)
     if is_quantized_in_files(backbone):  # loading them is enough
@@ -218,6 +221,7 @@ def _check_entries(config: PRTModelConfig) -> None:
         "backbone_config": isinstance(parts[0], dict | PreTrainedConfig),
         "reward_configs": all(isinstance(part, dict | PreTrainedConfig) for part in parts[1:]),
         "allow_partial": isinstance(config.allow_partial, bool),
+        "across_vocabularies": isinstance(config.across_vocabularies, bool),
     }
     for name in ("token_map", "label_map"):
         mapped = getattr(config, name) or {}

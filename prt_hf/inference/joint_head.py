@@ -45,7 +45,7 @@ class JointBase:
                 expected="a loss of log-probabilities alone",
                 remedy="router_aux_loss_coef=0.0",
             )
-        if any(match.columns is not None for match in model.matches):
+        if any(match.columns is not None or match.is_across for match in model.matches):
             raise UnsupportedError(
                 "A reward of another vocabulary has no rows for some of the backbone's tokens.",
                 expected="rewards of the backbone's own vocabulary",

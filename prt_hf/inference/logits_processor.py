@@ -118,6 +118,24 @@ class _TermProcessor(LogitsProcessor):
         output[:, :size] = combine(scores[:, :size], self._rewards(input_ids).to(device), strength, columns)
         return output
 
+    def score(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.LongTensor,
+        positions: torch.LongTensor,
+        scores: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return log-probabilities at several positions of one text, for a reward of another vocabulary.
+
+        Args:
+            input_ids: `(sequence_length,)`.
+            attention_mask: of the same shape, 0 at padding.
+            positions: of the tokens after which they are wanted, `(n,)`, in ascending order.
+            scores: the backbone's logits there, `(n, match.size)`.
+        """
+        rho = self._across.score(input_ids, attention_mask, positions, scores, self.strength)
+        return combine(scores, rho, columns=self._across.columns_on(scores.device))
+
     def _rewards(self, input_ids: torch.LongTensor) -> torch.Tensor:
         """Return r for the tokens after each row, `(batch_size, reward_size)`."""
         rows = self._context.read(input_ids)

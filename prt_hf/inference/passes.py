@@ -43,14 +43,14 @@ class Part:
 def parts_of(
     backbone: PreTrainedModel, rewards: list[RewardModel], matches: list[Match], size: int | None
 ) -> list[Part]:
-    """Return the backbone and the terms of all rewards as parts.
+    """Return the backbone and the terms of all rewards as parts; rewards of another vocabulary are read in other ways.
 
     `size` is the number of the backbone's columns that stand for tokens; None for labels.
     """
     parts = [Part(Pass(backbone), slice(size), is_frozen=True)]
     for index, (reward, match) in enumerate(zip(rewards, matches, strict=True)):
         tokens = None if match.tokens is None or match.tokens.is_identical else match.tokens
-        for term in reward.terms:
+        for term in reward.terms if not match.is_across else ():
             is_frozen = term.network is not reward.network
             parts.append(Part(Pass(term.network), reward.columns, index, term.sign, is_frozen, tokens))
     return parts

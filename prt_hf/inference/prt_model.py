@@ -21,7 +21,7 @@ from ..networks.pixels import PRTImageProcessor
 from ..reward.loading import load_saved_processing_class
 from ..reward.model import RewardModel
 from .combination import combined
-from .configuration import PRTModelConfig, config_of, maps_of_rewards, new_parts
+from .configuration import MAPS, PRTModelConfig, config_of, maps_of_rewards, new_parts
 from .loading import as_list, check_parts, load_backbone, load_rewards
 from .passes import PartsPass, fewest_passes, parts_of, separate_passes, translated
 from .recipe import find_recipe, load_parts, push_recipe, read_generation_config, write_recipe
@@ -100,7 +100,12 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         self.bases = nn.ModuleList(network for network in networks if network not in ours)
         self.hub_digests = hub_digests or {}
         self.is_tuned = False
-        self._limits = [limit for network in self.reward_networks if (limit := context_length(network)) is not None]
+        limits = (
+            context_length(reward.network)
+            for reward, match in zip(rewards, self.matches, strict=True)
+            if not match.is_across  # which has another number of tokens
+        )
+        self._limits = [limit for limit in limits if limit is not None]
         self._is_stateful = any(
             getattr(unwrap_adapter(network), "_is_stateful", False) for network in (backbone, *self.reward_networks)
         )
@@ -124,6 +129,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         token_map: dict[str, str] | None = None,
         label_map: dict[str, str] | None = None,
         allow_partial: bool = False,
+        across_vocabularies: bool = False,
         **load_kwargs,
     ) -> "Self":
         """Put a backbone and rewards together, after checking that they fit.
@@ -137,10 +143,12 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
             quantization_config (*optional*): for `from_pretrained` of the backbone alone; kept in recipes. Rewards stay
                 in full precision, on a base of their own if theirs is the backbone.
             token_map (*optional*): the backbone's tokens -> the rewards', where names and roles do not tell, as in
-                [`PRTLogitsProcessor`]. Kept in recipes, as the next two.
+                [`PRTLogitsProcessor`]. Kept in recipes, as the next three.
             label_map (*optional*): the backbone's labels -> the rewards' labels of the same meaning.
             allow_partial: whether the backbone may have labels that a reward does not score, which then keep their
                 probability, and lack some that it does.
+            across_vocabularies: whether rewards of language models may have other vocabularies than the backbone, as in
+                [`PRTLogitsProcessor`].
             **load_kwargs: for `from_pretrained` of what is given by id (`dtype`, `device_map`, `token`, ...).
 
         Raises:
@@ -153,7 +161,12 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         loaded = load_rewards(rewards, backbone, load_kwargs)
         if tokenizer is None:
             tokenizer = processing_class_of(backbone, cls.task, **load_kwargs)
-        maps = {"token_map": token_map, "label_map": label_map, "allow_partial": allow_partial}
+        maps = {
+            "token_map": token_map,
+            "label_map": label_map,
+            "allow_partial": allow_partial,
+            "across_vocabularies": across_vocabularies,
+        }
         return cls._assemble(backbone, loaded, strengths, tokenizer, maps)
 
     @classmethod
@@ -222,7 +235,7 @@ class PRTPreTrainedModel(Shareable, PreTrainedModel):
         folder, config = find_recipe(cls, place, config, revision=revision, token=token)
         backbone, loaded = load_parts(folder, config, backbone, token=token, **load_kwargs)
         strengths = [entry["strength"] for entry in config.reward_references]
-        maps = {name: getattr(config, name) for name in ("token_map", "label_map", "allow_partial")}
+        maps = {name: getattr(config, name) for name in MAPS}
         model = cls._assemble(backbone, loaded, strengths, load_saved_processing_class(folder, cls.task), maps)
         model.config.name_or_path = model.name_or_path = str(place)
         if model.can_generate():

@@ -136,11 +136,19 @@ class SourceState:
             self._follow_the_networks()
             distinct = list({tuple(path): path for path in paths}.values())
             check_length(max(map(len, distinct)), self._limit)
-            memory = self._extended(distinct, wanted)
-            if is_remembered:
-                self._memory = memory
-            places = {tuple(path): place for place, path in enumerate(distinct)}
-            return [memory.logits[places[tuple(path)]] for path in paths]
+            old = self._memory
+            plans = [old.plan(path, wanted) for path in distinct]
+            found = {
+                tuple(path): old.known(plan, max(0, len(path) - wanted))
+                for path, plan in zip(distinct, plans, strict=True)
+                if plan.kept == len(path) and not is_remembered
+            }
+            unread = [index for index, path in enumerate(distinct) if tuple(path) not in found]
+            if unread:
+                new = self._extended([distinct[index] for index in unread], [plans[index] for index in unread], wanted)
+                found |= zip(map(tuple, new.paths), new.logits, strict=True)
+                self._memory = new if is_remembered else old
+            return [found[tuple(path)] for path in paths]
 
     def _follow_the_networks(self) -> None:
         """Forget all rows if the networks or the precision of the calls have changed."""
@@ -152,12 +160,11 @@ class SourceState:
             self.reset()
             self._seen, self._passes = seen, self._mixed if is_mixed else self._separate
 
-    def _extended(self, paths: list[Path], wanted: int) -> _Memory:
+    def _extended(self, paths: list[Path], plans: list[_Plan], wanted: int) -> _Memory:
         """Return a memory of these rows that shares what it can with the present one."""
         old = self._memory
-        plans = [old.plan(path, wanted) for path in paths]
         tokens, slots = self._slots(paths, plans)
-        if tokens.shape[1] and self._has_wrong_gaps(slots, max(map(len, paths))):
+        if self._has_wrong_gaps(slots, max(map(len, paths))):
             plans = [_Plan() for _ in paths]
             tokens, slots = self._slots(paths, plans)
         caches = self._caches([plan.row for plan in plans], slots.shape[1] - tokens.shape[1])
@@ -179,7 +186,9 @@ class SourceState:
         slots = slots[:, : int(used[-1]) + 1 if len(used) else 0]
         new = [path[plan.kept :] for path, plan in zip(paths, plans, strict=True)]
         width = max(map(len, new))
-        tokens = torch.tensor([[0] * (width - len(each)) + each for each in new], dtype=torch.long).view(-1, width)
+        tokens = torch.tensor([[0] * (width - len(each)) + each for each in new], dtype=torch.long).view(
+            len(new), width
+        )
         is_new = torch.arange(width) >= torch.tensor([width - len(each) for each in new])[:, None]
         return tokens, torch.cat([slots, is_new], 1)
 

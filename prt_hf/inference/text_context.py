@@ -65,6 +65,21 @@ class TextContexts(RewardContext):
         self._length = input_ids.shape[1]
         return texts
 
+    def prefixes(
+        self, input_ids: torch.LongTensor, attention_mask: torch.LongTensor, positions: torch.LongTensor
+    ) -> list[TextContext]:
+        """Return a row, `(sequence_length,)`, up to each of several positions, as texts.
+
+        Raises:
+            VocabularyMismatchError: an id that the tokenizer does not have.
+            UnsupportedError: it holds a special token that the reward does not know.
+        """
+        ids, is_text = input_ids.tolist(), attention_mask.bool().tolist()
+        check_ids(input_ids[attention_mask.bool()], self._map.target.size)
+        ends = (position + 1 for position in positions.tolist())
+        rows = ([index for index, kept in zip(ids[:end], is_text[:end], strict=True) if kept] for end in ends)
+        return [self._text(None, row, is_prompt=True) for row in rows]
+
     def _text(self, prompt: list[int] | None, ids: list[int], is_prompt: bool) -> TextContext:
         source, target = self._map.source, self._map.target
         ids = self._without_end(ids)

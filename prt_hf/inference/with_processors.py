@@ -24,6 +24,7 @@ from transformers.generation.utils import GenerateOutput
 from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedError
+from ..functional import strength_of_rows
 from .context import Prompt
 from .logits_processor import PRTLogitsProcessor
 from .speculative import speculative_decoding
@@ -83,16 +84,7 @@ def generate_with_processors(
     # Taken out while they are in use: another thread makes its own.
     rewards = _PROCESSORS.pop(model, None) if assistant_model is None else None
     if rewards is None:
-        rewards = [
-            PRTLogitsProcessor(
-                reward,
-                model.processing_class,
-                token_map=match.tokens and match.tokens.renamed,
-                source_backbone=None if speculation is None else assistant_model,
-            )
-            for reward, match in zip(model.rewards, model.matches, strict=True)
-        ]
-        model.train(model.training)  # processors put networks into evaluation mode
+        rewards = _processors(model, None if speculation is None else assistant_model)
     for reward, strength, prompt in zip(rewards, model.strengths, prompts, strict=True):
         reward.strength, reward.prompt, reward.attention_mask = strength, prompt, kwargs.get("attention_mask")
     if speculation is None:
@@ -118,3 +110,59 @@ def generate_with_processors(
     if isinstance(output, ModelOutput) and output.get("scores") is not None:
         output.scores = tuple(each[:, : model.config.vocab_size] for each in output.scores)  # as of this model
     return output
+
+
+def add_rewards_across(
+    model: "PRTForCausalLM",
+    input_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    positions: torch.LongTensor,
+    log_probs: torch.Tensor,
+) -> torch.Tensor:
+    """Return log-probabilities with the rewards of a PRT model that have another vocabulary than the backbone.
+
+    Args:
+        model: the PRT model.
+        input_ids: `(batch_size, sequence_length)`.
+        attention_mask (*optional*): of the same shape, 0 at padding.
+        positions: of the tokens after which log-probabilities are wanted, `(n,)`, in ascending order.
+        log_probs: with all other rewards, `(batch_size, n, vocab_size)`.
+
+    Raises:
+        UnsupportedError: the model is in training mode, or the mask says more than what is padding.
+    """
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if model.training or mask.shape != input_ids.shape:
+        raise UnsupportedError(
+            "A reward of another vocabulary scores texts, and is not tuned there.",
+            expected="evaluation mode, and a mask of the shape of the tokens",
+            found=f"training={model.training}, a mask of shape {tuple(mask.shape)}",
+            remedy="tune the reward on a backbone with its own vocabulary",
+        )
+    processors = _PROCESSORS.pop(model, None) or _processors(model)
+    rows = []
+    for row, (ids, is_text) in enumerate(zip(input_ids, mask, strict=True)):
+        found = log_probs[row]
+        for processor, match, strength in zip(processors, model.matches, model.strengths, strict=True):
+            if match.is_across:
+                processor.strength = strength_of_rows(strength, len(input_ids))[row].item()
+                found = processor.score(ids, is_text, positions, found)
+        rows.append(found)
+    _PROCESSORS[model] = processors
+    return torch.stack(rows)
+
+
+def _processors(model: "PRTForCausalLM", assistant_model: PreTrainedModel | None = None) -> list[PRTLogitsProcessor]:
+    """Return a processor for each reward of a PRT model."""
+    processors = [
+        PRTLogitsProcessor(
+            reward,
+            model.processing_class,
+            token_map=match.tokens and match.tokens.renamed,
+            source_backbone=assistant_model,
+            across_vocabularies=match.is_across,
+        )
+        for reward, match in zip(model.rewards, model.matches, strict=True)
+    ]
+    model.train(model.training)  # processors put networks into evaluation mode
+    return processors

@@ -56,6 +56,7 @@ def match_backbone(
     token_map: Mapping[str, str] | None,
     label_map: Mapping[str, str] | None,
     allow_partial: bool,
+    across_vocabularies: bool,
 ) -> Match:
     """Match a reward of this configuration and tokenizer with a backbone, as [`RewardModel.match_with`] does."""
     task = config.task
@@ -69,7 +70,7 @@ def match_backbone(
     if isinstance(config.contract, VocabularyContract):
         theirs = contract_of(backbone, processing_class)
         tokenizer = unwrap_tokenizer(reward_processing_class)
-        tokens = config.contract.check(theirs, token_map=token_map, tokenizer=tokenizer)
+        tokens = config.contract.check(theirs, token_map, tokenizer, across_vocabularies)
         return Match(tokens.columns, tokens)
     labels = config.contract.match(LabelContract.from_model_config(backbone.config), label_map, allow_partial)
     columns = None if labels == list(range(config.contract.size)) else torch.tensor(labels)

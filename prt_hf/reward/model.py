@@ -330,6 +330,7 @@ class RewardModel(Shareable):
         token_map: Mapping[str, str] | None = None,
         label_map: Mapping[str, str] | None = None,
         allow_partial: bool = False,
+        across_vocabularies: bool = False,
     ) -> Match:
         """Return how the reward's columns and tokens belong to a backbone's, after checking that the two fit together.
 
@@ -341,13 +342,21 @@ class RewardModel(Shareable):
                 [`~prt_hf.vocabulary.VocabularyContract.match`].
             label_map (*optional*): the backbone's labels -> the reward's.
             allow_partial: whether the backbone may have labels that the reward does not score, and lack some.
+            across_vocabularies: whether a language model may have another vocabulary altogether.
 
         Raises:
             PRTValueError: the backbone is made for another task, or a map names an unknown token or label.
             VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
         return match_backbone(
-            self.config, self.processing_class, backbone, processing_class, token_map, label_map, allow_partial
+            self.config,
+            self.processing_class,
+            backbone,
+            processing_class,
+            token_map,
+            label_map,
+            allow_partial,
+            across_vocabularies,
         )
 
     def processor(self, backbone: PreTrainedModel, tokenizer: Any = None, **kwargs) -> "PRTLogitsProcessor":

@@ -178,14 +178,14 @@ class VocabularyContract:
             )
         match = self.match(backbone, token_map, tokenizer)
         if match.kind == OTHER and across_vocabularies:
-            return match
+            return replace(match, renamed=dict(token_map or {}))
         if match.kind == OTHER:
             raise VocabularyMismatchError(
                 "The vocabulary of the backbone is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with, or an update of that vocabulary",
                 found=match.difference,
-                remedy="`across_vocabularies=True` where texts are generated or scored, a backbone of the same family, or "
-                "a reward that is tuned for this one",
+                remedy="`across_vocabularies=True` in a language model, a backbone of the same family, or a reward that is "
+                "tuned for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         end = None if theirs is None else backbone.id_of(theirs)
