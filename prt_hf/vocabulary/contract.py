@@ -184,8 +184,8 @@ class VocabularyContract:
                 "The vocabulary of the backbone is not the reward's.",
                 expected=f"the {self.size} tokens that the reward was tuned with, or an update of that vocabulary",
                 found=match.difference,
-                remedy="`across_vocabularies=True` in a language model, a backbone of the same family, or a reward that is "
-                "tuned for this one",
+                remedy="`across_vocabularies=True` in a language model, a backbone of the same family, or a reward "
+                "that is tuned for this one",
             )
         ours, theirs = (contract.special_tokens.get("eos_token") for contract in (self, backbone))
         end = None if theirs is None else backbone.id_of(theirs)
