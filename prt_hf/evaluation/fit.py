@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
+from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig
 from ..errors import PRTError, RewardFileError
 from ..hub.client import has_file, local_file, refuse_reward
 from ..hub.folder import ADAPTER_CONFIG, check_files
@@ -22,7 +22,7 @@ from ..networks.identity import reference_to
 from ..reward.full import check_full
 from ..reward.loading import read_ordinary_adapter
 from ..reward.model import RewardModel
-from ..vocabulary import unwrap_tokenizer
+from ..vocabulary import VocabularyContract, unwrap_tokenizer
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from transformers import (
 from ..networks.pixels import PRTImageProcessor
 from .causal_lm import PRTForCausalLM
 from .classification import PRTForImageClassification, PRTForSequenceClassification
+from .configuration import PRTModelConfig
 from .logits_processor import EFTLogitsProcessor, PRTLogitsProcessor
-from .recipe import PRTModelConfig
 from .speculative import speculative_decoding
 from .state import RewardState
 
