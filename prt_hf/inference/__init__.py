@@ -14,7 +14,8 @@ from ..networks.pixels import PRTImageProcessor
 from .causal_lm import PRTForCausalLM
 from .classification import PRTForImageClassification, PRTForSequenceClassification
 from .configuration import PRTModelConfig
-from .logits_processor import EFTLogitsProcessor, PRTLogitsProcessor
+from .eft import EFTLogitsProcessor
+from .logits_processor import PRTLogitsProcessor
 from .speculative import speculative_decoding
 from .state import RewardState
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from ..errors import PRTValueError
 from .byte_tokens import ByteTokens
+from .contract import VocabularyContract
 
 _REMEMBERED = 1 << 17  # continuations of a text by a token
 
@@ -70,6 +74,46 @@ class VocabularyMap:
         to_target |= {y: v for y, v in zip(unlike, begun, strict=True) if v >= 0}
         self._tables = {torch.device("cpu"): self._tabulated(to_target, spelled)}
         self._continued = lru_cache(_REMEMBERED)(self._continuation)
+
+    @classmethod
+    def between(
+        cls,
+        reward: VocabularyContract,
+        backbone: VocabularyContract,
+        tokenizer: PreTrainedTokenizerBase | None,
+        backbone_tokenizer: PreTrainedTokenizerBase,
+        token_map: Mapping[str, str] | None = None,
+    ) -> "VocabularyMap":
+        """Return the map from a reward's tokens to a backbone's.
+
+        Args:
+            reward: contract of the reward.
+            backbone: contract of the backbone.
+            tokenizer: the reward's.
+            backbone_tokenizer: the backbone's.
+            token_map (*optional*): as in [`VocabularyContract.match`].
+
+        Raises:
+            UnsupportedError: a tokenizer that is slow or changes texts.
+            PRTValueError: the reward has no tokenizer, or `token_map` is wrong.
+        """
+        if tokenizer is None:
+            raise PRTValueError(
+                "The reward has no tokenizer, and cannot read texts of another vocabulary.",
+                expected="the tokenizer that it was tuned with",
+                remedy="save it beside the reward: tokenizer.save_pretrained(folder)",
+            )
+        return cls(ByteTokens(tokenizer), ByteTokens(backbone_tokenizer), reward.counterparts(backbone, token_map))
+
+    def in_place(self, ids: Sequence[int]) -> int:
+        """Return how many of the target's tokens of a text are one source token each where the source reads it."""
+        text = self.target.text(ids)
+        source = self.source.encode(text)
+        ours, theirs = (
+            {*pairwise(accumulate((len(side.bytes[index] or b"") for index in tokens), initial=0))}
+            for side, tokens in ((self.source, source), (self.target, ids))
+        )
+        return sum(end > start for start, end in ours & theirs)
 
     def _identical(self) -> tuple[dict[int, int], dict[int, list[int]]]:
         """Return the tokens that both have: source -> target, and target -> source."""
