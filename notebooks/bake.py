@@ -4,8 +4,8 @@
     python notebooks/bake.py --output bake.json --table
 
 Pairs: "stories" (stories-old -> stories260K, bullet lists) and "cifar" (ResNet-20 -> ResNet-32, mild Gaussian noise).
-All methods train for as many steps, with the same LoRA on the target; from prompts alone, the LoRA writes 64 tokens
-to the first words of a list at each step. Only `fine-tuned` sees labels at the target.
+All methods train for as many steps, with the same LoRA on the target; from prompts alone, where the LoRA writes 32
+tokens to the first words of a list at each step, for a third of them. Only `fine-tuned` sees labels at the target.
 """
 
 import argparse
@@ -49,10 +49,10 @@ from prt_hf.reward.backbones import Batch
 
 IMAGES = {
     "learning_rate": 3e-3,
-    "max_steps": 117,
+    "max_steps": 78,
     "per_device_train_batch_size": 128,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 6,
+    "warmup_steps": 4,
     "save_strategy": "no",
     "report_to": "none",
     "use_cpu": True,
@@ -128,7 +128,7 @@ def stories(assets: Path, seed: int, folder: str) -> dict[str, Callable[[], floa
         "pretrained": lambda: models["target"],
         "PRT": prt,
         "baked": lambda: baked(rows),
-        "baked, from prompts alone": lambda: baked(prompts, max_new_tokens=64),
+        "baked, from prompts alone": lambda: baked(prompts, max_steps=100, max_new_tokens=32),
         "fine-tuned": lambda: fine_tuned("target"),
         "distilled from the fine-tuned old model": distilled,
     }

@@ -31,10 +31,11 @@ from ..vocabulary import VocabularyMatch
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
-from .rivals import Transplanted, why_not_transplanted
+from .rivals import context_of, made_rivals
 from .rows import prepared
 from .store import key_of
 from .tally import ALONE, ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, Tally, Terms
+from .tuned_rivals import SAME_COMPUTE, SAME_STEPS, Tuning
 
 Model = str | PreTrainedModel | PeftModel
 Keys = dict[str, dict[str, str]]  # method -> network -> key, as in [`Place`]
@@ -51,6 +52,8 @@ def portability_report(
     finetuned: Mapping[str, Model] | None = None,
     lora: Mapping[str, Model] | None = None,
     baked: Mapping[str, Model] | None = None,
+    few_shot: Dataset | None = None,
+    tuning: Tuning | None = None,
     source: PreTrainedModel | None = None,
     strength: float | None = None,
     batch_size: int = 8,
@@ -74,14 +77,18 @@ def portability_report(
             memory, everything runs on its device.
         targets: Ids, folders or models in memory; or a mapping of names to these.
         dataset (`Dataset`): Rows as [`~evaluation.batches`] takes them, with labels.
-        methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`, `"transplanted"`, `"lora"`,
-            `"baked"`. A method whose model is not given is left out, and the report says so.
+        methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`, `"transplanted"`,
+            `"few_shot"`, `"lora"`, `"lora_steps"`, `"lora_compute"`, `"baked"`. A method whose model is not given is
+            left out, and the report says so.
         eft (*optional*): The fine-tuned source, for log pi_target + log pi_tuned - log pi_source: a model, a
             `PeftModel`, or the id or folder of either. It also gives `"transplanted"`, where all weights have the
             shapes of the target's: its adapter on the target, or its difference from the source added to the target.
         finetuned (*optional*): A mapping of targets (name, id or folder) to their fine-tuned models.
         lora (*optional*): Like `finetuned`, the targets tuned with LoRA on the data of the reward.
         baked (*optional*): Like `finetuned`, the targets with a LoRA that `bake` made of the PRT model.
+        few_shot (`Dataset`, *optional*): Examples, rows like the data, that the targets get in front of every row.
+        tuning ([`~evaluation.tuned_rivals.Tuning`], *optional*): Tunes LoRAs on the targets here, with as many steps as
+            the reward and with as much compute.
         source (*optional*): pi_pt in training; by default the (first) one that the reward names.
         strength (`float`, *optional*): 1 / lambda; by default that of the reward's training.
         batch_size (`int`): The number of rows that are read at a time.
@@ -104,7 +111,7 @@ def portability_report(
     """
     methods = _known_methods(methods)
     given = {"finetuned": finetuned, "lora": lora, "baked": baked}
-    _check_models(methods, eft, given)
+    _check_models(methods, eft, given, few_shot, tuning)
     if strength is not None and not math.isfinite(strength):
         raise PRTValueError("The strength is not a number.", expected="a finite one", found=str(strength))
     if output_dir is not None:
@@ -114,7 +121,7 @@ def portability_report(
         reward, _ = load_reward(reward, [], load_kwargs)
     targets = _named_targets(targets)
     given = {method: _by_target(models or {}, targets) for method, models in given.items()}
-    _check_rows(dataset, reward)
+    _check_rows(dataset, reward, few_shot)
 
     own = {"revision": revision, "quantization_config": quantization_config}
     target_kwargs = load_kwargs | {name: value for name, value in own.items() if value is not None}
@@ -142,14 +149,21 @@ def portability_report(
         *(_judged(reward, model.network or model.base, load_kwargs)[0] for model in tuned if model is not None),
     ]
     read = prepared(dataset, reward, min([length, *filter(None, limits)]))
-    notes = []
-    if eft is not None and "transplanted" in methods:
-        parts = networks[SOURCE], networks[TUNED_SOURCE]
-        for name, model in targets.items():
-            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, target_kwargs):
-                notes.append(f"transplanted is left out at {name}: {reason}")
-            else:
-                target_networks[name]["transplanted"] = Transplanted(reward, target_networks[name][TARGET], *parts)
+    made, notes = made_rivals(
+        reward,
+        targets,
+        {name: theirs[TARGET] for name, theirs in target_networks.items()},
+        networks[SOURCE],
+        networks[TUNED_SOURCE],
+        methods,
+        context=[] if few_shot is None else context_of(few_shot, reward, length),
+        longest=0 if few_shot is None else max(batch["input_ids"].shape[1] for batch in read(batch_size)),
+        limits={name: limit for name, (limit, _) in judged.items()},
+        tuning=tuning,
+        load_kwargs=load_kwargs,
+        target_kwargs=target_kwargs,
+    )
+    target_networks = {name: theirs | made[name] for name, theirs in target_networks.items()}
 
     named = reward.config.sources[0]
     strength = float(reward.config.strength if strength is None else strength)
@@ -261,9 +275,16 @@ def _known_methods(methods: Sequence[str]) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
-def _check_models(methods: Sequence[str], eft: Model | None, given: Mapping[str, Mapping | None]) -> None:
+def _check_models(
+    methods: Sequence[str],
+    eft: Model | None,
+    given: Mapping[str, Mapping | None],
+    few_shot: Dataset | None,
+    tuning: Tuning | None,
+) -> None:
     needed = {method: bool(models) for method, models in given.items()}
-    needed |= {"eft": eft is not None, "transplanted": eft is not None}
+    needed |= {"eft": eft is not None, "transplanted": eft is not None, "few_shot": few_shot is not None}
+    needed |= dict.fromkeys((SAME_STEPS, SAME_COMPUTE), tuning is not None)
     needed["finetuned"] |= eft is not None
     if not any(needed.get(method, True) for method in methods):
         raise PRTValueError(
@@ -313,7 +334,7 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str | None:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else None
 
 
-def _check_rows(dataset: Dataset, reward: RewardModel) -> None:
+def _check_rows(dataset: Dataset, reward: RewardModel, few_shot: Dataset | None) -> None:
     if not isinstance(dataset, Dataset):
         raise PRTValueError(
             "The evaluation set has to be read more than once.",
@@ -325,6 +346,10 @@ def _check_rows(dataset: Dataset, reward: RewardModel) -> None:
         raise PRTValueError("The evaluation set is empty.", expected="at least one row", found="0 rows")
     if reward.config.task != TEXT_GENERATION:
         require_column(dataset, "label", "given")
+        if few_shot is not None:
+            raise PRTValueError(
+                "Only language models read examples.", expected=f"a {TEXT_GENERATION} reward", found=reward.config.task
+            )
 
 
 def _judged(reward: RewardModel, model: Model, load_kwargs: dict) -> tuple[int | None, VocabularyMatch | None]:
