@@ -26,11 +26,10 @@ backbone with the reward (prt), the reward alone (reward_only, the control), the
 needs --eft) or, where all shapes match, laid on the backbone's weights (transplanted, needs --eft), and the fine-tuned
 backbone (finetuned, the upper bound, lora, baked; each needs the option of its name), with examples in its context
 (few_shot), or with LoRAs that are tuned here, for as many steps as the reward (lora_steps) and with as much compute
-(lora_compute; see the option tune_rivals). Prints accuracy and negative
-log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory, and
-whether the reward is worth porting. With --tasks, lm-evaluation-harness runs its tasks on each backbone, alone and with
-the reward. With several rewards, tells first what fits, from configurations alone, then what each gains on each
-backbone."""
+(lora_compute; see the option tune_rivals). Prints accuracy and negative log-likelihood with 95 % intervals, how far the
+backbones are apart (eps and C of Prop. 3.2), time and memory, and whether the reward is worth porting. With --tasks,
+lm-evaluation-harness runs its tasks on each backbone, alone, with the reward, as EFT, and on the fine-tuned backbones.
+With several rewards, tells first what fits, from configurations alone, then what each gains on each backbone."""
 EXAMPLES = """examples:
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
   prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report
@@ -196,6 +195,8 @@ def _ask(args: argparse.Namespace, reward, quantized: dict):
         args.targets,
         args.tasks,
         reward_name=args.reward,
+        eft=args.eft,
+        given={name: dict(zip(args.targets, getattr(args, name) or (), strict=False)) for name in _TUNED},
         limit=args.samples,
         batch_size=args.batch_size,
         include_path=args.include_path,
