@@ -49,7 +49,7 @@ from prt_hf.reward.backbones import Batch
 
 IMAGES = {
     "learning_rate": 3e-3,
-    "max_steps": 78,
+    "max_steps": 39,
     "per_device_train_batch_size": 128,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 4,
