@@ -235,15 +235,17 @@ def table(results: dict) -> str:
     """Return Markdown: mean ± standard deviation over the seeds, and the share of the ported gain that is kept."""
     lines = []
     for name, runs in results["pairs"].items():
-        found = list(runs.values())
-        digits = 1 if name == "cifar" else 3
-        lines += [f"**{name}** ({len(found)} seeds)", "", "| | at the target | of the ported gain |", "|---|---|---|"]
-        for method in found[0]:
+        digits, unit = (1, "top-1, %") if name == "cifar" else (3, "nats per token")
+        lines += [f"**{name}**", "", f"| | seeds | at the target, {unit} | of the ported gain |", "|---|---|---|---|"]
+        for method in dict.fromkeys(method for run in runs.values() for method in run):
+            found = [run for run in runs.values() if method in run]
             values = [run[method] for run in found]
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-            kept = [(run[method] - run["pretrained"]) / (run["PRT"] - run["pretrained"]) for run in found]
-            share = "" if method == "pretrained" else f"{statistics.mean(kept):.0%}"
-            lines.append(f"| {method} | {statistics.mean(values):.{digits}f}{spread} | {share} |")
+            share = ""
+            if method != "pretrained":
+                kept = [(run[method] - run["pretrained"]) / (run["PRT"] - run["pretrained"]) for run in found]
+                share = f"{statistics.mean(kept):.0%}"
+            lines.append(f"| {method} | {len(found)} | {statistics.mean(values):.{digits}f}{spread} | {share} |")
         lines.append("")
     return "\n".join(lines)
 

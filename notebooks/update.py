@@ -1,4 +1,4 @@
-"""An update of the same base: is the old LoRA, laid on it, better than a reward? The figures of lora_rewards.md.
+"""An update of the same base: is the old LoRA, laid on it, better than a reward? Figures of the guide to evaluation.
 
     python notebooks/update.py --assets ASSETS --seeds 0 1 2 --output update.json      # continued where it exists
     python notebooks/update.py --output update.json --table

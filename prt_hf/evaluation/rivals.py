@@ -1,7 +1,7 @@
 """Rivals that need no training: what tuning changed in the old model, laid on the target; examples in its context."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -81,12 +81,19 @@ class FewShot(Backbone):
 
     def load(self) -> None:
         """Load the target."""
-        is_loaded = self._target.network is not None
         self._target.load()
         self._take(self._target.network, self._target.processing_class)
         self.limit = self.limit and self.limit - len(self._context)
-        if not is_loaded:
-            self._target.network = None
+
+    def place(self, placed: Callable[[PreTrainedModel], PreTrainedModel]) -> None:
+        """Place the target."""
+        self._target.place(placed)
+        self.network = self._target.network
+
+    def unload(self) -> None:
+        """Unload the target."""
+        self._target.unload()
+        self.network = None
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return logits of the rows' own positions."""

@@ -6,6 +6,7 @@ import tempfile
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from datasets import Dataset
 from peft import LoraConfig
@@ -81,20 +82,23 @@ class TunedRival(Backbone):
         if is_loaded:
             network = copy.deepcopy(network)  # training moves the statistics of norms
         with tempfile.TemporaryDirectory() as folder:
-            tuned = _tuned(network, processing_class, self.task, self.tuning, folder)
+            device = self._reward.device.type
+            tuned = _tuned(network, processing_class, self.task, self.tuning, folder, use_cpu=device == "cpu")
         self._take(tuned, processing_class)
         if not is_loaded:
             self._target.network = None
 
 
-def _tuned(network: nn.Module, processing_class, task: str, tuning: Tuning, folder: str) -> nn.Module:
+def _tuned(
+    network: nn.Module, processing_class: Any, task: str, tuning: Tuning, folder: str, *, use_cpu: bool
+) -> nn.Module:
     """Return a network with a LoRA that was tuned on the labels."""
     settings = {
         "max_steps": tuning.steps,
         "learning_rate": tuning.learning_rate,
         "lr_scheduler_type": "cosine",
         "per_device_train_batch_size": tuning.batch_size,
-        "use_cpu": network.device.type == "cpu",
+        "use_cpu": use_cpu,
         "save_strategy": "no",
         "report_to": "none",
         "logging_strategy": "no",
@@ -118,7 +122,7 @@ def _tuned(network: nn.Module, processing_class, task: str, tuning: Tuning, fold
     return trainer.accelerator.unwrap_model(trainer.model)
 
 
-def _classified(network: nn.Module, processing_class, task: str, tuning: Tuning) -> Dataset:
+def _classified(network: nn.Module, processing_class: Any, task: str, tuning: Tuning) -> Dataset:
     labels = {"label_column": "label", "id2label": network.config.id2label}
     if task == IMAGE_CLASSIFICATION:
         pixels = pixel_makers(processing_class, network.config, [])
