@@ -31,7 +31,7 @@ from prt_hf.evaluation import portability_report
 from prt_hf.evaluation.machine import hardware, versions
 
 STEPS = {"a small update": 30, "a large update": 300}
-METHODS = ("pretrained", "eft", "prt", "transplanted")
+METHODS = ("pretrained", "eft", "prt", "transplanted", "few_shot")
 
 
 def old_model(assets: Path) -> PreTrainedModel:
@@ -75,9 +75,9 @@ def measured(assets: Path, seed: int, updates: dict[str, PreTrainedModel], folde
     tuner = SFTTrainer(old_model(assets), SFTConfig(folder, **settings), peft_config=lora, **common)
     tuner.train()
     tuner.save_model(f"{folder}/lora")
-    report = portability_report(
-        trainer.reward, updates, test, METHODS, eft=f"{folder}/lora", length=256, reward_name="bullets"
-    )
+    example = Dataset.from_dict({"text": [min(rows["text"][:20], key=len)]})  # so that a long row fits behind it
+    kwargs = {"eft": f"{folder}/lora", "few_shot": example, "length": 256, "reward_name": "bullets"}
+    report = portability_report(trainer.reward, updates, test, METHODS, **kwargs)
     found = {"the old model": {method: each.nll.value for method, each in report.source.figures.items()}}
     for name, place in report.targets.items():
         found[name] = {method: each.nll.value for method, each in place.figures.items()}
@@ -87,14 +87,24 @@ def measured(assets: Path, seed: int, updates: dict[str, PreTrainedModel], folde
 
 def table(results: dict) -> str:
     """Return Markdown: mean ± standard deviation over the seeds."""
-    heads = {"pretrained": "bare", "transplanted": "transplanted LoRA", "eft": "EFT", "prt": "PRT"}
-    lines = [f"| | KL(old, new) | {' | '.join(heads.values())} |", "|---|---|---|---|---|---|"]
+    heads = {
+        "pretrained": "bare",
+        "few_shot": "one example",
+        "transplanted": "transplanted LoRA",
+        "eft": "EFT",
+        "prt": "PRT",
+    }
+    lines = [f"| | KL(old, new) | {' | '.join(heads.values())} |", "|---|---|---|---|---|---|---|"]
     found = list(results["seeds"].values())
     for place in found[0]:
         cells = [f"{found[0][place]['eps']:.3f}" if "eps" in found[0][place] else ""]
         for method in heads:
             values = [run[place][method] for run in found if method in run[place]]
-            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and method != "pretrained" else ""
+            spread = (
+                f" ± {statistics.stdev(values):.3f}"
+                if len(values) > 1 and method not in ("pretrained", "few_shot")
+                else ""
+            )
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines)
