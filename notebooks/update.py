@@ -100,11 +100,7 @@ def table(results: dict) -> str:
         cells = [f"{found[0][place]['eps']:.3f}" if "eps" in found[0][place] else ""]
         for method in heads:
             values = [run[place][method] for run in found if method in run[place]]
-            spread = (
-                f" ± {statistics.stdev(values):.3f}"
-                if len(values) > 1 and method not in ("pretrained", "few_shot")
-                else ""
-            )
+            spread = f" ± {statistics.stdev(values):.3f}" if len(set(values)) > 1 else ""
             cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
         lines.append(f"| {place} | {' | '.join(cells)} |")
     return "\n".join(lines)
