@@ -155,6 +155,6 @@ def _describe(report: dict, backbone: str) -> str:
             "",
             "Next:",
             f'  AutoPeftModelForCausalLM.from_pretrained("{report["output_dir"]}").merge_and_unload()',
-            f"  prt-hf evaluate REWARD --targets {shlex.quote(backbone)} --finetuned {folder} --data test.jsonl",
+            f"  prt-hf evaluate REWARD --targets {shlex.quote(backbone)} --baked {folder} --data test.jsonl",
         ]
     )
