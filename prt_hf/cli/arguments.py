@@ -84,6 +84,12 @@ def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int | No
     add_option(group, "token", help="access token for the Hub; default: the one that `hf auth login` saved")
 
 
+def add_across(parser: argparse._ActionsContainer) -> None:
+    """Add `--across_vocabularies`."""
+    text = "accept a backbone with another vocabulary; rewards need their own tokenizer, and their source backbone"
+    add_option(parser, "across_vocabularies", action="store_true", help=text)
+
+
 def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> None:
     """Add the options of the data that a reward is measured on."""
     add_option(

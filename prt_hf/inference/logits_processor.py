@@ -40,6 +40,7 @@ class TermProcessor(LogitsProcessor):
     ):
         self._match, self._contract, self._across = match, contract, across
         self._context = RewardContext(tokenizer, match) if across is None else across.contexts
+        self.tokenizer = tokenizer
         self._signs = [term.sign for term in terms]
         self._states = TermStates(*(term.network.eval() for term in terms), compile_config=compile_config)
         self.strength = strength
@@ -113,6 +114,16 @@ class TermProcessor(LogitsProcessor):
         columns = self._match.columns_on(device)
         output[:, :size] = combine(scores[:, :size], self._rewards(input_ids).to(device), strength, columns)
         return output
+
+    @property
+    def vocabularies(self) -> VocabularyMap | None:
+        """The map to a backbone with another vocabulary; None where the backbone has the reward's."""
+        return None if self._across is None else self._across.vocabularies
+
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens that the source has read for a backbone with another vocabulary, over all calls."""
+        return 0 if self._across is None else self._across.tokens_computed
 
     def score(
         self,
