@@ -75,7 +75,7 @@ def measured(assets: Path, seed: int, updates: dict[str, PreTrainedModel], folde
     tuner = SFTTrainer(old_model(assets), SFTConfig(folder, **settings), peft_config=lora, **common)
     tuner.train()
     tuner.save_model(f"{folder}/lora")
-    example = Dataset.from_dict({"text": [min(rows["text"][:20], key=len)]})  # so that a long row fits behind it
+    example = Dataset.from_dict({"text": [min(rows["text"], key=len)]})  # so that a long row fits behind it
     kwargs = {"eft": f"{folder}/lora", "few_shot": example, "length": 256, "reward_name": "bullets"}
     report = portability_report(trainer.reward, updates, test, METHODS, **kwargs)
     found = {"the old model": {method: each.nll.value for method, each in report.source.figures.items()}}
