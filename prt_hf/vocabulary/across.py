@@ -24,7 +24,6 @@ class Tables(NamedTuple):
         first (`torch.LongTensor` of shape `(target.size,)`): the first source token that each is spelled with.
         second (`torch.LongTensor` of shape `(target.size,)`): the second one, if there is one.
         is_single (`torch.BoolTensor` of shape `(target.size,)`): tokens that both vocabularies have.
-        is_longer (`torch.BoolTensor` of shape `(target.size,)`): tokens that are spelled with three and more.
         pushing, pushed (`torch.LongTensor` of shape `(pairs,)`): source tokens, and what they stand for as indices
             into `several`.
         several (`torch.LongTensor`): the backbone's tokens that another source token stands for than the same.
@@ -35,7 +34,6 @@ class Tables(NamedTuple):
     first: torch.LongTensor
     second: torch.LongTensor
     is_single: torch.BoolTensor
-    is_longer: torch.BoolTensor
     pushing: torch.LongTensor
     pushed: torch.LongTensor
     several: torch.LongTensor
@@ -63,6 +61,7 @@ class VocabularyMap:
             new: old for new, old in counterparts.items() if target.bytes[new] is None or source.bytes[old] is None
         }
         to_target, spelled = self._identical()
+        self._shared = frozenset(to_target)
         self.same = [-1] * target.size
         for token, ids in spelled.items():
             self.same[token] = ids[0]
@@ -154,7 +153,6 @@ class VocabularyMap:
             first=first.clamp(min=0),
             second=second.clamp(min=0),
             is_single=same >= 0,
-            is_longer=lengths > 2,
             pushing=pushing[is_kept],
             pushed=places[pushed[is_kept]],
             several=several,
@@ -178,7 +176,11 @@ class VocabularyMap:
         Returns:
             `list[int]`: -1 where the target would have written its history with other tokens.
         """
-        return [self._continued(history, self.source.bytes[token][known:]) for token in tokens]
+        is_whole = len(self.target.text(history)) == known  # so the target would have written what both have as it is
+        return [
+            -1 if is_whole and token in self._shared else self._continued(history, self.source.bytes[token][known:])
+            for token in tokens
+        ]
 
     def _continuation(self, history: tuple[int, ...], rest: bytes) -> int:
         text = self.target.text(history) + rest
