@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ..errors import PRTValueError
 from . import fleet, quantization
+from .across import measured
 from .arguments import (
+    add_across,
     add_command,
     add_evaluation_data,
     add_json,
@@ -29,7 +31,8 @@ backbone (finetuned, the upper bound, lora, baked; each needs the option of its 
 (lora_compute; see the option tune_rivals). Prints accuracy and negative log-likelihood with 95 % intervals, how far the
 backbones are apart (eps and C of Prop. 3.2), time and memory, and whether the reward is worth porting. With --tasks,
 lm-evaluation-harness runs its tasks on each backbone, alone, with the reward, as EFT, and on the fine-tuned backbones.
-With several rewards, tells first what fits, from configurations alone, then what each gains on each backbone."""
+With several rewards, tells first what fits, from configurations alone, then what each gains on each backbone.
+Backbones with another vocabulary are compared in nats per byte of text, see --across_vocabularies."""
 EXAMPLES = """examples:
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
   prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report
@@ -59,6 +62,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="Hub ids or folders of rewards or of ordinary LoRA adapters; or one YAML file that lists them",
     )
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
+    add_across(parser)
     add_evaluation_data(parser, samples=500)
     add_option(
         parser,
@@ -120,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.compare:
         fleet.check_comparable(args)
+    if args.across_vocabularies:
+        return _across(args)
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
     from ..hub.folder import check_writable
@@ -149,6 +155,32 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n".join(report.table() for report in reports), end="")
     return fleet.compare_report(args, reports[0]) if args.compare else 0
+
+
+def _across(args: argparse.Namespace) -> int:
+    """Measure a reward on backbones with other vocabularies, in nats per byte."""
+    others = ("methods", "eft", *_TUNED, "few_shot", "tune_rivals", "tasks", "compare", "write_card")
+    if given := [f"--{name}" for name in others if getattr(args, name)]:
+        raise PRTValueError(
+            "Across vocabularies a reward is compared with the bare backbone alone.",
+            expected="--across_vocabularies with --data",
+            found=", ".join(given),
+        )
+    if not args.data:
+        raise PRTValueError("There is nothing to evaluate on.", expected="--data", found="none")
+    from ..hub.folder import check_writable, replace_file
+
+    if args.output_dir:
+        check_writable(args.output_dir)
+    quantized = quantization.quantization_kwargs(args)
+    found = {target: measured(args, args.reward, target, quantized) for target in args.targets}
+    text = "\n\n".join("\n".join([f"{args.reward} on {target}", *each.lines()]) for target, each in found.items())
+    figures = json.dumps({target: each.to_dict() for target, each in found.items()})
+    if args.output_dir:
+        replace_file(Path(args.output_dir, "across_vocabularies.json"), figures)
+        replace_file(Path(args.output_dir, "across_vocabularies.txt"), text + "\n")
+    print(figures if args.json else text)
+    return 0
 
 
 def _measure(args: argparse.Namespace, reward, quantized: dict):

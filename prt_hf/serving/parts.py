@@ -174,8 +174,16 @@ def parts_of_recipe(
         RewardFileError: incomplete, or a reward is gone or changed.
         BaseModelMismatchError: the backbone, or the base of a reward, is not what it was.
         VocabularyMismatchError: a reward was tuned with another vocabulary, of which the tokenizer's is no update.
+        UnsupportedError: the recipe allows other vocabularies.
     """
     check_complete(config)
+    if config.across_vocabularies:
+        raise UnsupportedError(
+            "The engine runs rewards of the backbone's own vocabulary.",
+            expected="a recipe without `across_vocabularies`",
+            found=str(folder),
+            remedy="generate with PRTForCausalLM, or bake the rewards into a LoRA",
+        )
     backbone = _pretrained(ModelReference(**config.backbone_reference or {}), token).folder
     rewards = []
     for entry in config.reward_references:
