@@ -99,7 +99,8 @@ from prt_hf import PRTForCausalLM, PRTError, PRTLogitsProcessor, RewardModel
 from prt_hf.contract import RewardConfig
 from prt_hf.evaluation.results import PortabilityReport
 from prt_hf.hub.publishing import push_reward
-from prt_hf.inference.recipe import PRTModelConfig, push_recipe
+from prt_hf.inference.configuration import PRTModelConfig
+from prt_hf.inference.recipe import push_recipe
 from prt_hf.serving.parts import parts_by_name, parts_of_recipe
 
 def doors(name):

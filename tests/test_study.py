@@ -1,12 +1,14 @@
-"""What notebooks/lora_rewards.md says is what was measured."""
+"""What the pages of the studies say is what was measured."""
 
 import json
 import statistics
 from pathlib import Path
 
+import bake
 import lora_rewards
 import pytest
 import tiny
+import update
 
 from prt_hf import default_peft_config
 
@@ -25,6 +27,12 @@ def test_the_tables_are_those_of_the_figures(results):
 def test_the_table_of_starts_is_that_of_the_figures():
     results = json.loads((NOTEBOOKS / "lora_rewards_starts.json").read_text())
     assert lora_rewards.table(results).strip() in (NOTEBOOKS / "lora_rewards.md").read_text()
+
+
+@pytest.mark.parametrize(("study", "page"), [(bake, "bake.md"), (update, "../prt_hf/evaluation/README.md")])
+def test_the_tables_of_other_studies_are_those_of_their_figures(study, page):
+    results = json.loads((NOTEBOOKS / f"{study.__name__}.json").read_text())
+    assert study.table(results).strip() in (NOTEBOOKS / page).read_text()
 
 
 def test_every_configuration_has_three_seeds(results):

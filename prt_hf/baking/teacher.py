@@ -61,7 +61,7 @@ class Teacher:
         """Return why [`projection`] would be wrong; None if it is right."""
         if self.model.task != TEXT_GENERATION:
             return "a classifier has few labels"
-        if any(match.columns is not None for match in self.model.matches):
+        if any(match.columns is not None or match.is_across for match in self.model.matches):
             return "a reward of another vocabulary"
         for part in self.model.parts:
             network = part.run.network

@@ -15,7 +15,8 @@ from transformers import AutoConfig
 from ..contract import PRT_CONFIG_NAME, RewardConfig
 from ..errors import PRTValueError, UnsupportedError
 from ..hub.client import local_folder
-from ..inference.recipe import PRTModelConfig, place_of_reward
+from ..inference.configuration import PRTModelConfig
+from ..inference.recipe import place_of_reward
 from ..serving import ADAPTER_BASE, ARCHITECTURE
 
 BARE, PRT, NAMED = "bare backbone", "PRT", "PRT, named"

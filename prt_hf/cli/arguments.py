@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..errors import PRTValueError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 DTYPES = ("bfloat16", "float16", "float32")
 COLUMNS = ("text", "image", "label")
@@ -84,6 +84,12 @@ def add_loading_options(parser: argparse.ArgumentParser, *, batch_size: int | No
     add_option(group, "token", help="access token for the Hub; default: the one that `hf auth login` saved")
 
 
+def add_across(parser: argparse._ActionsContainer) -> None:
+    """Add `--across_vocabularies`."""
+    text = "accept a backbone with another vocabulary; rewards need their own tokenizer, and their source backbone"
+    add_option(parser, "across_vocabularies", action="store_true", help=text)
+
+
 def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> None:
     """Add the options of the data that a reward is measured on."""
     add_option(
@@ -104,17 +110,43 @@ def add_evaluation_data(parser: argparse.ArgumentParser, *, samples: int) -> Non
 
 def evaluation_rows(args: argparse.Namespace) -> Dataset:
     """Return as many rows of the data as `--samples` says, the same in every run."""
-    from ..training.data import load_data, require_column, require_split
+    from ..training.data import load_data, require_split
 
     parts = load_data(args.data)
-    split = args.split or next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
-    rows = require_split(parts, split, args.data).shuffle(seed=0)
+    rows = _renamed(require_split(parts, _split(args, parts), args.data), args, args.data).shuffle(seed=0)
+    return rows.select(range(min(args.samples, len(rows))))
+
+
+def training_rows(args: argparse.Namespace) -> Dataset:
+    """Return the rows that the reward was tuned on, the same in every run; raise if they are those of the data."""
+    from ..training.data import load_data, require_split
+
+    name = args.train_data or args.data
+    parts = load_data(name)
+    if name == args.data and _split(args, parts) == "train":
+        raise PRTValueError(
+            "The examples to learn from are those that are measured on.",
+            expected="--train_data, or a data set with a split for each",
+            found=f"only {', '.join(parts)} in {name}",
+        )
+    return _renamed(require_split(parts, "train", name), args, name).shuffle(seed=0)
+
+
+def _split(args: argparse.Namespace, parts: DatasetDict) -> str:
+    """Return the split that is measured on."""
+    return args.split or next((name for name in ("test", "validation") if name in parts), next(iter(parts)))
+
+
+def _renamed(rows: Dataset, args: argparse.Namespace, dataset: str) -> Dataset:
+    """Return rows whose columns have the names that `--text_column` and the like stand for."""
+    from ..training.data import require_column
+
     for name in COLUMNS:
         given = getattr(args, f"{name}_column")
         if given not in (None, name):
-            require_column(rows, given, args.data)
+            require_column(rows, given, dataset)
             rows = rows.remove_columns([name] if name in rows.column_names else []).rename_column(given, name)
-    return rows.select(range(min(args.samples, len(rows))))
+    return rows
 
 
 def config_kwargs(args: argparse.Namespace) -> dict[str, Any]:

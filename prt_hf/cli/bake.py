@@ -8,7 +8,7 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from ..errors import PRTValueError
-from .arguments import DTYPES, add_command, add_json, add_option, positive, with_default
+from .arguments import DTYPES, add_across, add_command, add_json, add_option, positive, with_default
 from .generation import recipe_at
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     many = {"nargs": "+", "action": "extend", "default": []}
     add_option(parser, "reward", **many, help="Hub ids or folders of rewards or LoRA adapters; not with a recipe")
     add_option(parser, "strength", **many, type=float, metavar="S", help="1 / lambda of each reward; default: as tuned")
+    add_across(parser)
     data = parser.add_argument_group("data")
     text = "Hub id, folder, or file; columns: text, prompt and completion, messages, prompt alone, or image"
     add_option(data, "dataset_name", required=True, metavar="DATA", help=text)
@@ -104,6 +105,7 @@ def _model(args: argparse.Namespace) -> PRTPreTrainedModel:
         model = getattr(inference, config.architectures[0]).from_pretrained(args.backbone, **kwargs)
         model.strengths = args.strength or model.strengths
         return model
+    kwargs["across_vocabularies"] = args.across_vocabularies
     return load(args.backbone, args.reward, args.strength or None, **kwargs)
 
 
@@ -155,6 +157,6 @@ def _describe(report: dict, backbone: str) -> str:
             "",
             "Next:",
             f'  AutoPeftModelForCausalLM.from_pretrained("{report["output_dir"]}").merge_and_unload()',
-            f"  prt-hf evaluate REWARD --targets {shlex.quote(backbone)} --finetuned {folder} --data test.jsonl",
+            f"  prt-hf evaluate REWARD --targets {shlex.quote(backbone)} --baked {folder} --data test.jsonl",
         ]
     )

@@ -5,7 +5,9 @@ import json
 
 from ..errors import PRTError
 from . import quantization
+from .across import measured
 from .arguments import (
+    add_across,
     add_command,
     add_evaluation_data,
     add_json,
@@ -38,6 +40,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.add_argument("reward", help="Hub id or folder of a reward, or of an ordinary LoRA adapter")
     parser.add_argument("backbone", help="Hub id or folder of a backbone")
+    add_across(parser)
     add_evaluation_data(parser, samples=100)
     add_json(parser)
     add_loading_options(parser, batch_size=8)
@@ -55,22 +58,33 @@ def run(args: argparse.Namespace) -> int:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     try:
         quantized = quantization.quantization_kwargs(args)
-        fit = check_fit(args.reward, args.backbone, dtype=dtype, is_quantized=bool(quantized), **config_kwargs(args))
-        portability, skipped = _measure(args, fit, quantized) if fit.fits and args.data else (None, 0)
+        fit = check_fit(
+            args.reward,
+            args.backbone,
+            dtype=dtype,
+            is_quantized=bool(quantized),
+            across_vocabularies=args.across_vocabularies,
+            **config_kwargs(args),
+        )
+        is_measured = fit.fits and args.data
+        across = measured(args, args.reward, args.backbone, quantized) if is_measured and fit.is_across else None
+        portability, skipped = _measure(args, fit, quantized) if is_measured and not fit.is_across else (None, 0)
     except Exception as error:
         if not args.json or not (isinstance(error, PRTError | OSError) or is_of_hub(error)):
             raise
         print(json.dumps({"error": str(error)}))  # no `fits`: nobody knows
         return 1
     if args.json:
-        measured = {}
+        found = {}
         if portability is not None:
             worth, reasons = portability.verdict()
-            measured = {"portability": portability.to_dict(), "rows_without_predictions": skipped}
-            measured |= {"worth_porting": worth, "verdict": reasons}
-        print(json.dumps(fit.to_dict() | measured))
+            found = {"portability": portability.to_dict(), "rows_without_predictions": skipped}
+            found |= {"worth_porting": worth, "verdict": reasons}
+        found |= {"across_vocabularies": across.to_dict()} if across else {}
+        print(json.dumps(fit.to_dict() | found))
     else:
-        print("\n".join(_describe_fit(args, fit) + (_describe(portability, skipped) if portability else [])))
+        lines = _describe(portability, skipped) if portability else ["", *across.lines()] if across else []
+        print("\n".join(_describe_fit(args, fit) + lines))
     return int(not fit.fits)
 
 
@@ -142,6 +156,8 @@ def _contract(fit) -> str:
     if contract.kind == "labels":
         order = "in another order, matched by name" if fit.is_permuted else "in the same order"
         return f"{contract.size}, {order}" + (f"; vocabulary {fit.match.split(';')[0]}" if is_updated else "")
+    if fit.is_across:
+        return f"another vocabulary of {fit.backbone_tokens:,} tokens; the reward's has {contract.size:,}"
     heads = {"reward": (contract.size, fit.reward_columns), "backbone": (fit.backbone_tokens, fit.backbone_columns)}
     padded = [
         f"{columns - tokens} rows pad the {owner}'s head"

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ..errors import PRTValueError
 from . import fleet, quantization
+from .across import measured
 from .arguments import (
+    add_across,
     add_command,
     add_evaluation_data,
     add_json,
@@ -15,22 +17,28 @@ from .arguments import (
     chosen_device,
     evaluation_rows,
     load_kwargs,
+    positive,
+    training_rows,
+    with_default,
 )
 
 DESCRIPTION = """\
 Measure a reward on its source and on other backbones, beside the alternatives: each backbone alone (pretrained), the
 backbone with the reward (prt), the reward alone (reward_only, the control), the fine-tuned source carried over (eft,
 needs --eft) or, where all shapes match, laid on the backbone's weights (transplanted, needs --eft), and the fine-tuned
-backbone (finetuned, the upper bound, lora, baked; each needs the option of its name). Prints accuracy and negative
-log-likelihood with 95 % intervals, how far the backbones are apart (eps and C of Prop. 3.2), time and memory, and
-whether the reward is worth porting. With --tasks, lm-evaluation-harness runs its tasks on each backbone, alone and with
-the reward. With several rewards, tells first what fits, from configurations alone, then what each gains on each
-backbone."""
+backbone (finetuned, the upper bound, lora, baked; each needs the option of its name), with examples in its context
+(few_shot), or with LoRAs that are tuned here, for as many steps as the reward (lora_steps) and with as much compute
+(lora_compute; see the option tune_rivals). Prints accuracy and negative log-likelihood with 95 % intervals, how far the
+backbones are apart (eps and C of Prop. 3.2), time and memory, and whether the reward is worth porting. With --tasks,
+lm-evaluation-harness runs its tasks on each backbone, alone, with the reward, as EFT, and on the fine-tuned backbones.
+With several rewards, tells first what fits, from configurations alone, then what each gains on each backbone.
+Backbones with another vocabulary are compared in nats per byte of text, see --across_vocabularies."""
 EXAMPLES = """examples:
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
   prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-7B --tasks gsm8k ifeval --samples 200 --output_dir report
   prt-hf evaluate bullets --targets new-model --data test.jsonl --eft old-tuned --finetuned new-tuned --write_card
+  prt-hf evaluate bullets --targets new-model --data test.jsonl --train_data train.jsonl --few_shot 2 --tune_rivals 300
   prt-hf evaluate me/gsm8k-reward me/style-lora --targets Qwen/Qwen3-4B --data test.jsonl --output_dir new --compare old
   prt-hf evaluate rewards.yaml --targets Qwen/Qwen2.5-7B Qwen/Qwen3-4B --output_dir fleet
 
@@ -54,12 +62,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="Hub ids or folders of rewards or of ordinary LoRA adapters; or one YAML file that lists them",
     )
     add_option(parser, "targets", nargs="+", required=True, help="Hub ids or folders of backbones")
+    add_across(parser)
     add_evaluation_data(parser, samples=500)
     add_option(
         parser,
         "methods",
         nargs="+",
-        help="some of pretrained eft prt reward_only finetuned transplanted lora baked; default: all",
+        help="some of pretrained eft prt reward_only finetuned transplanted few_shot lora lora_steps lora_compute "
+        "baked; default: all",
     )
     add_option(parser, "eft", help="the fine-tuned source: Hub id or folder of a model, or of its LoRA adapter")
     add_option(
@@ -67,6 +77,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     add_option(parser, "lora", nargs="+", help="the targets tuned with LoRA on the reward's data, like --finetuned")
     add_option(parser, "baked", nargs="+", help="the targets' LoRAs that `prt-hf bake` made, like --finetuned")
+    count = {"type": positive(int), "metavar": "N"}
+    add_option(parser, "few_shot", **count, help="examples of --train_data in the targets' context")
+    add_option(parser, "tune_rivals", **count, help="tune LoRAs on the targets here; N: the steps of the reward")
+    add_option(parser, "learning_rate", type=positive(float), default=2e-4, help=with_default("that of these LoRAs"))
+    text = "the reward's data (split train) for few_shot and tune_rivals; default: the split train of --data"
+    add_option(parser, "train_data", metavar="DATA", help=text)
     add_option(
         parser, "tasks", nargs="+", help="tasks of lm-evaluation-harness (pip install lm_eval), limited by --samples"
     )
@@ -108,6 +124,8 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.compare:
         fleet.check_comparable(args)
+    if args.across_vocabularies:
+        return _across(args)
     if not (args.data or args.tasks):
         raise PRTValueError("There is nothing to evaluate on.", expected="--data, or --tasks, or both", found="neither")
     from ..hub.folder import check_writable
@@ -139,15 +157,50 @@ def run(args: argparse.Namespace) -> int:
     return fleet.compare_report(args, reports[0]) if args.compare else 0
 
 
+def _across(args: argparse.Namespace) -> int:
+    """Measure a reward on backbones with other vocabularies, in nats per byte."""
+    others = ("methods", "eft", *_TUNED, "few_shot", "tune_rivals", "tasks", "compare", "write_card")
+    if given := [f"--{name}" for name in others if getattr(args, name)]:
+        raise PRTValueError(
+            "Across vocabularies a reward is compared with the bare backbone alone.",
+            expected="--across_vocabularies with --data",
+            found=", ".join(given),
+        )
+    if not args.data:
+        raise PRTValueError("There is nothing to evaluate on.", expected="--data", found="none")
+    from ..hub.folder import check_writable, replace_file
+
+    if args.output_dir:
+        check_writable(args.output_dir)
+    quantized = quantization.quantization_kwargs(args)
+    found = {target: measured(args, args.reward, target, quantized) for target in args.targets}
+    text = "\n\n".join("\n".join([f"{args.reward} on {target}", *each.lines()]) for target, each in found.items())
+    figures = json.dumps({target: each.to_dict() for target, each in found.items()})
+    if args.output_dir:
+        replace_file(Path(args.output_dir, "across_vocabularies.json"), figures)
+        replace_file(Path(args.output_dir, "across_vocabularies.txt"), text + "\n")
+    print(figures if args.json else text)
+    return 0
+
+
 def _measure(args: argparse.Namespace, reward, quantized: dict):
     from tqdm.auto import tqdm
 
     from ..evaluation import portability_report
+    from ..evaluation.tuned_rivals import Tuning
 
+    rivals = {}
+    if args.few_shot or args.tune_rivals:
+        rows = training_rows(args)
+        if args.few_shot:
+            rivals["few_shot"] = rows.select(range(min(args.few_shot, len(rows))))
+        if args.tune_rivals:
+            rivals["tuning"] = Tuning(rows, args.tune_rivals, args.learning_rate, args.batch_size, args.max_length)
     report = portability_report(
         reward,
         args.targets,
         evaluation_rows(args),
+        **rivals,
         **({"methods": args.methods} if args.methods else {}),
         eft=args.eft,
         **{name: dict(zip(args.targets, getattr(args, name) or (), strict=False)) for name in _TUNED},
@@ -174,6 +227,8 @@ def _ask(args: argparse.Namespace, reward, quantized: dict):
         args.targets,
         args.tasks,
         reward_name=args.reward,
+        eft=args.eft,
+        given={name: dict(zip(args.targets, getattr(args, name) or (), strict=False)) for name in _TUNED},
         limit=args.samples,
         batch_size=args.batch_size,
         include_path=args.include_path,

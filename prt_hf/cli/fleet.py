@@ -10,7 +10,10 @@ from . import quantization
 from .arguments import COLUMNS, chosen_device, config_kwargs, evaluation_rows, load_kwargs
 
 _YAML = (".yaml", ".yml")
-_OF_ONE_REWARD = ("eft", "finetuned", "lora", "baked", "tasks", "include_path", "methods", "write_card")
+_OF_ONE_REWARD = (
+    *("eft", "finetuned", "lora", "baked", "few_shot", "tune_rivals"),
+    *("tasks", "include_path", "methods", "write_card"),
+)
 _KEYS = ("reward", "data", "split", *(f"{name}_column" for name in COLUMNS), "samples", "max_length")
 
 

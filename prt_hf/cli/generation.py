@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import PRTValueError
 from . import quantization
 from .arguments import (
+    add_across,
     add_option,
     boolean,
     chosen_device,
@@ -62,6 +63,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="the backbone's tokens -> the rewards', where names and roles do not tell: "
         '\'{"<|im_end|>": "<|eot_id|>"}\'; not with a recipe',
     )
+    add_across(parser)
 
 
 def add_templates(group: argparse._ActionsContainer) -> None:
@@ -156,7 +158,7 @@ def load_model(args: argparse.Namespace):
         _check_strengths(args.strength, len(args.reward))
         tokenizer = load_processing_class(args.backbone, TEXT_GENERATION, **backbone_kwargs)
         backbone = load_pretrained(args.backbone, **kwargs | backbone_kwargs | quantized)
-        kwargs["token_map"] = args.token_map
+        kwargs |= {"token_map": args.token_map, "across_vocabularies": args.across_vocabularies}
         model = PRTForCausalLM.from_parts(backbone, args.reward, args.strength or None, tokenizer, **kwargs)
     return model if device is None else model.to(device)
 
@@ -212,7 +214,10 @@ def readable_length(model) -> int | None:
     """Return the longest text in tokens that backbone and rewards can read; None without a limit."""
     from ..networks.anatomy import context_length
 
-    limits = [context_length(part) for part in (model.backbone, *model.reward_networks)]
+    rewards = zip(model.rewards, model.matches, strict=True)
+    # A reward of another vocabulary reads another number of tokens.
+    networks = [reward.network for reward, match in rewards if not match.is_across]
+    limits = [context_length(network) for network in (model.backbone, *networks)]
     return min((each for each in limits if each is not None), default=None)
 
 

@@ -15,6 +15,7 @@ from ..hub.card import METHODS
 from ..networks.anatomy import unwrap_adapter
 from ..reward.model import RewardModel
 from ..training.data import require_column
+from .tuned_rivals import SAME_COMPUTE, SAME_STEPS, Tuning
 
 Model = str | PreTrainedModel | PeftModel
 
@@ -31,10 +32,17 @@ def known_methods(methods: Sequence[str]) -> list[str]:
     return [method for method in METHODS if method in methods]
 
 
-def check_models(methods: Sequence[str], eft: Model | None, given: Mapping[str, Mapping | None]) -> None:
-    """Raise `PRTValueError` if every method lacks the model that it needs."""
+def check_models(
+    methods: Sequence[str],
+    eft: Model | None,
+    given: Mapping[str, Mapping | None],
+    few_shot: Dataset | None,
+    tuning: Tuning | None,
+) -> None:
+    """Raise `PRTValueError` if every method lacks the model or the data that it needs."""
     needed = {method: bool(models) for method, models in given.items()}
-    needed |= {"eft": eft is not None, "transplanted": eft is not None}
+    needed |= {"eft": eft is not None, "transplanted": eft is not None, "few_shot": few_shot is not None}
+    needed |= dict.fromkeys((SAME_STEPS, SAME_COMPUTE), tuning is not None)
     needed["finetuned"] |= eft is not None
     if not any(needed.get(method, True) for method in methods):
         raise PRTValueError(
@@ -86,7 +94,7 @@ def did_you_mean(name: str, known: Iterable[str], count: int = 1) -> str | None:
     return f"did you mean {' or '.join(map(repr, near))}?" if near else None
 
 
-def check_rows(dataset: Dataset, reward: RewardModel) -> None:
+def check_rows(dataset: Dataset, reward: RewardModel, few_shot: Dataset | None) -> None:
     """Raise `PRTValueError` unless the evaluation set can be read more than once, and has rows and labels."""
     if not isinstance(dataset, Dataset):
         raise PRTValueError(
@@ -99,6 +107,10 @@ def check_rows(dataset: Dataset, reward: RewardModel) -> None:
         raise PRTValueError("The evaluation set is empty.", expected="at least one row", found="0 rows")
     if reward.config.task != TEXT_GENERATION:
         require_column(dataset, "label", "given")
+        if few_shot is not None:
+            raise PRTValueError(
+                "Only language models read examples.", expected=f"a {TEXT_GENERATION} reward", found=reward.config.task
+            )
 
 
 def name_of(model: str | Path | PreTrainedModel | PeftModel) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig, VocabularyContract
+from ..contract import PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig
 from ..errors import PRTError, RewardFileError
 from ..hub.client import has_file, local_file, refuse_reward
 from ..hub.folder import ADAPTER_CONFIG, check_files
@@ -22,7 +22,8 @@ from ..networks.identity import reference_to
 from ..reward.full import check_full
 from ..reward.loading import read_ordinary_adapter
 from ..reward.model import RewardModel
-from ..vocabulary import unwrap_tokenizer
+from ..vocabulary import VocabularyContract, unwrap_tokenizer
+from ..vocabulary.across import VocabularyMap
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Fit:
         backbone_tokens (`int`, *optional*): The number of the backbone's tokens; None like `match`.
         is_permuted (`bool`): Whether the labels are in another order; they are matched by name.
         is_tokenizer_known (`bool`): Whether the backbone has a tokenizer; if not, the reward's is assumed.
+        is_across (`bool`): Whether the backbone has another vocabulary, and that was asked for.
     """
 
     reward: RewardConfig
@@ -67,6 +69,7 @@ class Fit:
     backbone_tokens: int | None
     is_permuted: bool
     is_tokenizer_known: bool
+    is_across: bool
 
     @property
     def fits(self) -> bool:
@@ -97,6 +100,7 @@ def check_fit(
     *,
     dtype: torch.dtype | None = None,
     is_quantized: bool = False,
+    across_vocabularies: bool = False,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> Fit:
@@ -107,6 +111,7 @@ def check_fit(
         backbone: A folder, or an id on the Hub.
         dtype (`torch.dtype`, *optional*): The precision that memory is computed for.
         is_quantized (`bool`): Whether the backbone is going to be quantised, so that its weights are not the reward's.
+        across_vocabularies (`bool`): Whether the backbone may have another vocabulary.
         token: A token for the Hub.
         **kwargs: `revision` of the backbone; `trust_remote_code` of both models.
 
@@ -114,7 +119,8 @@ def check_fit(
         RewardFileError: There is no reward, or an incomplete one.
         PRTValueError: There is no model, or not one that predicts tokens or labels.
     """
-    found = check_fits([reward], [backbone], dtype=dtype, is_quantized=is_quantized, token=token, **kwargs)
+    asked = {"is_quantized": is_quantized, "across_vocabularies": across_vocabularies}
+    found = check_fits([reward], [backbone], dtype=dtype, **asked, token=token, **kwargs)
     return found[str(reward), backbone]
 
 
@@ -124,6 +130,7 @@ def check_fits(
     *,
     dtype: torch.dtype | None = None,
     is_quantized: bool = False,
+    across_vocabularies: bool = False,
     token: str | bool | None = None,
     **kwargs: Any,
 ) -> dict[tuple[str, str], Fit]:
@@ -140,7 +147,7 @@ def check_fits(
                 refuse_reward(backbone, "a pretrained model", token, kwargs.get("revision"))
                 theirs = load_processing_class(backbone, reward.config.task, token=token, **kwargs)
                 models[key] = load_skeleton(backbone, token=token, **kwargs), theirs
-            found[str(place), backbone] = _fit(reward, base, *models[key], dtype, is_quantized)
+            found[str(place), backbone] = _fit(reward, base, *models[key], dtype, is_quantized, across_vocabularies)
     return found
 
 
@@ -151,11 +158,19 @@ def _fit(
     theirs: Any,
     dtype: torch.dtype | None,
     is_quantized: bool,
+    across_vocabularies: bool,
 ) -> Fit:
     config = skeleton.config
     problems, match = [], None
     try:
-        match = skeleton.match_with(model, theirs)
+        match = skeleton.match_with(model, theirs, across_vocabularies=across_vocabularies)
+        if match.is_across:  # by tokenizers alone
+            VocabularyMap.between(
+                config.contract,
+                VocabularyContract.from_tokenizer(unwrap_tokenizer(theirs)),
+                unwrap_tokenizer(skeleton.processing_class),
+                unwrap_tokenizer(theirs),
+            )
     except PRTError as error:
         problems.append(str(error))
     tokens = match and match.tokens
@@ -180,6 +195,7 @@ def _fit(
         match=tokens and str(tokens),
         backbone_tokens=tokens and tokens.size,
         is_permuted=match is not None and match.columns is not None and config.task != TEXT_GENERATION,
+        is_across=match is not None and match.is_across,
         is_tokenizer_known=theirs is not None or not isinstance(config.contract, VocabularyContract),
     )
 

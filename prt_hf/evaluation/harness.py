@@ -1,8 +1,8 @@
-"""Run tasks of lm-evaluation-harness on backbones by themselves and with a reward."""
+"""Run tasks of lm-evaluation-harness on backbones by themselves, with a reward, and on its rivals."""
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -10,6 +10,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ..contract import TEXT_GENERATION
@@ -17,8 +18,10 @@ from ..errors import PRTValueError
 from ..hub.card import METHODS, Measurement
 from ..hub.folder import check_writable, file_digest, replace_file
 from ..inference import PRTForCausalLM
+from ..networks.adapters import bare_base
 from ..networks.identity import weights_digest_of_model
-from ..reward.backbones import Backbone
+from ..reward.backbones import Backbone, source_backbones
+from ..reward.finetuned import TunedModel
 from ..reward.model import RewardModel
 from .arguments import check_names, did_you_mean
 from .portability import to_json_numbers
@@ -27,7 +30,6 @@ from .store import key_of, load_results, save_results
 from .tally import Estimate
 
 TASKS_FILE, TASKS_TABLE = "tasks.json", "tasks.md"
-_METHODS = ("pretrained", "prt")  # those that are a model that generates
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Score:
 
 @dataclass
 class TaskReport:
-    """Scores of backbones by themselves and with a reward.
+    """Scores of backbones by themselves, with a reward, and of its rivals.
 
     Attributes:
         reward (`str`): The reward's name.
@@ -54,12 +56,17 @@ class TaskReport:
     tasks: list[str]
     scores: dict[tuple[str, str], dict[str, dict[str, Score]]] = field(default_factory=dict)
 
+    @property
+    def methods(self) -> list[str]:
+        """The methods that were asked at any backbone, in the order of their names' table."""
+        return [method for method in METHODS if any(method == asked for _, asked in self.scores)]
+
     def table(self) -> str:
         """Return Markdown tables: for each metric of each task, methods by backbones."""
         sections = [f"# `{short_name(self.reward)}`: benchmarks\n\nIn brackets: 95 % intervals."]
         for task, metric, is_lower in self._rows():
             rows = []
-            for method in _METHODS:
+            for method in self.methods:
                 found = [self._score(target, method, task, metric) for target in self.targets]
                 rows.append([METHODS[method], *("" if each is None else _cell(each.estimate) for each in found)])
             title = f"{task}: {metric}, {'lower' if is_lower else 'higher'} is better"
@@ -72,7 +79,7 @@ class TaskReport:
         found = []
         for target in self.targets:
             for task, metric, is_lower in self._rows():
-                scores = {method: self._score(target, method, task, metric) for method in _METHODS}
+                scores = {method: self._score(target, method, task, metric) for method in self.methods}
                 values = {method: score.estimate.value for method, score in scores.items() if score is not None}
                 found.append(Measurement(target, task, metric, values, is_lower_better=is_lower))
         return found
@@ -89,7 +96,8 @@ class TaskReport:
                     task: {metric: to_json_numbers(score.estimate) for metric, score in metrics.items()}
                     for task, metrics in self.scores[target, method].items()
                 }
-                for method in _METHODS
+                for method in self.methods
+                if (target, method) in self.scores
             }
             for target in self.targets
         }
@@ -111,19 +119,24 @@ def task_report(
     tasks: Sequence[str],
     *,
     reward_name: str,
+    eft: str | None = None,
+    given: Mapping[str, Mapping[str, str]] | None = None,
     limit: int | None = None,
     batch_size: int = 8,
     include_path: str | Path | None = None,
     output_dir: str | Path | None = None,
     **load_kwargs: Any,
 ) -> TaskReport:
-    """Run `lm_eval.simple_evaluate` on each target, by itself and with the reward as one PRT model.
+    """Run `lm_eval.simple_evaluate` on each target: by itself, with the reward as one PRT model, and on its rivals.
 
     Args:
         reward ([`RewardModel`]): A reward for language models; everything runs on its device.
         targets: Ids or folders.
         tasks: Names of the harness; the data of most come from the Hub.
         reward_name: The reward's name in the report.
+        eft (`str`, *optional*): The id or folder of the fine-tuned source, for EFT: one PRT model whose rewards are the
+            source after tuning, with strength 1, and before, with strength -1.
+        given (*optional*): Method (`"finetuned"`, `"lora"` or `"baked"`) -> target -> the id or folder of its model.
         limit (`int`, *optional*): The number of questions of each task; by default all.
         batch_size (`int`): The number of questions that are asked at a time.
         include_path (*optional*): A folder with your own tasks (YAML).
@@ -150,35 +163,62 @@ def task_report(
         stored = load_results(path, _checked, "the scores of an earlier evaluation") or {}
     asked = {"limit": limit, "own_tasks": _own_tasks(include_path)}
     report = TaskReport(reward_name, list(targets), list(tasks))
-    parts = {"reward": weights_digest_of_model(reward.network), "strength": reward.config.strength}
+    prt = {"reward": weights_digest_of_model(reward.network), "strength": reward.config.strength}
+    for_all = {name: value for name, value in load_kwargs.items() if name not in ("revision", "quantization_config")}
+    pair = None
+    if eft is not None:
+        pair = TunedModel(reward, eft, **for_all), source_backbones(reward, **for_all)[0]
     for target in targets:
         backbone = Backbone(reward, target, **load_kwargs)
-        for method in _METHODS:
-            key = key_of({"target": backbone.identity} | asked | (parts if method == "prt" else {}))
+        tuned = {
+            method: TunedModel(reward, models[target], **for_all)
+            for method, models in (given or {}).items()
+            if target in models
+        }
+        parts = {"pretrained": {}, "prt": prt} | {method: each.identity for method, each in tuned.items()}
+        if pair is not None:
+            parts["eft"] = {"eft": [each.identity for each in pair]}
+        for method in filter(parts.__contains__, METHODS):
+            key = key_of({"target": backbone.identity} | asked | parts[method])
             scores, model = {}, None
             for task in tasks:
                 name = f"{target} {method} {task}"
                 if name in stored and stored[name].get("key") == key:
                     scores[task] = _scores_from_dict(stored[name])
                     continue
-                model = model or _model(backbone, reward, method)
+                model = model or _model(tuned.get(method, backbone), reward, method, pair)
                 scores[task] = _scores(model, backbone.processing_class, task, manager, limit, batch_size)
                 stored[name] = {"key": key, "scores": _scores_to_dict(scores[task])}
                 if path is not None:
                     save_results(path, stored)
             report.scores[target, method] = scores
+            if method in tuned:
+                tuned[method].unload()
         backbone.unload()
     return report
 
 
-def _model(backbone: Backbone, reward: RewardModel, method: str) -> PreTrainedModel:
+def _model(
+    backbone: Backbone, reward: RewardModel, method: str, pair: tuple[TunedModel, Backbone] | None
+) -> PreTrainedModel | PeftModel:
+    """Return the model that is asked; `pair` is the fine-tuned source, and the source."""
+    network = _loaded(backbone, reward)
+    if method == "prt":
+        return PRTForCausalLM.from_parts(network, [reward], tokenizer=backbone.processing_class)
+    if method == "eft":
+        tuned, source = (_loaded(each, reward) for each in pair)
+        pair[0].check_base(pair[1])
+        source = bare_base(source) if isinstance(source, PeftModel) else source  # that of the reward
+        rewards = [RewardModel.from_base(each, pair[0].processing_class) for each in (tuned, source)]
+        return PRTForCausalLM.from_parts(network, rewards, [1.0, -1.0], tokenizer=backbone.processing_class)
+    return network
+
+
+def _loaded(backbone: Backbone, reward: RewardModel) -> PreTrainedModel | PeftModel:
+    """Return a network on the reward's device."""
     backbone.load()
     network = backbone.network
-    if not getattr(network, "hf_device_map", None):
-        network.to(reward.device)
-    if method == "pretrained":
-        return network
-    return PRTForCausalLM.from_parts(network, [reward], tokenizer=backbone.processing_class)
+    return network if getattr(network, "hf_device_map", None) else network.to(reward.device)
 
 
 def _scores(

@@ -29,10 +29,11 @@ from .arguments import Model, by_target, check_models, check_rows, known_methods
 from .portability import counted, portability_of
 from .reading import REWARD, Reading
 from .results import Figures, Place, PortabilityReport
-from .rivals import Transplanted, why_not_transplanted
+from .rivals import context_of, made_rivals
 from .rows import prepared
 from .store import key_of
 from .tally import ALONE, ENTROPY, SOURCE, TARGET, TERMS, TUNED_SOURCE, Tally, Terms
+from .tuned_rivals import Tuning
 
 Keys = dict[str, dict[str, str]]  # method -> network -> key, as in [`Place`]
 Progress = Callable[[DataLoader, str], Iterable[dict[str, torch.Tensor]]]
@@ -48,6 +49,8 @@ def portability_report(
     finetuned: Mapping[str, Model] | None = None,
     lora: Mapping[str, Model] | None = None,
     baked: Mapping[str, Model] | None = None,
+    few_shot: Dataset | None = None,
+    tuning: Tuning | None = None,
     source: PreTrainedModel | None = None,
     strength: float | None = None,
     batch_size: int = 8,
@@ -71,14 +74,18 @@ def portability_report(
             memory, everything runs on its device.
         targets: Ids, folders or models in memory; or a mapping of names to these.
         dataset (`Dataset`): Rows as [`~evaluation.batches`] takes them, with labels.
-        methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`, `"transplanted"`, `"lora"`,
-            `"baked"`. A method whose model is not given is left out, and the report says so.
+        methods: Some of `"pretrained"`, `"eft"`, `"prt"`, `"reward_only"`, `"finetuned"`, `"transplanted"`,
+            `"few_shot"`, `"lora"`, `"lora_steps"`, `"lora_compute"`, `"baked"`. A method whose model is not given is
+            left out, and the report says so.
         eft (*optional*): The fine-tuned source, for log pi_target + log pi_tuned - log pi_source: a model, a
             `PeftModel`, or the id or folder of either. It also gives `"transplanted"`, where all weights have the
             shapes of the target's: its adapter on the target, or its difference from the source added to the target.
         finetuned (*optional*): A mapping of targets (name, id or folder) to their fine-tuned models.
         lora (*optional*): Like `finetuned`, the targets tuned with LoRA on the data of the reward.
         baked (*optional*): Like `finetuned`, the targets with a LoRA that `bake` made of the PRT model.
+        few_shot (`Dataset`, *optional*): Examples, rows like the data, that the targets get in front of every row.
+        tuning ([`~evaluation.tuned_rivals.Tuning`], *optional*): Tunes LoRAs on the targets here, with as many steps as
+            the reward and with as much compute.
         source (*optional*): pi_pt in training; by default the (first) one that the reward names.
         strength (`float`, *optional*): 1 / lambda; by default that of the reward's training.
         batch_size (`int`): The number of rows that are read at a time.
@@ -101,7 +108,7 @@ def portability_report(
     """
     methods = known_methods(methods)
     given = {"finetuned": finetuned, "lora": lora, "baked": baked}
-    check_models(methods, eft, given)
+    check_models(methods, eft, given, few_shot, tuning)
     if strength is not None and not math.isfinite(strength):
         raise PRTValueError("The strength is not a number.", expected="a finite one", found=str(strength))
     if output_dir is not None:
@@ -111,7 +118,7 @@ def portability_report(
         reward, _ = load_reward(reward, [], load_kwargs)
     targets = named_targets(targets)
     given = {method: by_target(models or {}, targets) for method, models in given.items()}
-    check_rows(dataset, reward)
+    check_rows(dataset, reward, few_shot)
 
     own = {"revision": revision, "quantization_config": quantization_config}
     target_kwargs = load_kwargs | {name: value for name, value in own.items() if value is not None}
@@ -139,14 +146,21 @@ def portability_report(
         *(_judged(reward, model.network or model.base, load_kwargs)[0] for model in tuned if model is not None),
     ]
     read = prepared(dataset, reward, min([length, *filter(None, limits)]))
-    notes = []
-    if eft is not None and "transplanted" in methods:
-        parts = networks[SOURCE], networks[TUNED_SOURCE]
-        for name, model in targets.items():
-            if reason := why_not_transplanted(reward, model, *parts, load_kwargs, target_kwargs):
-                notes.append(f"transplanted is left out at {name}: {reason}")
-            else:
-                target_networks[name]["transplanted"] = Transplanted(reward, target_networks[name][TARGET], *parts)
+    made, notes = made_rivals(
+        reward,
+        targets,
+        {name: theirs[TARGET] for name, theirs in target_networks.items()},
+        networks[SOURCE],
+        networks[TUNED_SOURCE],
+        methods,
+        context=[] if few_shot is None else context_of(few_shot, reward, length),
+        longest=0 if few_shot is None else max(batch["input_ids"].shape[1] for batch in read(batch_size)),
+        limits={name: limit for name, (limit, _) in judged.items()},
+        tuning=tuning,
+        load_kwargs=load_kwargs,
+        target_kwargs=target_kwargs,
+    )
+    target_networks = {name: theirs | made[name] for name, theirs in target_networks.items()}
 
     named = reward.config.sources[0]
     strength = float(reward.config.strength if strength is None else strength)

@@ -15,7 +15,8 @@ from .reading import REWARD, Part
 
 # Networks; the first two are the places as well.
 SOURCE, TARGET, TUNED_SOURCE = "source", "target", "tuned_source"
-ALONE = ("finetuned", "transplanted", "lora", "baked")  # methods at a target that are a network of this name
+# Methods at a target that are a network of this name.
+ALONE = ("finetuned", "transplanted", "few_shot", "lora", "lora_steps", "lora_compute", "baked")
 
 Terms = dict[str, float]  # network -> sign, or factor of the reward
 # Place -> method -> the log-probabilities (for the reward, strength * r) whose sum is log pi, up to a constant.

@@ -38,7 +38,14 @@ PAPER_METHODS = {  # as in [`Measurement`], with their names in tables; in the o
     "reward_only": "reward only",
     "finetuned": "fine-tuned",
 }
-METHODS = PAPER_METHODS | {"transplanted": "transplanted", "lora": "LoRA", "baked": "baked"}
+METHODS = PAPER_METHODS | {
+    "transplanted": "transplanted",
+    "few_shot": "few-shot",
+    "lora": "LoRA",
+    "lora_steps": "LoRA, as many steps",
+    "lora_compute": "LoRA, as much compute",
+    "baked": "baked",
+}
 MOST_LABELS = 48
 
 _TAGS = ["portable-reward-tuning", "prt"]

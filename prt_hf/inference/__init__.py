@@ -13,8 +13,9 @@ from transformers import (
 from ..networks.pixels import PRTImageProcessor
 from .causal_lm import PRTForCausalLM
 from .classification import PRTForImageClassification, PRTForSequenceClassification
-from .logits_processor import EFTLogitsProcessor, PRTLogitsProcessor
-from .recipe import PRTModelConfig
+from .configuration import PRTModelConfig
+from .eft import EFTLogitsProcessor
+from .logits_processor import PRTLogitsProcessor
 from .speculative import speculative_decoding
 from .state import RewardState
 

@@ -61,8 +61,8 @@ class AcrossVocabularies:
         lookahead: rows of the further pass for each row, at most.
 
     Attributes:
+        vocabularies ([`VocabularyMap`]): the map.
         contexts ([`TextContexts`]): the rows as texts.
-        columns (`torch.LongTensor` of shape `(size,)`): for [`~prt_hf.functional.combine`]; -1 for neutral tokens.
 
     Raises:
         UnsupportedError: a source network that cannot take back what it has read.
@@ -71,13 +71,18 @@ class AcrossVocabularies:
     def __init__(
         self, vocabularies: VocabularyMap, signs: Sequence[float], tuned: nn.Module, untuned: nn.Module, lookahead: int
     ):
-        self._map, self._signs, self._lookahead = vocabularies, signs, lookahead
+        self.vocabularies, self._signs, self._lookahead = vocabularies, signs, lookahead
         self._state = SourceState(tuned, untuned, vocabularies.source.size)
         self.contexts = TextContexts(vocabularies)
 
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens that the source has read, over all calls."""
+        return self._state.tokens_computed
+
     def columns_on(self, device: torch.device) -> torch.LongTensor:
-        """Return `columns` on a device."""
-        return self._map.on(device).columns
+        """Return columns for [`~prt_hf.functional.combine`], `(size,)`: -1 for neutral tokens, else their own ids."""
+        return self.vocabularies.on(device).columns
 
     def reset(self) -> None:
         """Free the caches."""
@@ -144,7 +149,7 @@ class AcrossVocabularies:
         is_empty = torch.tensor([not text.path for text in texts], device=device)
         texts = [text if text.path else TextContext([0], 1, []) for text in texts]
         logits = read([text.path for text in texts], HEALED + 1)
-        tables = self._map.on(device)
+        tables = self.vocabularies.on(device)
         now = self._log_probs(torch.stack([each[:, -1] for each in logits], 1), strengths)
         gap = now[0] - now[1]
         rho = gap[:, tables.first]
@@ -182,7 +187,7 @@ class AcrossVocabularies:
         tables: Tables,
     ) -> None:
         """Add source tokens that span the end of a text, from contexts before its last source tokens, in place."""
-        source = self._map.source
+        source = self.vocabularies.source
         spanned, places = b"", []
         for back in range(1, min(HEALED, len(text.path) - text.fixed, logits.shape[1] - 1) + 1):
             spanned = source.bytes[text.path[-back]] + spanned
@@ -203,8 +208,8 @@ class AcrossVocabularies:
             best = found.amax(0)
             order = best.topk(min(_TRIED, len(ids))).indices
             order = order[best[order] > torch.log(torch.tensor(_LEAST))]
-            history = _covering(text.history, known, self._map)
-            targets = torch.tensor(self._map.continuations(history, known, ids[order].tolist()), device=device)
+            history = _covering(text.history, known, self.vocabularies)
+            targets = torch.tensor(self.vocabularies.continuations(history, known, ids[order].tolist()), device=device)
             is_next = targets >= 0
             if not bool(is_next.any()):
                 continue
@@ -230,7 +235,9 @@ class AcrossVocabularies:
         log_backbone = scores.to(rho.dtype).log_softmax(-1)
         combined = (log_backbone + rho.masked_fill(tables.columns < 0, 0.0)).softmax(-1)
         firsts = tables.first[tables.waiting]
-        waiting = rho.new_zeros(len(rho), self._map.source.size).index_add_(1, firsts, combined[:, tables.waiting])
+        waiting = rho.new_zeros(len(rho), self.vocabularies.source.size).index_add_(
+            1, firsts, combined[:, tables.waiting]
+        )
         best = waiting.topk(min(self._lookahead, waiting.shape[1]))
         rows, ranks = (best.values > _WAITING).nonzero(as_tuple=True)
         if not len(rows):

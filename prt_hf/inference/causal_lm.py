@@ -23,11 +23,11 @@ from ..contract import TEXT_GENERATION
 from ..errors import PRTValueError, UnsupportedError
 from ..networks.anatomy import CACHE, check_length
 from .cache import PRTCache
+from .configuration import PRTModelConfig
 from .context import Prompt
 from .joint_head import JointBase, JointHead, joint_head
 from .probe import behaviour_of, check_padding
 from .prt_model import PRTPreTrainedModel
-from .recipe import PRTModelConfig
 from .state import switching_length
 from .with_processors import add_rewards_across, generate_with_processors
 

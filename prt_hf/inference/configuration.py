@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..contract import ABOUT, TEXT_GENERATION, LabelContract, RewardConfig, VocabularyContract
+from ..contract import ABOUT, TEXT_GENERATION, LabelContract, RewardConfig
 from ..errors import RewardFileError
 from ..hub.folder import RECIPE_TYPE
 from ..networks.anatomy import AUTO_CLASSES, unwrap_adapter
@@ -16,6 +16,7 @@ from ..networks.checkpoints import check_counts
 from ..networks.identity import reference_to
 from ..networks.quantization import is_quantized_in_files
 from ..reward.model import RewardModel
+from ..vocabulary import VocabularyContract
 
 RECIPE_VERSION = "1.0"
 MAPS = ("token_map", "label_map", "allow_partial", "across_vocabularies")  # how rewards are matched with the backbone

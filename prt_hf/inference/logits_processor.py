@@ -2,30 +2,26 @@
 
 import copy
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import CompileConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import PRTValueError, UnsupportedError
 from ..functional import as_strength, combine, signed_sum, strength_of_rows
 from ..networks.adapters import bare_base
-from ..networks.anatomy import contract_of, unwrap_adapter
+from ..networks.anatomy import unwrap_adapter
 from ..networks.auto import load_base, processing_class_of
 from ..networks.mixed_pass import lock_of
-from ..reward.finetuned import check_finetuned, pretrained_of
 from ..reward.model import RewardModel, Term
 from ..vocabulary import MOVED, OTHER, VocabularyContract, VocabularyMatch, unwrap_tokenizer
 from ..vocabulary.across import VocabularyMap
-from ..vocabulary.byte_tokens import ByteTokens
 from .across import AcrossVocabularies
 from .context import Prompt, RewardContext
 from .terms import TermStates
 
 
-class _TermProcessor(LogitsProcessor):
+class TermProcessor(LogitsProcessor):
     """Adds `strength * r` to the backbone's log-probabilities and normalises; r is the signed sum of terms."""
 
     # Continuous batching passes single tokens, and the reward's caches know rows by their content.
@@ -44,6 +40,7 @@ class _TermProcessor(LogitsProcessor):
     ):
         self._match, self._contract, self._across = match, contract, across
         self._context = RewardContext(tokenizer, match) if across is None else across.contexts
+        self.tokenizer = tokenizer
         self._signs = [term.sign for term in terms]
         self._states = TermStates(*(term.network.eval() for term in terms), compile_config=compile_config)
         self.strength = strength
@@ -118,6 +115,16 @@ class _TermProcessor(LogitsProcessor):
         output[:, :size] = combine(scores[:, :size], self._rewards(input_ids).to(device), strength, columns)
         return output
 
+    @property
+    def vocabularies(self) -> VocabularyMap | None:
+        """The map to a backbone with another vocabulary; None where the backbone has the reward's."""
+        return None if self._across is None else self._across.vocabularies
+
+    @property
+    def tokens_computed(self) -> int:
+        """Tokens that the source has read for a backbone with another vocabulary, over all calls."""
+        return 0 if self._across is None else self._across.tokens_computed
+
     def score(
         self,
         input_ids: torch.LongTensor,
@@ -160,7 +167,7 @@ class _TermProcessor(LogitsProcessor):
             self._across.reset()
 
 
-def _across(
+def view_across(
     contract: VocabularyContract,
     backbone: VocabularyContract,
     tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase],
@@ -170,19 +177,12 @@ def _across(
     lookahead: int,
 ) -> AcrossVocabularies:
     """Return the view of a reward, or of an old model, from another vocabulary; tokenizers are its own, then that."""
-    if tokenizers[0] is None:
-        raise PRTValueError(
-            "The reward has no tokenizer, and cannot read another vocabulary's texts.",
-            expected="the tokenizer that it was tuned with",
-            remedy="save it beside the reward: tokenizer.save_pretrained(folder)",
-        )
-    source, target = map(ByteTokens, tokenizers)
-    vocabularies = VocabularyMap(source, target, contract.counterparts(backbone, token_map))
+    vocabularies = VocabularyMap.between(contract, backbone, *tokenizers, token_map)
     signs = [term.sign for term in terms]
     return AcrossVocabularies(vocabularies, signs, terms[0].network, untuned, lookahead)
 
 
-def _tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer that is given for a backbone."""
     tokenizer = unwrap_tokenizer(processing_class)
     if tokenizer is None:
@@ -194,7 +194,7 @@ def _tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-class PRTLogitsProcessor(_TermProcessor):
+class PRTLogitsProcessor(TermProcessor):
     r"""Portable Reward Tuning at inference (Eq. 10, Algorithm 2): log pi_pt + strength * r_theta, normalised.
 
     It equals a full recomputation of the reward in every mode of `generate`: greedy, sampling, beams,
@@ -265,7 +265,7 @@ class PRTLogitsProcessor(_TermProcessor):
                 found="meta",
                 remedy="load it again, without the device `meta`",
             )
-        tokenizer, contract = _tokenizer_of(tokenizer), reward.contract
+        tokenizer, contract = tokenizer_of(tokenizer), reward.contract
         if not isinstance(contract, VocabularyContract):
             raise PRTValueError(
                 "Only rewards over a vocabulary work in `generate`.",
@@ -281,7 +281,7 @@ class PRTLogitsProcessor(_TermProcessor):
         terms, across = reward.terms, None
         if match.kind == OTHER:
             untuned = terms[1].network if len(terms) > 1 else source_of(reward, source_backbone)
-            across = _across(contract, theirs, (own_tokenizer, tokenizer), terms, untuned, token_map, lookahead)
+            across = view_across(contract, theirs, (own_tokenizer, tokenizer), terms, untuned, token_map, lookahead)
         if compile_config is not None and (len(terms) > 1 or across is not None):
             raise UnsupportedError(
                 "The step of two networks cannot be compiled.",
@@ -370,91 +370,3 @@ def source_of(reward: RewardModel, source_backbone: PreTrainedModel | None = Non
             remedy="name one in `source_backbone=`",
         )
     return source.to(reward.device).eval()
-
-
-class EFTLogitsProcessor(_TermProcessor):
-    r"""Emulated fine-tuning / proxy-tuning, the baseline with three models (Mitchell et al. 2024; Liu et al. 2024).
-
-    log pi_new + strength * (log pi_ft_old - log pi_pt_old), normalised: the terms (finetuned, -pretrained). Any LoRA on
-    the Hub can be carried over in this way, without training: [`from_adapter`].
-
-    Args:
-        finetuned (`PeftModel` or `PreTrainedModel`): pi_ft_old. With a `PeftModel`, the adapter on and off are two rows
-            of one pass; two passes if it is not a plain LoRA.
-        tokenizer: the backbone's.
-        pretrained (`PreTrainedModel`, *optional*): pi_pt_old; needed unless `finetuned` is a `PeftModel` that leaves
-            its base as it was.
-        strength, attention_mask, token_map, across_vocabularies, lookahead: as for [`PRTLogitsProcessor`].
-        source_tokenizer (*optional*): the tokenizer of the two old models; by default the backbone's.
-
-    Raises:
-        VocabularyMismatchError: one of the models has no logit for some of its tokens, or the vocabularies do not fit.
-        UnsupportedError: an adapter of prompts, or one that depends on the text; without `pretrained`, one that has
-            changed its base.
-        PRTValueError: neither `pretrained` nor a `PeftModel`.
-    """
-
-    def __init__(
-        self,
-        finetuned: PeftModel | PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        pretrained: PreTrainedModel | None = None,
-        strength: float | torch.Tensor | list[float] = 1.0,
-        attention_mask: torch.LongTensor | None = None,
-        token_map: Mapping[str, str] | None = None,
-        source_tokenizer: PreTrainedTokenizerBase | None = None,
-        across_vocabularies: bool = False,
-        lookahead: int = 8,
-    ):
-        check_finetuned(finetuned)
-        pretrained = pretrained_of(finetuned) if pretrained is None else pretrained
-        tokenizer = _tokenizer_of(tokenizer)
-        source_tokenizer = tokenizer if source_tokenizer is None else _tokenizer_of(source_tokenizer)
-        contract, _ = (contract_of(network, source_tokenizer) for network in (finetuned, pretrained))
-        theirs = VocabularyContract.from_tokenizer(tokenizer)
-        match = contract.check(
-            theirs, token_map=token_map, tokenizer=source_tokenizer, across_vocabularies=across_vocabularies
-        )
-        terms, across = (Term(finetuned), Term(pretrained, -1.0)), None
-        if match.kind == OTHER:
-            tokenizers = source_tokenizer, tokenizer
-            across = _across(contract, theirs, tokenizers, terms, pretrained, token_map, lookahead)
-        super().__init__(terms, match, theirs, tokenizer, strength, attention_mask, across=across)
-
-    @classmethod
-    def from_adapter(
-        cls,
-        path_or_repo: str | Path,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        strength: float | torch.Tensor | list[float] = 1.0,
-        attention_mask: torch.LongTensor | None = None,
-        token_map: Mapping[str, str] | None = None,
-        **load_kwargs,
-    ) -> "EFTLogitsProcessor":
-        """Carry an ordinary PEFT adapter of a language model over to any backbone that its base's vocabulary fits.
-
-        Args:
-            path_or_repo: folder or repository id of a LoRA or another adapter of layers; its base is loaded as
-                `adapter_config.json` names it.
-            tokenizer: the backbone's.
-            strength: as for [`PRTLogitsProcessor`].
-            attention_mask: as for [`PRTLogitsProcessor`].
-            token_map: as for [`PRTLogitsProcessor`].
-            **load_kwargs: for [`RewardModel.from_adapter`]: `base_model`, `revision`, `token`, `subfolder`, `dtype`,
-                ...
-
-        Raises:
-            VocabularyMismatchError: the tokenizer has another vocabulary than the adapter's.
-            PRTError: as raised by [`RewardModel.from_adapter`].
-        """
-        reward = RewardModel.from_adapter(path_or_repo, **load_kwargs)
-        return cls(
-            reward.network,
-            tokenizer,
-            strength=strength,
-            attention_mask=attention_mask,
-            token_map=token_map,
-            source_tokenizer=reward.processing_class,
-        )

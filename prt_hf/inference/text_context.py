@@ -10,6 +10,8 @@ from ..vocabulary.across import VocabularyMap
 from ..vocabulary.translation import check_ids
 from .context import RewardContext
 
+_REMEMBERED = 4096  # rows
+
 
 class TextContext(NamedTuple):
     """The text of one row.
@@ -34,7 +36,7 @@ class TextContexts(RewardContext):
 
     def __init__(self, vocabularies: VocabularyMap):
         self._map = vocabularies
-        self._length: int | None = None  # of the last rows
+        self._seen: dict[int, None] = {}  # hashes of rows
         match = VocabularyMatch("other", vocabularies.target.size, vocabularies.source.size)
         super().__init__(vocabularies.target.tokenizer, match)
 
@@ -56,13 +58,15 @@ class TextContexts(RewardContext):
             ]
             generated = input_ids[:, self._prompt.prompts.shape[1] :].tolist()
             return [self._text(start, ids, is_prompt=False) for start, ids in zip(starts, generated, strict=True)]
-        # Where rows do not follow from the last ones by one token, they are prompts.
-        is_prompt = self._length is None or input_ids.shape[1] != self._length + 1
         mask = self._mask_of(input_ids)
         mask = torch.ones_like(input_ids) if mask is None else mask
         rows = [ids[each.bool()].tolist() for ids, each in zip(input_ids, mask, strict=True)]
-        texts = [self._text(None, ids, is_prompt) for ids in rows]
-        self._length = input_ids.shape[1]
+        # A row that follows from an earlier one by one token is generated, others are prompts.
+        is_prompt = [not {hash(tuple(ids)), hash(tuple(ids[:-1]))} & self._seen.keys() for ids in rows]
+        texts = [self._text(None, ids, each) for ids, each in zip(rows, is_prompt, strict=True)]
+        self._seen |= dict.fromkeys(hash(tuple(ids)) for ids in rows)
+        for earlier in list(self._seen)[:-_REMEMBERED]:
+            self._seen.pop(earlier, None)
         return texts
 
     def prefixes(
@@ -84,8 +88,10 @@ class TextContexts(RewardContext):
         source, target = self._map.source, self._map.target
         ids = self._without_end(ids)
         path = list(source.start) if prompt is None else list(prompt)
-        if prompt is None and ids[: len(target.start)] == target.start:
-            ids = ids[len(target.start) :]
+        if prompt is None:
+            ids = ids[len(target.start) :] if ids[: len(target.start)] == target.start else ids
+            if path and ids and self._map.counterparts.get(ids[0]) == path[0]:  # as chat templates write it
+                ids = ids[1:]
         fixed, history, is_start = len(path), [], prompt is None
         for index in ids:
             if index not in self._map.counterparts and target.bytes[index] is not None:

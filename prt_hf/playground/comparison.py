@@ -32,6 +32,7 @@ def load(
     *,
     revision: str | None = None,
     quantization_config: Any = None,
+    across_vocabularies: bool = False,
     **load_kwargs: Any,
 ) -> PRTPreTrainedModel:
     """Load a backbone with rewards as the PRT model of its task.
@@ -42,11 +43,13 @@ def load(
         strengths (*optional*): 1 / lambda, one for each reward; by default as they were tuned.
         revision (*optional*): branch, tag or commit of the backbone.
         quantization_config (*optional*): of the backbone alone.
+        across_vocabularies: whether rewards may have other vocabularies than the backbone.
         **load_kwargs: for `from_pretrained` of all parts (`dtype`, `device_map`, `token`, ...).
     """
     own = {"revision": revision, "quantization_config": quantization_config}
     pretrained = load_pretrained(str(backbone), **own, **load_kwargs)
     model_class = getattr(inference, PRT_CLASSES[task_of(pretrained)])
+    load_kwargs["across_vocabularies"] = across_vocabularies
     return model_class.from_parts(pretrained, list(rewards), strengths and list(strengths), **load_kwargs)
 
 

@@ -9,7 +9,7 @@ from vllm.transformers_utils.config import get_config, get_hf_text_config
 
 from ..errors import PRTValueError, UnsupportedError
 from ..hub.client import local_folder
-from ..inference.recipe import PRTModelConfig
+from ..inference.configuration import PRTModelConfig
 from . import ADAPTER_BASE
 from .limits import check_engine, check_networks, fit_length
 from .parts import ServedParts, parts_by_name, parts_of_recipe

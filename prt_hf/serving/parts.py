@@ -5,24 +5,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..contract import (
-    MINUS_BASE,
-    PRT_CONFIG_NAME,
-    TEXT_GENERATION,
-    ModelReference,
-    RewardConfig,
-    VocabularyContract,
-)
+from ..contract import MINUS_BASE, PRT_CONFIG_NAME, TEXT_GENERATION, ModelReference, RewardConfig
 from ..errors import PRTValueError, RewardFileError, UnsupportedError, VocabularyMismatchError
 from ..functional import check_strengths
 from ..hub.client import local_folder
 from ..hub.folder import ADAPTER_CONFIG, check_files
-from ..inference.recipe import PRTModelConfig, check_complete, place_of_reward
+from ..inference.configuration import PRTModelConfig, check_complete
+from ..inference.recipe import place_of_reward
 from ..networks.adapter_config import read_peft_config
 from ..networks.auto import load_config, load_processing_class, load_skeleton
 from ..networks.checkpoints import read_entries
 from ..networks.identity import check_same_reference, fingerprint_of_files
 from ..reward.full import check_full
+from ..vocabulary import VocabularyContract
 from . import ADAPTER_BASE
 from .tokens import ServedTokens, match_tokens
 
@@ -179,8 +174,16 @@ def parts_of_recipe(
         RewardFileError: incomplete, or a reward is gone or changed.
         BaseModelMismatchError: the backbone, or the base of a reward, is not what it was.
         VocabularyMismatchError: a reward was tuned with another vocabulary, of which the tokenizer's is no update.
+        UnsupportedError: the recipe allows other vocabularies.
     """
     check_complete(config)
+    if config.across_vocabularies:
+        raise UnsupportedError(
+            "The engine runs rewards of the backbone's own vocabulary.",
+            expected="a recipe without `across_vocabularies`",
+            found=str(folder),
+            remedy="generate with PRTForCausalLM, or bake the rewards into a LoRA",
+        )
     backbone = _pretrained(ModelReference(**config.backbone_reference or {}), token).folder
     rewards = []
     for entry in config.reward_references:

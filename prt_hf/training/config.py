@@ -7,7 +7,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers import TrainingArguments
 
 from ..errors import PRTValueError
-from ..reward.model import REWARD_INITS
+from ..reward.adapter import REWARD_INITS
 
 FUSED_LOSSES = ("auto", "always", "never")
 

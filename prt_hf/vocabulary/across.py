@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
+from ..errors import PRTValueError
 from .byte_tokens import ByteTokens
+from .contract import VocabularyContract
 
 _REMEMBERED = 1 << 17  # continuations of a text by a token
 
@@ -20,7 +24,6 @@ class Tables(NamedTuple):
         first (`torch.LongTensor` of shape `(target.size,)`): the first source token that each is spelled with.
         second (`torch.LongTensor` of shape `(target.size,)`): the second one, if there is one.
         is_single (`torch.BoolTensor` of shape `(target.size,)`): tokens that both vocabularies have.
-        is_longer (`torch.BoolTensor` of shape `(target.size,)`): tokens that are spelled with three and more.
         pushing, pushed (`torch.LongTensor` of shape `(pairs,)`): source tokens, and what they stand for as indices
             into `several`.
         several (`torch.LongTensor`): the backbone's tokens that another source token stands for than the same.
@@ -31,7 +34,6 @@ class Tables(NamedTuple):
     first: torch.LongTensor
     second: torch.LongTensor
     is_single: torch.BoolTensor
-    is_longer: torch.BoolTensor
     pushing: torch.LongTensor
     pushed: torch.LongTensor
     several: torch.LongTensor
@@ -59,6 +61,7 @@ class VocabularyMap:
             new: old for new, old in counterparts.items() if target.bytes[new] is None or source.bytes[old] is None
         }
         to_target, spelled = self._identical()
+        self._shared = frozenset(to_target)
         self.same = [-1] * target.size
         for token, ids in spelled.items():
             self.same[token] = ids[0]
@@ -70,6 +73,46 @@ class VocabularyMap:
         to_target |= {y: v for y, v in zip(unlike, begun, strict=True) if v >= 0}
         self._tables = {torch.device("cpu"): self._tabulated(to_target, spelled)}
         self._continued = lru_cache(_REMEMBERED)(self._continuation)
+
+    @classmethod
+    def between(
+        cls,
+        reward: VocabularyContract,
+        backbone: VocabularyContract,
+        tokenizer: PreTrainedTokenizerBase | None,
+        backbone_tokenizer: PreTrainedTokenizerBase,
+        token_map: Mapping[str, str] | None = None,
+    ) -> "VocabularyMap":
+        """Return the map from a reward's tokens to a backbone's.
+
+        Args:
+            reward: contract of the reward.
+            backbone: contract of the backbone.
+            tokenizer: the reward's.
+            backbone_tokenizer: the backbone's.
+            token_map (*optional*): as in [`VocabularyContract.match`].
+
+        Raises:
+            UnsupportedError: a tokenizer that is slow or changes texts.
+            PRTValueError: the reward has no tokenizer, or `token_map` is wrong.
+        """
+        if tokenizer is None:
+            raise PRTValueError(
+                "The reward has no tokenizer, and cannot read texts of another vocabulary.",
+                expected="the tokenizer that it was tuned with",
+                remedy="save it beside the reward: tokenizer.save_pretrained(folder)",
+            )
+        return cls(ByteTokens(tokenizer), ByteTokens(backbone_tokenizer), reward.counterparts(backbone, token_map))
+
+    def in_place(self, ids: Sequence[int]) -> int:
+        """Return how many of the target's tokens of a text are one source token each where the source reads it."""
+        text = self.target.text(ids)
+        source = self.source.encode(text)
+        ours, theirs = (
+            {*pairwise(accumulate((len(side.bytes[index] or b"") for index in tokens), initial=0))}
+            for side, tokens in ((self.source, source), (self.target, ids))
+        )
+        return sum(end > start for start, end in ours & theirs)
 
     def _identical(self) -> tuple[dict[int, int], dict[int, list[int]]]:
         """Return the tokens that both have: source -> target, and target -> source."""
@@ -110,7 +153,6 @@ class VocabularyMap:
             first=first.clamp(min=0),
             second=second.clamp(min=0),
             is_single=same >= 0,
-            is_longer=lengths > 2,
             pushing=pushing[is_kept],
             pushed=places[pushed[is_kept]],
             several=several,
@@ -134,7 +176,11 @@ class VocabularyMap:
         Returns:
             `list[int]`: -1 where the target would have written its history with other tokens.
         """
-        return [self._continued(history, self.source.bytes[token][known:]) for token in tokens]
+        is_whole = len(self.target.text(history)) == known  # so the target would have written what both have as it is
+        return [
+            -1 if is_whole and token in self._shared else self._continued(history, self.source.bytes[token][known:])
+            for token in tokens
+        ]
 
     def _continuation(self, history: tuple[int, ...], rest: bytes) -> int:
         text = self.target.text(history) + rest

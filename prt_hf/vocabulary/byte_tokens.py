@@ -5,6 +5,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -21,7 +22,8 @@ _PROBES = (
     "f\u0303 ½ ™ ﬁ ﷺ № Ⅷ ² 👩‍👩‍👧 🏳️‍🌈 𝔘𝔫𝔦 \u200b\u00a0\u2028 ａｂｃ",
 )
 _INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are no text, as `surrogateescape` decodes them
-_WORD = re.compile(rb"(?<=[a-z,.]) (?=[A-Za-z])")  # a space at which every tokenizer of text starts a token
+_WORD = re.compile(rb"(?<=[a-z,.]) (?=[A-Za-z])")  # a space at which tokenizers of words start a token
+_ACROSS_WORDS = re.compile(rb"[a-z,.] ")  # in the tokens of others
 _CHUNK = 512  # bytes after which a text is divided at the next such space, so that what comes before is read once
 
 
@@ -64,10 +66,10 @@ class ByteTokens:
         self.longest = max(map(len, self.ids), default=0)
         self._sorted = sorted(self.ids)
         self._sorted_ids = [self.ids[text] for text in self._sorted]
-        ends = {tokenizer.eos_token_id, None}
-        self.start = [index for index in tokenizer.encode("") if index not in ends]
+        self.start = list(takewhile(lambda index: self.bytes[index] is None, tokenizer.encode("a")))
+        self._is_of_words = not any(map(_ACROSS_WORDS.search, self.ids))
         self._check()
-        self._encode_chunk = lru_cache(1 << 14)(self._encode)
+        self._encode_chunk = lru_cache(1 << 12)(self._encode)
 
     def _bytes_of_all(self, vocabulary: dict[str, int]) -> list[bytes | None]:
         as_bytes = spelling(self.tokenizer, vocabulary)
@@ -105,16 +107,16 @@ class ByteTokens:
         return b"".join([self.bytes[index] or b"" for index in ids])
 
     def encode(self, text: bytes) -> list[int]:
-        """Return the tokens of bytes in the middle of a text; bytes that are no text become a token each.
+        """Return the tokens of bytes in the middle of a text; of those that are no text, the longest that they have.
 
         A long text is divided at spaces where it makes no difference. What a text is divided into depends on the text
         alone, and all but its end has been encoded before while it grows.
         """
         ids: list[int] = []
-        while len(text) > _CHUNK and (cut := _WORD.search(text, _CHUNK)):
+        while self._is_of_words and len(text) > _CHUNK and (cut := _WORD.search(text, _CHUNK)):
             ids += self._encode_chunk(text[: cut.start()])
             text = text[cut.start() :]
-        return ids + self._encode_chunk(text)
+        return ids + self._encode(text)
 
     def _encode(self, text: bytes) -> list[int]:
         return self.encode_many([text])[0]
@@ -128,13 +130,21 @@ class ByteTokens:
             ids: list[int] = []
             for number, piece in enumerate(each):
                 if number % 2:
-                    torn = piece.encode("utf-8", "surrogateescape")
-                    # Bytes that no text has, such as 0xFF, may have no token.
-                    ids += [self.ids[bytes([byte])] for byte in torn if bytes([byte]) in self.ids]
+                    ids += self._encode_torn(piece.encode("utf-8", "surrogateescape"))
                 elif piece:
                     ids += next(valid).ids
             found.append(ids)
         return found
+
+    def _encode_torn(self, text: bytes) -> list[int]:
+        """Return the longest tokens, one after another, as tokenizers write letters of several tokens."""
+        ids = []
+        while text:
+            index = self._longest_start(text)
+            if index >= 0:  # bytes that no text has, such as 0xFF, may have no token
+                ids.append(index)
+            text = text[len(self.bytes[index]) if index >= 0 else 1 :]
+        return ids
 
     def first_of_many(self, texts: Sequence[bytes]) -> list[int]:
         """Return the first token of each of many texts, which may end inside of a letter; -1 if there is none."""
@@ -188,6 +198,10 @@ def _inside_a_text(settings: Any) -> tuple[Any, bytes]:
     for name in ("normalizer", "pre_tokenizer"):
         settings[name] = changed(settings[name])
     settings["post_processor"] = settings["truncation"] = settings["padding"] = None
-    if "dropout" in settings["model"]:
-        settings["model"]["dropout"] = None
+    model = settings["model"]
+    if "dropout" in model:
+        model["dropout"] = None
+    if model["type"] == "Unigram":  # which would write special tokens for their names
+        special = {token["content"] for token in settings["added_tokens"] if token["special"]}
+        model["vocab"] = [(name + "\ue000" * (name in special), score) for name, score in model["vocab"]]
     return settings, prefix

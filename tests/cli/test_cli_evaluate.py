@@ -11,7 +11,7 @@ import tiny
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from lm_eval.tasks import TaskManager
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from transformers import ViTImageProcessorPil
 
 from prt_hf import RewardModel
@@ -222,6 +222,35 @@ doc_to_target: " w3 w4"
 metric_list:
   - {{metric: perplexity, aggregation: perplexity, higher_is_better: false}}
 """
+
+
+@torch.no_grad()
+def perplexity(log_probs_of):
+    """exp of the mean over the questions of -log pi(w3 w4 | question)."""
+    sums, tokenizer = [], tiny.tokenizer()
+    for question in QUESTIONS:
+        ids = tokenizer(f"{question['question']} w3 w4", return_tensors="pt")["input_ids"]
+        sums.append(log_probs_of(ids)[0, 1:-1].log_softmax(-1).gather(-1, ids[0, 2:, None]).sum())
+    return torch.stack(sums).mean().neg().exp().item()
+
+
+@pytest.mark.parametrize("eft", ["tuned", "whole"])
+def test_the_harness_asks_eft_and_fine_tuned_models(tasks, own_tasks_alone, capsys, eft):
+    (tasks / "tasks" / "far.yaml").write_text(PERPLEXITY.format(file=tasks / "questions.jsonl"))
+    source, target, oracle = tiny.llama(1), tiny.gpt2(2), tiny.gpt2(5)
+    whole = save("whole", tiny.llama(9), tiny.tokenizer())
+    tuned = whole if eft == "whole" else PeftModel.from_pretrained(tiny.llama(1), "tuned")
+    arguments = ("reward", "--targets", "one", "--tasks", "far", "--include_path", "tasks", "--output_dir", "out")
+    arguments += ("--eft", eft, "--finetuned", "tuned-one", "--json")
+    found = json.loads(evaluate(capsys, *arguments).out)["tasks"]["one"]
+    expected = {
+        "eft": lambda ids: target(ids).logits + tuned(ids).logits - source(ids).logits,
+        "finetuned": lambda ids: oracle(ids).logits,
+    }
+    for method, logits_of in expected.items():
+        assert found[method]["far"]["perplexity"][0] == pytest.approx(perplexity(logits_of), rel=1e-4), method
+    assert list(found) == ["pretrained", "eft", "prt", "finetuned"]
+    assert "Running loglikelihood" not in evaluate(capsys, *arguments).err, "nothing is asked again"
 
 
 def test_stdout_is_json_alone_and_changed_tasks_are_asked_again(tasks, own_tasks_alone, capsys):

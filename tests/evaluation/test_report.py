@@ -504,7 +504,7 @@ def test_targets_that_do_not_fit_are_refused_before_anything_is_measured(places)
 def test_arguments_that_cannot_be_right_are_refused(places, tokenizer):
     for kwargs, message in (
         ({"methods": ("prt", "finetune")}, "found: 'finetune'\n  remedy: did you mean 'finetuned'?"),
-        ({"methods": ("prompting",)}, "expected: pretrained, eft, prt, .*, lora, baked\n  found: 'prompting'$"),
+        ({"methods": ("prompting",)}, "expected: pretrained, eft, prt, .*, lora_compute, baked\n  found: 'prompting'$"),
         ({"methods": ()}, "There is nothing to measure"),
         ({"methods": ("eft",), "eft": None}, "found: only the methods eft, without a model that they need"),
         ({"strength": math.nan}, "The strength is not a number"),

@@ -19,7 +19,7 @@ from transformers import DynamicCache, GPT2Config, LlamaConfig, StaticCache
 
 from prt_hf import PRTForCausalLM
 from prt_hf.inference.cache import PRTCache
-from prt_hf.inference.recipe import PRTModelConfig
+from prt_hf.inference.configuration import PRTModelConfig
 
 CHECKOUT = os.environ.get("PRT_TRANSFORMERS")
 if not CHECKOUT:

@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel, UnsupportedError, speculative_decoding
 from prt_hf.inference import RewardState
-from prt_hf.inference.recipe import PRTModelConfig
+from prt_hf.inference.configuration import PRTModelConfig
 
 # What attributes of configurations are set to, by their names.
 _SIZES = {
