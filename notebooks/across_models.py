@@ -1,4 +1,4 @@
-"""The rewards and the control of across_vocabularies.py: what is tuned, and a backbone seen through other vocabularies."""
+"""What across_vocabularies.py tunes, and its control: one backbone seen through other vocabularies."""
 
 import json
 from collections import Counter
@@ -34,9 +34,7 @@ def tuned(name: str, assets: Path, work: Path) -> RewardModel:
         ids = tokenizer(bullets(assets, "train"))["input_ids"]
         rows = [{"input_ids": [*row, tokenizer.eos_token_id][:LENGTH]} for row in ids]
         how = f"tuning on {name}", collator_of(tokenizer)
-        reward = tune_reward(
-            model, rows, Steps(SOURCES[name], 3e-3), 0, *how, adapter=True, processing_class=tokenizer
-        )
+        reward = tune_reward(model, rows, Steps(SOURCES[name], 3e-3), 0, *how, adapter=True, processing_class=tokenizer)
         reward.save_pretrained(folder)
     return RewardModel.from_pretrained(folder)
 
@@ -82,8 +80,8 @@ class Plain:
 class Bytes:
     """A language model as a distribution over the next byte, or the end.
 
-    For every place of the text so far, it reads the text before in its own tokens. A token that goes on from there as the
-    text does, and further, counts for the first byte after the text, with the probability of the two together.
+    For every place of the text so far, it reads the text before in its own tokens. A token that goes on from there as
+    the text does, and further, counts for the first byte after the text, with the probability of the two together.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast):
@@ -190,9 +188,13 @@ class Merged:
         sees[length:, length:] = False
         for run, row in place.items():
             sees[row, [place[run[:end]] for end in range(1, len(run) + 1)]] = True
-        logits = self._model(
-            torch.tensor([[*path, *(run[-1] for run in place)]]),
-            attention_mask=torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)[None, None],
-            position_ids=torch.tensor([[*range(length), *(length + len(run) - 1 for run in place)]]),
-        ).logits[0].double()
+        logits = (
+            self._model(
+                torch.tensor([[*path, *(run[-1] for run in place)]]),
+                attention_mask=torch.zeros(sees.shape).masked_fill(~sees, -torch.inf)[None, None],
+                position_ids=torch.tensor([[*range(length), *(length + len(run) - 1 for run in place)]]),
+            )
+            .logits[0]
+            .double()
+        )
         return logits[length - 1], dict(zip(begun, logits[length:].softmax(-1), strict=True))

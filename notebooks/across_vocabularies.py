@@ -43,8 +43,8 @@ PROMPTS = (
 )
 QUESTION = "Tell me a short story about a dog and a cat."
 GERMAN = (
-    "Im Frühling zogen die Kraniche über das Tal, und die Kinder zählten sie vom Dach der Scheune aus. Größere Schwärme "
-    "flogen nachts; ihre Rufe hörte man bis in die Küche. Am nächsten Morgen lag weißer Reif auf den Äckern."
+    "Im Frühling zogen die Kraniche über das Tal, und die Kinder zählten sie vom Dach der Scheune aus. Größere "
+    "Schwärme flogen nachts; ihre Rufe hörte man bis in die Küche. Am nächsten Morgen lag weißer Reif auf den Äckern."
 )
 CHINESE = "清晨的渔村很安静，只有海鸥在码头上叫。老渔夫把网收好，坐在船边喝茶。他对孙子说：今天风太大，我们明天再出海。"
 
@@ -180,13 +180,13 @@ def generate(backbone: Plain, inputs: dict, processor: PRTLogitsProcessor | None
     """Greedy text, CPU milliseconds and source tokens read for each of its tokens, after a first token."""
     how = {"logits_processor": [processor] if processor else [], "do_sample": False}
     backbone.model.generate(**inputs, **how, max_new_tokens=2)
-    state = processor and processor._across and processor._across._state
-    before, wall, cpu = state and state.tokens_computed, time.perf_counter(), time.process_time()
+    before, wall, cpu = getattr(processor, "tokens_computed", 0), time.perf_counter(), time.process_time()
     output = backbone.model.generate(**inputs, **how, max_new_tokens=count)
     new = output.shape[1] - inputs["input_ids"].shape[1]
     found = {"ms": 1000 * (time.process_time() - cpu) / new, "wall ms": 1000 * (time.perf_counter() - wall) / new}
     text = backbone.tokenizer.decode(output[0, -new:], skip_special_tokens=True)
-    return found | {"text": text, "rows": state and (state.tokens_computed - before) / new, "load": os.getloadavg()[0]}
+    rows = (getattr(processor, "tokens_computed", 0) - before) / new
+    return found | {"text": text, "rows": rows, "load": os.getloadavg()[0]}
 
 
 def measure_writing(study: Study, part: Part) -> None:
@@ -206,13 +206,17 @@ def measure_writing(study: Study, part: Part) -> None:
         return {name: generate(view, inputs, each) for name, each in zip(names, processors, strict=True)}
 
     for prompt in PROMPTS:
-        study.once("written", part.name, prompt, lambda prompt=prompt: measure(view.tokenizer(prompt, return_tensors="pt")))
+        study.once(
+            "written", part.name, prompt, lambda prompt=prompt: measure(view.tokenizer(prompt, return_tensors="pt"))
+        )
     if part.backbone == SMOLLM2:
         for each, name in zip(processors[1:], (name for name in part.rewards for _ in part.lookaheads), strict=True):
             prompt = f"- {QUESTION}\n"
             each.prompt = study.reward(name).processing_class(prompt, return_tensors="pt")
         chat = [{"role": "user", "content": QUESTION}]
-        inputs = view.tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = view.tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
         study.once("written", part.name, QUESTION, lambda: measure(inputs))
 
 
@@ -252,7 +256,7 @@ def measure_tables(study: Study) -> None:
 
 def measure_speed(study: Study) -> None:
     """Milliseconds per token on SmolLM2, for rewards with random weights whose bodies are of one size."""
-    if "seconds" in study.results.get("speed", {}).get(SMOLLM2, {}):
+    if "times" in study.results.get("speed", {}).get(SMOLLM2, {}):
         return
     view = study.backbone(SMOLLM2)
     processors = {"backbone": None}
@@ -268,71 +272,85 @@ def measure_speed(study: Study) -> None:
 
     def measure() -> dict:
         runs = [{row: generate(view, inputs, each) for row, each in processors.items()} for _ in range(3)]
-        return {row: {key: [run[row][key] for run in runs] for key in ("ms", "wall ms", "rows", "load")} for row in runs[0]}
+        keys = "ms", "wall ms", "rows", "load"
+        return {row: {key: [run[row][key] for run in runs] for key in keys} for row in processors}
 
-    study.once("speed", SMOLLM2, "seconds", measure)
+    study.once("speed", SMOLLM2, "times", measure)
 
 
-def gain(bare: list[float], found: list[float]) -> str:
-    """Mean over texts of what is gained, ± its standard error."""
-    gains = [before - after for before, after in zip(bare, found)]
-    return f"{statistics.mean(gains):+.3f} ± {statistics.stdev(gains) / math.sqrt(len(gains)):.3f}"
+def gains(bare: list[float], found: list[float]) -> list[float]:
+    """Return what each text gains; some rows have the first texts only."""
+    return [before - after for before, after in zip(bare, found, strict=False)]
+
+
+def tables_of_texts(nats: dict[str, dict[str, list[float]]]) -> list[str]:
+    """Return the mean over stories, and of what is gained ± its standard error; foreign texts one by one."""
+    lines = []
+    whole = nats[PARTS[0].name]
+    for part in (part for part in PARTS if part.name in nats):
+        (_, bare), *rows = nats[part.name].items()
+        if not part.stories:
+            lines += ["", f"**{part.name}** (nats per byte)", "", "| | German | Chinese |", "|---|---|---|"]
+            lines += [
+                f"| {row} | {' | '.join(f'{each:.4f}' for each in found)} |"
+                for row, found in [("backbone", bare), *rows]
+            ]
+            continue
+        is_control = part.backbone == NEW
+        last = " of one vocabulary's |" if is_control else ""
+        lines += [
+            "",
+            f"**{part.name}** (nats per byte)",
+            "",
+            f"| | stories | backbone | with the reward | gain |{last}",
+        ]
+        lines.append("|---" * (5 + is_control) + "|")
+        for row, found in rows:
+            each = gains(bare, found)
+            spread = statistics.stdev(each) / math.sqrt(len(each))
+            cells = [row, len(each), f"{statistics.mean(bare[: len(each)]):.4f}", f"{statistics.mean(found):.4f}"]
+            cells.append(f"{statistics.mean(each):+.4f} ± {spread:.4f}")
+            if is_control:
+                strength = row.rpartition("strength ")[2] if "strength" in row else 1.0
+                same = gains(whole["backbone"], whole[f"{OLD}, look-ahead 0, strength {strength}"])[: len(each)]
+                cells.append(f"{statistics.mean(each) / statistics.mean(same):.0%}")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
 
 
 def table(results: dict) -> str:
     """Return the tables of the page as Markdown."""
-    lines = []
-    whole = results["nats"][PARTS[0].name]
-    for part in PARTS:
-        rows = results["nats"].get(part.name)
-        if not rows:
-            continue
-        bare = rows["backbone"]
-        if part.stories:
-            head = f"**{part.name}** ({len(bare)} stories; nats per byte, less is better)"
-            lines += [head, "", "| | nats per byte | gain | of one vocabulary's |", "|---|---|---|---|"]
-            lines.append(f"| backbone | {statistics.mean(bare):.4f} | | |")
-        else:
-            lines += [f"**{part.name}** (nats per byte)", "", "| | German | Chinese |", "|---|---|---|"]
-            lines.append(f"| backbone | {bare[0]:.4f} | {bare[1]:.4f} |")
-        for row, found in rows.items():
-            if row == "backbone":
-                continue
-            if not part.stories:
-                lines.append(f"| {row} | {found[0]:.4f} | {found[1]:.4f} |")
-                continue
-            share = ""
-            if part.backbone == NEW:
-                same = whole[f"{OLD}, look-ahead 0, strength {row.rpartition('strength ')[2] if 'strength' in row else 1.0}"]
-                most = statistics.mean(whole["backbone"]) - statistics.mean(same)
-                share = f"{(statistics.mean(bare) - statistics.mean(found)) / most:.0%}"
-            lines.append(f"| {row} | {statistics.mean(found):.4f} | {gain(bare, found)} | {share} |")
-        lines.append("")
-    for part, prompts in results.get("written", {}).items():
-        plain = [prompts[prompt] for prompt in PROMPTS if prompt in prompts]
-        lines += [f"**{part}**, {len(plain)} prompts, 48 tokens each, greedy", ""]
-        lines += ["| | lines that start with \"- \" | CPU ms per token | source tokens read per token |", "|---|---|---|---|"]
+    lines = tables_of_texts(results["nats"])
+    for part, prompts in results["written"].items():
+        plain = [prompts[prompt] for prompt in PROMPTS]
+        lines += ["", f"**{part}**, {len(plain)} prompts, 48 tokens each, greedy, strength 1", ""]
+        lines += [
+            '| | lines that start with "- " | CPU ms per token | source tokens read per token |',
+            "|---" * 4 + "|",
+        ]
         for row in plain[0]:
             runs = [prompt[row] for prompt in plain]
             written = [line for run in runs for line in run["text"].split("\n")[1:] if line]
-            ms = statistics.mean(run["ms"] for run in runs)
-            rows = "" if row == "backbone" else f"{statistics.mean(run['rows'] for run in runs):.1f}"
+            ms, rows = (statistics.mean(run[key] for run in runs) for key in ("ms", "rows"))
             count = sum(line.startswith("- ") for line in written)
-            lines.append(f"| {row} | {count} of {len(written)} | {ms:.0f} | {rows} |")
-        lines.append("")
-    lines += ["| tokenizers | tokens | both have | of several | reading them | tables | memory |", "|---" * 7 + "|"]
-    for pair, found in results.get("tables", {}).get("pairs", {}).items():
-        old, new = found["sizes"]
-        seconds = f"{found['seconds of tokens']:.1f} s | {found['seconds of tables']:.1f} s"
+            lines.append(f"| {row} | {count} of {len(written)} | {ms:.0f} | {rows:.1f} |")
+    lines += ["", "| reward of -> backbone | tokens | both have | of several | tokens read | tables built | memory |"]
+    lines.append("|---" * 7 + "|")
+    for pair, found in results["tables"]["pairs"].items():
+        sizes = " -> ".join(f"{size:,}" for size in found["sizes"])
         shares = f"{found['both have']:.0%} | {found['several']:.0%}"
-        lines.append(f"| {pair} | {old:,} -> {new:,} | {shares} | {seconds} | {found['MiB']:.0f} MiB |")
-    lines += ["", "| reward | CPU ms per token | times one vocabulary | source tokens read per token |", "|---|---|---|---|"]
-    rows = results.get("speed", {}).get(SMOLLM2, {}).get("seconds", {})
+        seconds = f"{found['seconds of tokens']:.1f} s | {found['seconds of tables']:.1f} s"
+        lines.append(f"| {pair} | {sizes} | {shares} | {seconds} | {found['MiB']:.0f} MiB |")
+    lines += [
+        "",
+        "| reward | CPU ms per token | times one vocabulary | source tokens read per token |",
+        "|---" * 4 + "|",
+    ]
+    rows = results["speed"][SMOLLM2]["times"]
     for row, found in rows.items():
         ms, same = (statistics.median(each["ms"]) for each in (found, rows["the same vocabulary"]))
-        read = found["rows"][0]
-        lines.append(f"| {row} | {ms:.0f} | {ms / same:.2f} | {'' if read is None else f'{read:.1f}'} |")
-    return "\n".join(lines)
+        lines.append(f"| {row} | {ms:.0f} | {ms / same:.2f} | {found['rows'][0]:.1f} |")
+    return "\n".join(lines[1:])
 
 
 def main() -> None:
@@ -340,7 +358,9 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=os.environ.get("PRT_ASSETS"), help="or PRT_ASSETS")
     parser.add_argument("--models", type=Path, help="a folder with the two models")
     parser.add_argument("--work", type=Path, default=Path("across_vocabularies"), help="where the rewards lie, or will")
-    parser.add_argument("--output", type=Path, default=Path("across_vocabularies.json"), help="continued where it exists")
+    parser.add_argument(
+        "--output", type=Path, default=Path("across_vocabularies.json"), help="continued where it exists"
+    )
     parser.add_argument("--part", default="", help="only what has this in its name: control, SmolLM2, tables, ...")
     parser.add_argument("--table", action="store_true", help="only print the tables of the output")
     args = parser.parse_args()
@@ -356,7 +376,8 @@ def main() -> None:
         for name, measure, *part in [*measures, ("tables", measure_tables), ("speed", measure_speed)]:
             if args.part in name:
                 measure(study, *part)
-    print(table(results))
+    if not args.part:
+        print(table(results))
 
 
 if __name__ == "__main__":
