@@ -17,9 +17,9 @@ from prt_hf.demo.training import Steps, fit, tune_reward
 from prt_hf.vocabulary.byte_tokens import ByteTokens
 
 HELD_OUT = 50  # the last stories, of which the held-out bullet lists are made
-LENGTH = 256  # tokens; the language models have seen no more
+LENGTH, SIZE = 256, 600  # tokens, and bytes, of what is tuned on; the language models have seen no more
 RUNS = 400  # tokens of the control that are several of stories260K
-SOURCES = {"stories-old": 300, "stories260K": 200, "stories3000": 300}  # steps of tuning
+SOURCES = {"stories-old": 300, "stories260K": 200, "stories3000": 100}  # steps of tuning
 
 
 def tuned(name: str, assets: Path, work: Path) -> RewardModel:
@@ -31,8 +31,10 @@ def tuned(name: str, assets: Path, work: Path) -> RewardModel:
             pretrain(assets, base)
         model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.unk_token
-        ids = tokenizer(bullets(assets, "train"))["input_ids"]
-        rows = [{"input_ids": [*row, tokenizer.eos_token_id][:LENGTH]} for row in ids]
+        texts = bullets(assets, "train")
+        ids = tokenizer([text[:SIZE] for text in texts])["input_ids"]
+        ends = [[tokenizer.eos_token_id] * (len(text) <= SIZE) for text in texts]
+        rows = [{"input_ids": [*row, *end][:LENGTH]} for row, end in zip(ids, ends, strict=True)]
         how = f"tuning on {name}", collator_of(tokenizer)
         reward = tune_reward(model, rows, Steps(SOURCES[name], 3e-3), 0, *how, adapter=True, processing_class=tokenizer)
         reward.save_pretrained(folder)

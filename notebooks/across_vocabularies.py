@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from across_models import SOURCES, Bytes, Merged, Plain, Seen, bullets, tuned
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from prt_hf import PRTLogitsProcessor, RewardModel
+from prt_hf import PRTForCausalLM, PRTLogitsProcessor, RewardModel
 from prt_hf.demo.text import llama
 from prt_hf.evaluation.machine import hardware, versions
 from prt_hf.vocabulary.across import VocabularyMap
@@ -34,6 +35,8 @@ from prt_hf.vocabulary.byte_tokens import ByteTokens
 
 STRENGTHS = 0.25, 0.5, 1.0
 FEWER = 12  # stories for other strengths than 1, and for the obvious map
+FEWEST = 6  # for the exact ratio
+EXACT = "stories-old, the exact ratio of bytes"
 SMOLLM2, GEMMA, QWEN3 = "smollm2-135m-instruct", "gemma3-270m", "qwen3"
 OLD, NEW = "stories-old", "stories260K"
 PROMPTS = (
@@ -145,35 +148,49 @@ def measure_texts(study: Study, part: Part) -> None:
     """Nats per byte of each text, for all rows of a part."""
     texts = [text[:490].rsplit(" ", 1)[0] for text in bullets(study.assets, "test")[: part.stories]]
     texts = texts or [GERMAN, CHINESE]
-    rows = [("backbone", "", 0, 0.0)]
+    rows = {"backbone": None}
     for name in part.rewards:
-        rows += [
-            (f"{name}, look-ahead {ahead}, strength {strength}", name, ahead, strength)
-            for ahead in part.lookaheads
-            for strength in STRENGTHS
-        ]
-        rows += [(f"{name}, the obvious map", name, -1, 1.0)] * (len(part.lookaheads) > 1 or bool(part.seen_as))
-    if all(row[0] in study.results.get("nats", {}).get(part.name, {}) for row in rows):
+        for ahead in part.lookaheads:
+            rows |= {f"{name}, look-ahead {ahead}, strength {each}": (name, ahead, each) for each in STRENGTHS}
+        if len(part.lookaheads) > 1 or part.seen_as:
+            rows[f"{name}, the obvious map"] = name, None, 1.0
+    if part.seen_as == "bytes":
+        rows[EXACT] = None
+    if rows.keys() <= study.results.get("nats", {}).get(part.name, {}).keys():
         return
-    view, made = study.backbone(part.backbone, part.seen_as), {}
-    seen = [view(text) for text in texts]
-    for row, name, ahead, strength in rows:
+    view = study.backbone(part.backbone, part.seen_as)
+    seen = lru_cache(None)(view)
 
-        def measure(name=name, ahead=ahead, strength=strength) -> list[float]:
-            if name and (name, ahead) not in made:
-                reward, kwargs = study.reward(name), {"across_vocabularies": True, "lookahead": ahead}
-                made[name, ahead] = (
-                    ObviousMap(reward, view.tokenizer)
-                    if ahead < 0
-                    else PRTLogitsProcessor(reward, view.tokenizer, **kwargs)
-                )
-            processor = made.get((name, ahead))
-            if processor is not None:
-                processor.strength = strength
-            count = len(texts) if ahead >= 0 and strength in (0, 1) else FEWER
-            return [nats(view.tokenizer, *each, processor) for each in list(zip(texts, seen, strict=True))[:count]]
+    @lru_cache(1)
+    def processor_of(name: str, ahead: int | None) -> Callable:
+        reward, kwargs = study.reward(name), {"across_vocabularies": True, "lookahead": ahead}
+        return (
+            ObviousMap(reward, view.tokenizer)
+            if ahead is None
+            else PRTLogitsProcessor(reward, view.tokenizer, **kwargs)
+        )
 
-        study.once("nats", part.name, row, measure)
+    def measure(name: str, ahead: int | None, strength: float) -> list[float]:
+        processor = processor_of(name, ahead)
+        processor.strength = strength
+        some = texts if strength == 1 and ahead is not None else texts[:FEWER]
+        return [nats(view.tokenizer, text, seen(text), processor) for text in some]
+
+    def exact() -> list[float]:
+        """The ratio of the two sources, each seen as bytes."""
+        source = study.backbone(OLD)
+        tuned = PRTForCausalLM.from_parts(source.model, [study.reward(OLD)], tokenizer=source.tokenizer).eval()
+        new, old = (Bytes(model, source.tokenizer) for model in (tuned, source.model))
+        found = []
+        for text in texts[:FEWEST]:
+            ratio = new(text).logits.log_softmax(-1) - old(text).logits.log_softmax(-1)
+            both = Seen(seen(text).ids, seen(text).logits.log_softmax(-1) + ratio)
+            found.append(nats(view.tokenizer, text, both, None))
+        return found
+
+    for row, how in rows.items():
+        alone = exact if row == EXACT else lambda: [nats(view.tokenizer, text, seen(text), None) for text in texts]
+        study.once("nats", part.name, row, partial(measure, *how) if how else alone)
 
 
 def generate(backbone: Plain, inputs: dict, processor: PRTLogitsProcessor | None, count: int = 48) -> dict:
