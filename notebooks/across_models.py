@@ -43,14 +43,19 @@ def tuned(name: str, assets: Path, work: Path) -> RewardModel:
 
 def pretrain(assets: Path, folder: Path) -> None:
     """Pretrain a Llama of 1.2 M parameters over 3,000 byte-level tokens of its own."""
-    stories = json.loads((assets / "text" / "tinystories_1000.json").read_text())[:-HELD_OUT]
-    tokenizer = train_tokenizer(stories, 3000)
-    stream = [token for ids in tokenizer(stories)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
+    texts = stories(assets)
+    tokenizer = train_tokenizer(texts, 3000)
+    stream = [token for ids in tokenizer(texts)["input_ids"] for token in [*ids, tokenizer.eos_token_id]]
     blocks = [{"input_ids": stream[at : at + 128]} for at in range(0, len(stream) - 127, 128)]
     model = llama(tokenizer, {"hidden_size": 128, "num_hidden_layers": 4}, 0)
     fit(model, blocks, Steps(600, 4e-3), 0, "pretraining stories3000", collator_of(tokenizer))
     for part in (model, tokenizer):
         part.save_pretrained(folder)
+
+
+def stories(assets: Path) -> list[str]:
+    """Return stories as they are, without the held-out ones."""
+    return json.loads((assets / "text" / "tinystories_1000.json").read_text())[:-HELD_OUT]
 
 
 def bullets(assets: Path, split: str) -> list[str]:

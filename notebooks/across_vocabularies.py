@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from across_models import SOURCES, Bytes, Merged, Plain, Seen, bullets, tuned
+from across_models import SOURCES, Bytes, Merged, Plain, Seen, bullets, stories, tuned
 from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -35,7 +35,7 @@ from prt_hf.vocabulary.byte_tokens import ByteTokens
 
 STRENGTHS = 0.25, 0.5, 1.0
 FEWER = 12  # stories for other strengths than 1, and for the obvious map
-FEWEST = 6  # for the exact ratio
+FEWEST = 2  # for the exact ratio
 EXACT = "stories-old, the exact ratio of bytes"
 SMOLLM2, GEMMA, QWEN3 = "smollm2-135m-instruct", "gemma3-270m", "qwen3"
 OLD, NEW = "stories-old", "stories260K"
@@ -68,9 +68,10 @@ class Part:
 PARTS = (
     Part("control: one vocabulary", NEW, 25, (OLD,), (0,)),
     Part("control: seen as bytes", NEW, 25, (OLD,), (8,), "bytes"),
-    Part("control: seen as merged tokens", NEW, 25, (OLD,), (0, 8), "merged"),
+    Part("control: seen through merged tokens", NEW, 12, (OLD,), (0, 8), "stories"),
+    Part("control: seen through merged tokens that span lines", NEW, 16, (OLD,), (0, 8), "bullets"),
     Part("SmolLM2-135M-Instruct", SMOLLM2, 12, tuple(SOURCES), (0, 8)),
-    Part("Gemma 3 270M", GEMMA, 4, (NEW, "stories3000"), (0, 8)),
+    Part("Gemma 3 270M", GEMMA, 4, (NEW,), (0, 8)),
     Part("German and Chinese: one vocabulary", NEW, 0, (OLD,), (0,)),
     Part("German and Chinese: SmolLM2-135M-Instruct", SMOLLM2, 0, (OLD,), (0, 8)),
     Part("German and Chinese: Gemma 3 270M", GEMMA, 0, (OLD,), (0, 8)),
@@ -103,8 +104,9 @@ class Study:
         plain = Plain(self.folder(name))
         if seen_as == "bytes":
             return Bytes(plain.model, plain.tokenizer)
-        if seen_as == "merged":
-            return Merged(plain.model, plain.tokenizer, bullets(self.assets, "train"))
+        if seen_as:
+            corpus = bullets(self.assets, "train") if seen_as == "bullets" else stories(self.assets)
+            return Merged(plain.model, plain.tokenizer, corpus)
         return plain
 
     def reward(self, name: str) -> RewardModel:
@@ -136,11 +138,15 @@ def nats(tokenizer: PreTrainedTokenizerFast, text: str, seen: Seen, processor: C
     ids = seen.ids
     shown = [tokenizer.decode(ids[:end], skip_special_tokens=True).strip() for end in range(6)]
     begin = next(end for end, start in enumerate(shown) if start and text.startswith(start))
-    found = 0.0
-    for end in range(begin, len(ids)):
-        scores = seen.logits[end - 1 : end]
-        log_probs = scores.log_softmax(-1) if processor is None else processor(ids[None, :end], scores)
-        found -= log_probs[0, ids[end]].item()
+    positions = torch.arange(begin - 1, len(ids) - 1)
+    scores = seen.logits[positions]
+    if processor is None:
+        log_probs = scores.log_softmax(-1)
+    elif getattr(processor, "vocabularies", None):  # several positions at once
+        log_probs = processor.score(ids, torch.ones_like(ids), positions, scores[:, : processor.match.size])
+    else:
+        log_probs = torch.cat([processor(ids[None, :end], scores[end - begin, None]) for end in range(begin, len(ids))])
+    found = -log_probs.gather(1, ids[begin:, None]).sum().item()
     return found / len(text.removeprefix(shown[begin]).encode())
 
 
@@ -389,7 +395,7 @@ def main() -> None:
         results |= {"machine": hardware(), "versions": versions()}
         study = Study(args.assets, args.models, args.work, args.output, results)
         measures = [(part.name, measure_texts, part) for part in PARTS]
-        measures += [(f"writing: {part.name}", measure_writing, part) for part in PARTS[3:5]]
+        measures += [(f"writing: {part.name}", measure_writing, part) for part in PARTS[4:6]]
         for name, measure, *part in [*measures, ("tables", measure_tables), ("speed", measure_speed)]:
             if args.part in name:
                 measure(study, *part)
