@@ -128,7 +128,7 @@ def permuted(tokenizer, seed=0):
     settings = json.loads(tokenizer.backend_tokenizer.to_str())
     names = [*settings["model"]["vocab"]]
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
-    settings["model"]["vocab"] = {name: index for name, index in zip(names, order, strict=True)}
+    settings["model"]["vocab"] = dict(zip(names, order, strict=True))
     return wrapped(Tokenizer.from_str(json.dumps(settings)), [])
 
 
