@@ -180,7 +180,9 @@ class SourceState:
         slots = slots[:, : int(used[-1]) + 1 if len(used) else 0]
         new = [path[plan.kept :] for path, plan in zip(paths, plans, strict=True)]
         width = max(map(len, new))
-        tokens = torch.tensor([[0] * (width - len(each)) + each for each in new], dtype=torch.long).view(len(new), width)
+        tokens = torch.tensor([[0] * (width - len(each)) + each for each in new], dtype=torch.long).view(
+            len(new), width
+        )
         is_new = torch.arange(width) >= torch.tensor([width - len(each) for each in new])[:, None]
         return tokens, torch.cat([slots, is_new], 1)
 
