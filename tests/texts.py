@@ -5,7 +5,7 @@ from functools import cache
 
 import tiny
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -130,6 +130,15 @@ def permuted(tokenizer, seed=0):
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     settings["model"]["vocab"] = dict(zip(names, order, strict=True))
     return wrapped(Tokenizer.from_str(json.dumps(settings)), [])
+
+
+@cache
+def starting(tokenizer):
+    """Return a tokenizer that puts its `bos_token` before a text by itself."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    backend.post_processor = processors.TemplateProcessing(f"{tokenizer.bos_token} $A", special_tokens=special)
+    return wrapped(backend, [])
 
 
 def model(tokenizer, make=tiny.llama, seed=0, **config):
