@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from ..evaluation.across import AcrossReport
 
 
-def measured(
-    args: argparse.Namespace, place: str, backbone_place: str, quantized: dict[str, Any]
-) -> AcrossReport:
+def measured(args: argparse.Namespace, place: str, backbone_place: str, quantized: dict[str, Any]) -> AcrossReport:
     """Return the figures of a reward on one backbone, on the rows that the options name."""
     from ..contract import TEXT_GENERATION
     from ..evaluation.across import measure_across
