@@ -38,7 +38,7 @@ _AT_ONCE = 8  # positions of a text that are scored together
 Read = Callable[[Sequence[Path], int], list[torch.Tensor]]
 
 
-class _Step:
+class Step:
     """The next tokens of several texts.
 
     Args:
@@ -188,7 +188,7 @@ class AcrossVocabularies:
         logits = read([text.path for text in texts], HEALED + 1)
         tables = self.vocabularies.on(device)
         now = self._log_probs(torch.stack([each[:, -1] for each in logits], 1), strengths)
-        step = _Step(now.to(_exact(device)), tables)
+        step = Step(now.to(_exact(device)), tables)
         for row, text in enumerate(texts):
             self._heal(step, row, text, logits[row], strengths[row])
         if self._lookahead and len(tables.waiting):
@@ -206,7 +206,7 @@ class AcrossVocabularies:
         reward = check_finite(signed_sum(self._signs, list(logits[: len(self._signs)])))
         return torch.stack([logits[1] + strengths[:, None].to(reward.dtype) * reward, logits[1]]).log_softmax(-1)
 
-    def _heal(self, step: _Step, row: int, text: TextContext, logits: torch.Tensor, strength: torch.Tensor) -> None:
+    def _heal(self, step: Step, row: int, text: TextContext, logits: torch.Tensor, strength: torch.Tensor) -> None:
         """Add source tokens that span the end of a text, from contexts before its last source tokens."""
         source = self.vocabularies.source
         spanned, places = b"", []
@@ -236,7 +236,7 @@ class AcrossVocabularies:
                 step.add(row, targets[is_next], found[:, order[is_next]].exp())
 
     def _look_ahead(
-        self, step: _Step, texts: Sequence[TextContext], scores: torch.Tensor, strengths: torch.Tensor
+        self, step: Step, texts: Sequence[TextContext], scores: torch.Tensor, strengths: torch.Tensor
     ) -> None:
         """Read the second source token where most probability waits for it."""
         tables, dtype = step.tables, step.rho.dtype

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 
 from prt_hf import VocabularyContract
 from prt_hf.errors import PRTValueError
-from prt_hf.inference.across import _pushed
+from prt_hf.inference.across import Step
 from prt_hf.vocabulary.across import VocabularyMap
 from prt_hf.vocabulary.byte_tokens import ByteTokens
 
@@ -34,7 +34,7 @@ def stands_for(tokens):
     """Probabilities of the target's tokens, one row for each source token, which has probability 1."""
     now = torch.eye(tokens.source.size, dtype=torch.float64).log().expand(2, -1, -1)
     tables = tokens.on(now.device)
-    return torch.where(alone(tokens), now[0][:, tables.first].exp(), _pushed(now, tables).tokens[0])
+    return torch.where(alone(tokens), now[0][:, tables.first].exp(), Step(now, tables).masses[0])
 
 
 def alone(tokens):
@@ -97,13 +97,13 @@ def test_pushed_probabilities_add_up(source, target):
     generator = torch.Generator().manual_seed(0)
     now = torch.randn(2, 3, source.size, generator=generator, dtype=torch.float64).log_softmax(-1)
     tables = tokens.on(now.device)
-    masses = _pushed(now, tables)
-    total = masses.tokens.sum(-1) + now[:, :, tables.first[alone(tokens)]].exp().sum(-1)
+    step = Step(now, tables)
+    total = step.masses.sum(-1) + now[:, :, tables.first[alone(tokens)]].exp().sum(-1)
     is_known = torch.tensor(
         [text is not None or old in tokens.counterparts.values() for old, text in enumerate(source.bytes)]
     )
     torch.testing.assert_close(total, now.exp()[:, :, is_known].sum(-1), atol=1e-14, rtol=0)
-    assert torch.equal(masses.totals, torch.ones(2, 3, dtype=torch.float64))
+    assert torch.equal(step.totals, torch.ones(2, 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", KINDS)
