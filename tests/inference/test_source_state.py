@@ -140,7 +140,7 @@ def follow(check, calls):
 
 
 CALLS = st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 2**31 - 1)), min_size=2, max_size=7)
-unhurried = settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+unhurried = settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @pytest.fixture(scope="module")
