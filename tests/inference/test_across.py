@@ -131,7 +131,7 @@ class TextModel:
 
 def ratios(seen, model, text, scores):
     """rho after a text, of which the source has read nothing else."""
-    path, history = seen._map.source.encode(text), seen._map.target.encode(text)
+    path, history = seen.vocabularies.source.encode(text), seen.vocabularies.target.encode(text)
     logits = model.read([path], across.HEALED + 1)
     return seen.ratios([TextContext(path, 0, history)], logits, model.read, scores[None], torch.ones(1))[0]
 
@@ -153,7 +153,7 @@ def test_bytes_of_a_source_with_longer_tokens(pieces, text, seed):
     """
     source, target = texts.greedy(pieces), texts.greedy()
     seen, text = view(source, target, lookahead=0), text.encode()
-    tokens = seen._map.source
+    tokens = seen.vocabularies.source
     model = TextModel(tokens, seed, lambda path, token: tokens.encode(tokens.text([*path, token])) == [*path, token])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(across, "_LEAST", 0.0)
@@ -163,7 +163,7 @@ def test_bytes_of_a_source_with_longer_tokens(pieces, text, seed):
         both = model.written(text + letter) / before
         if bool((both > 0).all()):
             exact[letter] = float(both[0].log() - both[1].log())
-    found = {letter: float(rho[seen._map.target.ids[letter]]) for letter in exact}
+    found = {letter: float(rho[seen.vocabularies.target.ids[letter]]) for letter in exact}
     # rho is known up to a constant: the probability of the text itself.
     (reference, *others) = exact
     for letter in others:
@@ -179,11 +179,11 @@ def test_tokens_of_two_bytes_on_a_source_of_bytes(pieces, seed):
     """
     source, target = texts.greedy(), texts.greedy(pieces)
     seen = view(source, target, lookahead=9)
-    model, scores = TextModel(seen._map.source, seed), some_scores(len(target), seed)
+    model, scores = TextModel(seen.vocabularies.source, seed), some_scores(len(target), seed)
     rho = ratios(seen, model, b"ab", scores)
     before, log_backbone = model.written(b"ab"), scores.log_softmax(-1)
     for text in {*pieces, b"a", b"b", b"."}:
-        token = seen._map.target.ids[text]
+        token = seen.vocabularies.target.ids[text]
         both = model.written(b"ab" + text) / before
         if len(text) == 2:
             both = both + across._DAMPING * log_backbone[token].exp()
@@ -192,7 +192,7 @@ def test_tokens_of_two_bytes_on_a_source_of_bytes(pieces, seed):
 
 def by_formula(seen, model, text):
     """Push and heal, written out: the masses of the target's tokens under both models; 0 where no source token is."""
-    source, target = seen._map.source, seen._map.target
+    source, target = seen.vocabularies.source, seen.vocabularies.target
     path, history = source.encode(text), target.encode(text)
     masses = torch.zeros(2, target.size, dtype=torch.float64)
     now = model.log_probs(path).exp()
@@ -223,25 +223,25 @@ def by_formula(seen, model, text):
 def test_push_and_heal_of_any_two_tokenizers(ours, theirs, text, seed):
     """The sums that they stand for, term by term; as probabilities over texts these are an approximation."""
     seen, text = view(texts.greedy(ours), texts.greedy(theirs), lookahead=0), text.encode()
-    model = TextModel(seen._map.source, seed)
+    model = TextModel(seen.vocabularies.source, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(across, "_LEAST", 0.0)
-        rho = ratios(seen, model, text, some_scores(seen._map.target.size))
+        rho = ratios(seen, model, text, some_scores(seen.vocabularies.target.size))
     masses = by_formula(seen, model, text)
     for token, (tuned, untuned) in enumerate(masses.T.tolist()):
         if tuned > 0 and untuned > 0:
             expected = torch.tensor(tuned).log() - torch.tensor(untuned).log()
-            assert float(rho[token]) == pytest.approx(float(expected), abs=1e-5), seen._map.target.bytes[token]
+            assert float(rho[token]) == pytest.approx(float(expected), abs=1e-5), seen.vocabularies.target.bytes[token]
 
 
 @unhurried
 @given(ours=PIECES, theirs=PIECES, text=st.text("ab.", max_size=6), seed=st.integers(0, 99))
 def test_without_strength_the_backbone_stays(ours, theirs, text, seed):
     seen = view(texts.greedy(ours), texts.greedy(theirs))
-    model = TextModel(seen._map.source, seed)
-    path, history = (each.encode(text.encode()) for each in (seen._map.source, seen._map.target))
+    model = TextModel(seen.vocabularies.source, seed)
+    path, history = (each.encode(text.encode()) for each in (seen.vocabularies.source, seen.vocabularies.target))
     logits = model.read([path], across.HEALED + 1)
-    scores = some_scores(seen._map.target.size)[None]
+    scores = some_scores(seen.vocabularies.target.size)[None]
     rho = seen.ratios([TextContext(path, 0, history)], logits, model.read, scores, torch.zeros(1))
     assert not rho.any()
 
@@ -274,10 +274,10 @@ def test_numbers_of_a_source_that_groups_digits(kind):
     """The target writes them digit by digit, which the source never does: a map from token to token knows nothing."""
     source, target = GROUPS[kind]
     seen = view(source, target)
-    tokens, model = seen._map.source, Sums(seen._map.source, 0)
+    tokens, model = seen.vocabularies.source, Sums(seen.vocabularies.source, 0)
     assert tokens.encode(b"x=101+")[2:] == [tokens.ids[b"101"], tokens.ids[b"+"]]
-    assert seen._map.target.encode(b"x=101")[2:] == [seen._map.target.ids[digit] for digit in (b"1", b"0", b"1")]
-    digits, scores = [seen._map.target.ids[b"%d" % digit] for digit in range(10)], torch.zeros(len(target))
+    assert seen.vocabularies.target.encode(b"x=101")[2:] == [seen.vocabularies.target.ids[digit] for digit in (b"1", b"0", b"1")]
+    digits, scores = [seen.vocabularies.target.ids[b"%d" % digit] for digit in range(10)], torch.zeros(len(target))
 
     def digit_probs(text):
         return ratios(seen, model, text, scores)[digits].softmax(-1)
@@ -407,7 +407,7 @@ def test_a_used_processor_is_as_good_as_new(pair, calls):
     reward, _, target = pair
     used, new = across_processor(reward, target), across_processor(reward, target)
     rows = encoded(target, PROMPTS[:2])["input_ids"]
-    ordinary = torch.tensor([index for index, text in enumerate(used._across._map.target.bytes) if text])
+    ordinary = torch.tensor([index for index, text in enumerate(used._across.vocabularies.target.bytes) if text])
     for step, seed in [("again", 0), *calls]:
         generator = torch.Generator().manual_seed(seed)
         random = ordinary[torch.randint(0, len(ordinary), (len(rows), 3), generator=generator)]
@@ -443,11 +443,11 @@ def test_the_rewards_own_prompt(pair):
     processor = across_processor(reward, target)
     processor.prompt = own
     inputs = encoded(target, PROMPTS[:1])
-    source = processor._across._map.source
+    source = processor._across.vocabularies.source
     ids = torch.cat([inputs["input_ids"], encoded(target, ["dog"])["input_ids"]], 1)
     processor(inputs["input_ids"], torch.zeros(1, len(target)))
     (text,) = processor._across.contexts.texts(ids)
-    generated = processor._across._map.target.text(ids[0, inputs["input_ids"].shape[1] :].tolist())
+    generated = processor._across.vocabularies.target.text(ids[0, inputs["input_ids"].shape[1] :].tolist())
     assert text.path == own["input_ids"][0].tolist() + source.encode(generated)
     assert text.fixed == own["input_ids"].shape[1]
     first, second = generate(backbone, processor, inputs), generate(backbone, processor, inputs)
@@ -481,7 +481,7 @@ def test_special_tokens_of_a_prompt():
     assert after.path[: len(text.path)] == text.path and after.fixed == len(text.path)
     mapped = across_processor(reward, target, token_map={"<user>": "<person>"})
     (text,) = mapped._across.contexts.texts(chat)
-    tokens = mapped._across._map.source
+    tokens = mapped._across.vocabularies.source
     assert text.path == [source.convert_tokens_to_ids("<person>"), *tokens.encode(b" hello")] and text.fixed == 1
     mapped(chat, scores)
 
@@ -541,7 +541,7 @@ def test_an_adapter_that_is_carried_over(tmp_path):
 
     # By hand, through a map onto itself.
     same = view(SOURCE, SOURCE)
-    same = AcrossVocabularies(same._map, [1.0, -1.0], network, base, 8)
+    same = AcrossVocabularies(same.vocabularies, [1.0, -1.0], network, base, 8)
     ids = torch.tensor([SOURCE.encode(PROMPTS[1])])
     scores = torch.randn(1, len(SOURCE), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -570,7 +570,7 @@ def test_a_full_reward():
     ids = encoded(TARGET, ["Once upon a time"])["input_ids"]
     scores = torch.zeros(1, len(TARGET))
     rho = processor._across(ids, scores, 1.0)
-    tokens = processor._across._map
+    tokens = processor._across.vocabularies
     with torch.no_grad():
         path = torch.tensor([tokens.source.encode(b"Once upon a time")])
         logits = source(path).logits[0, -1].double(), network(path).logits[0, -1].double()
@@ -598,8 +598,8 @@ def test_rewards_of_different_vocabularies_together():
         in_order = each(ids, in_order)
     # What each adds does not depend on the others, up to a constant for each row, but for tokens that one of them does
     # not know, which keep the probability that they have by then, and for the damping, which looks at it.
-    known = torch.tensor([each >= 0 for each in processors[0]._across._map.same])
-    known &= torch.tensor([each >= 0 for each in processors[1]._across._map.same])
+    known = torch.tensor([each >= 0 for each in processors[0]._across.vocabularies.same])
+    known &= torch.tensor([each >= 0 for each in processors[1]._across.vocabularies.same])
     expected = (scores.log_softmax(-1) + sum(alone))[:, known].log_softmax(-1)
     torch.testing.assert_close(in_order[:, known].log_softmax(-1), expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(in_order.exp().sum(-1), torch.ones(len(ids)), atol=1e-5, rtol=0)
