@@ -291,14 +291,15 @@ def test_numbers_of_a_source_that_groups_digits(kind):
         masses = by_formula(seen, model, text)[:, digits]
         is_begun = masses[0] > 1e-4  # by a sum
         expected = (masses[0] / masses[1])[is_begun]
-        torch.testing.assert_close(probs[is_begun], expected / expected.sum(), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(probs[is_begun] / probs[is_begun].sum(), expected / expected.sum())
     # The untuned model writes any of the source's tokens alike, and the backbone any digit.
     begun = [sum(text.startswith(b"%d" % digit) for text in tokens.ids) for digit in range(10)]
     shares = {1: 0.8 / begun[1], 4: 0.1 / begun[4], 7: 0.1 / begun[7]}
     for digit, share in shares.items():
         assert float(found[b"x="][digit]) == pytest.approx(share / sum(shares.values()), rel=1e-4)
     assert float(found[b"x=1"][0] + found[b"x=1"][2]) > 0.99 and float(found[b"x=1"].argmax()) == 0
-    assert float(found[b"x=10"][1] / found[b"x=10"][0]) == pytest.approx(0.5 / 0.2, rel=1e-4)
+    # Up to what else the untuned model would write after "10": seven tokens of the BPE begin with "1", one with "0".
+    assert float(found[b"x=10"][1] / found[b"x=10"][0]) == pytest.approx(0.5 / 0.2, rel=0.02)
     assert float(found[b"x=10"][1] + found[b"x=10"][0]) > 0.99
     assert float(mapped(b"x=")[7]) > 0.99, "the one number of one digit"
     torch.testing.assert_close(mapped(b"x=10"), torch.full((10,), 0.1, dtype=torch.float64))
