@@ -165,7 +165,8 @@ class AcrossVocabularies:
             spanned = source.bytes[text.path[-back]] + spanned
             if len(spanned) >= source.longest:
                 break
-            if tokens := source.longer_than(spanned):
+            tokens = source.longer_than(spanned)
+            if len(tokens):
                 places.append((back, len(spanned), tokens))
         if not places:
             return
@@ -175,7 +176,7 @@ class AcrossVocabularies:
         written = steps.gather(-1, path.expand(2, -1)[..., None])[..., 0]
         since = written.flip(-1).cumsum(-1)  # log-probabilities of the last 1, 2, ... tokens
         for back, known, tokens in places:
-            ids = torch.tensor(tokens, device=device)
+            ids = tokens.to(device)
             found = steps[:, last - back][:, ids] - since[:, back - 1, None]  # relative to the text itself
             best = found.amax(0)
             order = best.topk(min(_TRIED, len(ids))).indices

@@ -298,7 +298,7 @@ def test_numbers_of_a_source_that_groups_digits(kind):
     for digit, share in shares.items():
         assert float(found[b"x="][digit]) == pytest.approx(share / sum(shares.values()), rel=1e-4)
     assert float(found[b"x=1"][0] + found[b"x=1"][2]) > 0.99 and float(found[b"x=1"].argmax()) == 0
-    # Up to what else the untuned model would write after "10": seven tokens of the BPE begin with "1", one with "0".
+    # Up to what else the untuned model would write after "10": eight tokens of the BPE begin with "1", two with "0".
     assert float(found[b"x=10"][1] / found[b"x=10"][0]) == pytest.approx(0.5 / 0.2, rel=0.02)
     assert float(found[b"x=10"][1] + found[b"x=10"][0]) > 0.99
     assert float(mapped(b"x=")[7]) > 0.99, "the one number of one digit"
