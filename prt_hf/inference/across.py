@@ -244,9 +244,9 @@ def _ratio(masses: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
 
 
 def _covering(history: Sequence[int], length: int, vocabularies: VocabularyMap) -> tuple[int, ...]:
-    """Return the last tokens of the backbone that have at least as many bytes."""
-    count, size = 0, 0
-    while count < len(history) and size < length:
+    """Return the last tokens of the backbone that have at least as many bytes, and begin with a whole letter."""
+    count, text = 0, b""
+    while count < len(history) and (len(text) < length or 0x80 <= text[0] < 0xC0):
         count += 1
-        size += len(vocabularies.target.bytes[history[-count]])
+        text = vocabularies.target.bytes[history[-count]] + text
     return tuple(history[len(history) - count :])

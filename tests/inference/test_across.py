@@ -236,6 +236,29 @@ def test_push_and_heal_of_any_two_tokenizers(ours, theirs, text, seed):
 
 @unhurried
 @given(ours=PIECES, theirs=PIECES, text=st.text("ab.", max_size=6), seed=st.integers(0, 99))
+def test_look_ahead_of_any_two_tokenizers(ours, theirs, text, seed):
+    """The first two source tokens of a target's token, beside what push and heal give it; damped by the backbone."""
+    seen, text = view(texts.greedy(ours), texts.greedy(theirs), lookahead=1000), text.encode()
+    source, target = seen._map.source, seen._map.target
+    model, scores = TextModel(source, seed), some_scores(target.size, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(across, "_LEAST", 0.0)
+        patch.setattr(across, "_WAITING", 0.0)
+        rho = ratios(seen, model, text, scores)
+    masses, damping = by_formula(seen, model, text), across._DAMPING * scores.softmax(-1)
+    totals, path = masses.sum(-1), source.encode(text)
+    for token, begun in enumerate(target.bytes):
+        if begun and set(begun) <= set(b"ab.") and begun not in source.ids:
+            first, second, *_ = source.encode(begun)
+            chain = model.log_probs(path)[:, first].exp() * model.log_probs([*path, first])[:, second].exp()
+            # Of all that either model writes next, so that the damping is a share of both.
+            tuned, untuned = (chain + masses[:, token]) / totals + damping[token]
+            expected = (tuned * totals[0]).log() - (untuned * totals[1]).log()
+            assert float(rho[token]) == pytest.approx(float(expected), abs=1e-9), begun
+
+
+@unhurried
+@given(ours=PIECES, theirs=PIECES, text=st.text("ab.", max_size=6), seed=st.integers(0, 99))
 def test_without_strength_the_backbone_stays(ours, theirs, text, seed):
     seen = view(texts.greedy(ours), texts.greedy(theirs))
     model = TextModel(seen._map.source, seed)
@@ -244,6 +267,16 @@ def test_without_strength_the_backbone_stays(ours, theirs, text, seed):
     scores = some_scores(seen._map.target.size)[None]
     rho = seen.ratios([TextContext(path, 0, history)], logits, model.read, scores, torch.zeros(1))
     assert not rho.any()
+
+
+def test_a_history_that_begins_inside_of_a_letter():
+    """What is read of it again begins before the letter, or its tokens would not be the same."""
+    target = texts.greedy(["ö".encode() + b"\xc3", b"\x9fe"])
+    seen = view(texts.greedy([b"ef"]), target, lookahead=0)
+    history = seen._map.target.encode("ößee".encode()[:-1])
+    assert across._covering(history, 1, seen._map) == tuple(history)
+    (token,) = seen._map.source.longer_than(b"e").tolist()
+    assert seen._map.continuations(tuple(history), 1, [token]) == [seen._map.target.ids[b"f"]]
 
 
 # Numbers.
