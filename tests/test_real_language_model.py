@@ -43,9 +43,9 @@ def folder(tmp_path_factory):
     del model
     args = PRTSFTConfig(
         str(folder / "run"),
-        max_steps=12,
+        max_steps=40,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         logging_steps=1,
         report_to=[],
         use_cpu=True,

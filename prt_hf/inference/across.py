@@ -214,7 +214,8 @@ class AcrossVocabularies:
             spanned = source.bytes[text.path[-back]] + spanned
             if len(spanned) >= source.longest:
                 break
-            if tokens := source.longer_than(spanned):
+            tokens = source.longer_than(spanned)
+            if len(tokens):
                 places.append((back, len(spanned), tokens))
         if not places:
             return
@@ -224,7 +225,7 @@ class AcrossVocabularies:
         written = earlier.gather(-1, path.expand(2, -1)[..., None])[..., 0].to(step.rho.dtype)
         since = written.flip(-1).cumsum(-1)  # log-probabilities of the last 1, 2, ... tokens
         for back, known, tokens in places:
-            ids = torch.tensor(tokens, device=device)
+            ids = tokens.to(device)
             found = earlier[:, last - back][:, ids].to(step.rho.dtype) - since[:, back - 1, None]
             best = found.amax(0)  # the text itself has 0
             order = best.topk(min(_TRIED, len(ids))).indices
@@ -271,9 +272,9 @@ def _ratio(masses: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
 
 
 def _covering(history: Sequence[int], length: int, vocabularies: VocabularyMap) -> tuple[int, ...]:
-    """Return the last tokens of the backbone that have at least as many bytes."""
-    count, size = 0, 0
-    while count < len(history) and size < length:
+    """Return the last tokens of the backbone that have at least as many bytes, and begin with a whole letter."""
+    count, text = 0, b""
+    while count < len(history) and (len(text) < length or 0x80 <= text[0] < 0xC0):
         count += 1
-        size += len(vocabularies.target.bytes[history[-count]])
+        text = vocabularies.target.bytes[history[-count]] + text
     return tuple(history[len(history) - count :])

@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -66,7 +67,7 @@ class ByteTokens:
         self.ids = {self.bytes[index]: index for index in in_order}  # a plain token goes before a byte's
         self.longest = max(map(len, self.ids), default=0)
         self._sorted = sorted(self.ids)
-        self._sorted_ids = [self.ids[text] for text in self._sorted]
+        self._sorted_ids = torch.tensor([self.ids[text] for text in self._sorted], dtype=torch.long)
         self.start = list(takewhile(lambda index: self.bytes[index] is None, tokenizer.encode("a")))
         self._is_of_words = not any(map(_ACROSS_WORDS.search, self.ids))
         self._check()
@@ -162,8 +163,8 @@ class ByteTokens:
         starts = (text[:length] for length in range(min(len(text), self.longest), 0, -1))
         return next((self.ids[start] for start in starts if start in self.ids), -1)
 
-    def longer_than(self, text: bytes) -> list[int]:
-        """Return the tokens that start with a text and go on."""
+    def longer_than(self, text: bytes) -> torch.LongTensor:
+        """Return the tokens that start with a text and go on, `(tokens,)`."""
         ends_before = text.rstrip(b"\xff")
         low = bisect_right(self._sorted, text)
         if not ends_before:

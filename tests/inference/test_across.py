@@ -236,6 +236,29 @@ def test_push_and_heal_of_any_two_tokenizers(ours, theirs, text, seed):
 
 @unhurried
 @given(ours=PIECES, theirs=PIECES, text=st.text("ab.", max_size=6), seed=st.integers(0, 99))
+def test_look_ahead_of_any_two_tokenizers(ours, theirs, text, seed):
+    """The first two source tokens of a target's token, beside what push and heal give it; damped by the backbone."""
+    seen, text = view(texts.greedy(ours), texts.greedy(theirs), lookahead=1000), text.encode()
+    source, target = seen.vocabularies.source, seen.vocabularies.target
+    model, scores = TextModel(source, seed), some_scores(target.size, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(across, "_LEAST", 0.0)
+        patch.setattr(across, "_WAITING", 0.0)
+        rho = ratios(seen, model, text, scores)
+    masses, damping = by_formula(seen, model, text), across._DAMPING * scores.softmax(-1)
+    totals, path = masses.sum(-1), source.encode(text)
+    for token, begun in enumerate(target.bytes):
+        if begun and set(begun) <= set(b"ab.") and begun not in source.ids:
+            first, second, *_ = source.encode(begun)
+            chain = model.log_probs(path)[:, first].exp() * model.log_probs([*path, first])[:, second].exp()
+            # Of all that either model writes next, so that the damping is a share of both.
+            tuned, untuned = (chain + masses[:, token]) / totals + damping[token]
+            expected = (tuned * totals[0]).log() - (untuned * totals[1]).log()
+            assert float(rho[token]) == pytest.approx(float(expected), abs=1e-9), begun
+
+
+@unhurried
+@given(ours=PIECES, theirs=PIECES, text=st.text("ab.", max_size=6), seed=st.integers(0, 99))
 def test_without_strength_the_backbone_stays(ours, theirs, text, seed):
     seen = view(texts.greedy(ours), texts.greedy(theirs))
     model = TextModel(seen.vocabularies.source, seed)
@@ -244,6 +267,16 @@ def test_without_strength_the_backbone_stays(ours, theirs, text, seed):
     scores = some_scores(seen.vocabularies.target.size)[None]
     rho = seen.ratios([TextContext(path, 0, history)], logits, model.read, scores, torch.zeros(1))
     assert not rho.any()
+
+
+def test_a_history_that_begins_inside_of_a_letter():
+    """What is read of it again begins before the letter, or its tokens would not be the same."""
+    target = texts.greedy(["ö".encode() + b"\xc3", b"\x9fe"])
+    seen = view(texts.greedy([b"ef"]), target, lookahead=0)
+    history = seen.vocabularies.target.encode("ößee".encode()[:-1])
+    assert across._covering(history, 1, seen.vocabularies) == tuple(history)
+    (token,) = seen.vocabularies.source.longer_than(b"e").tolist()
+    assert seen.vocabularies.continuations(tuple(history), 1, [token]) == [seen.vocabularies.target.ids[b"f"]]
 
 
 # Numbers.
@@ -276,7 +309,9 @@ def test_numbers_of_a_source_that_groups_digits(kind):
     seen = view(source, target)
     tokens, model = seen.vocabularies.source, Sums(seen.vocabularies.source, 0)
     assert tokens.encode(b"x=101+")[2:] == [tokens.ids[b"101"], tokens.ids[b"+"]]
-    assert seen.vocabularies.target.encode(b"x=101")[2:] == [seen.vocabularies.target.ids[digit] for digit in (b"1", b"0", b"1")]
+    assert seen.vocabularies.target.encode(b"x=101")[2:] == [
+        seen.vocabularies.target.ids[digit] for digit in (b"1", b"0", b"1")
+    ]
     digits, scores = [seen.vocabularies.target.ids[b"%d" % digit] for digit in range(10)], torch.zeros(len(target))
 
     def digit_probs(text):
@@ -291,14 +326,15 @@ def test_numbers_of_a_source_that_groups_digits(kind):
         masses = by_formula(seen, model, text)[:, digits]
         is_begun = masses[0] > 1e-4  # by a sum
         expected = (masses[0] / masses[1])[is_begun]
-        torch.testing.assert_close(probs[is_begun], expected / expected.sum(), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(probs[is_begun] / probs[is_begun].sum(), expected / expected.sum())
     # The untuned model writes any of the source's tokens alike, and the backbone any digit.
     begun = [sum(text.startswith(b"%d" % digit) for text in tokens.ids) for digit in range(10)]
     shares = {1: 0.8 / begun[1], 4: 0.1 / begun[4], 7: 0.1 / begun[7]}
     for digit, share in shares.items():
         assert float(found[b"x="][digit]) == pytest.approx(share / sum(shares.values()), rel=1e-4)
     assert float(found[b"x=1"][0] + found[b"x=1"][2]) > 0.99 and float(found[b"x=1"].argmax()) == 0
-    assert float(found[b"x=10"][1] / found[b"x=10"][0]) == pytest.approx(0.5 / 0.2, rel=1e-4)
+    # Up to what else the untuned model would write after "10": eight tokens of the BPE begin with "1", two with "0".
+    assert float(found[b"x=10"][1] / found[b"x=10"][0]) == pytest.approx(0.5 / 0.2, rel=0.02)
     assert float(found[b"x=10"][1] + found[b"x=10"][0]) > 0.99
     assert float(mapped(b"x=")[7]) > 0.99, "the one number of one digit"
     torch.testing.assert_close(mapped(b"x=10"), torch.full((10,), 0.1, dtype=torch.float64))

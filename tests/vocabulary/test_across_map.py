@@ -207,4 +207,7 @@ def test_what_both_have_is_never_continued():
     same = vocabularies(tokens, tokens)
     history = tuple(tokens.encode(b"ab"))
     assert same.continuations(history, 2, [index]) == [-1]
-    assert same.continuations((tokens.ids[b"x"], *history), 2, [index]) == [tokens.ids[b"c"]]
+    assert same.continuations((tokens.ids[b"x"], *history), 2, [index]) == [-1]
+    inside = ByteTokens(texts.greedy([b"xa", b"abcd"]))  # which wrote "xa" before "b"
+    other = vocabularies(tokens, inside)
+    assert other.continuations(tuple(inside.encode(b"xab")), 2, [index]) == [inside.ids[b"c"]]

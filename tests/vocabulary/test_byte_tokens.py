@@ -133,7 +133,7 @@ def test_tokens_of_several_words_are_not_divided():
 @given(text=st.one_of(st.binary(max_size=2), st.sampled_from([b" ", b" t", b"\xff", b"a\xff", b"\xff\xff", b"1"])))
 def test_longer_tokens(kind, text):
     tokens = TOKENS[kind]
-    found = tokens.longer_than(text)
+    found = tokens.longer_than(text).tolist()
     assert {tokens.bytes[index] for index in found} == {
         each for each in tokens.ids if each.startswith(text) and each != text
     }
