@@ -187,9 +187,8 @@ class SourceState:
         slots = slots[:, : int(used[-1]) + 1 if len(used) else 0]
         new = [path[plan.kept :] for path, plan in zip(paths, plans, strict=True)]
         width = max(map(len, new))
-        tokens = torch.tensor([[0] * (width - len(each)) + each for each in new], dtype=torch.long).view(
-            len(new), width
-        )
+        padded = [[0] * (width - len(each)) + each for each in new]
+        tokens = torch.tensor(padded, dtype=torch.long).view(len(new), width)  # there may be none
         is_new = torch.arange(width) >= torch.tensor([width - len(each) for each in new])[:, None]
         return tokens, torch.cat([slots, is_new], 1)
 
