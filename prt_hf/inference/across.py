@@ -16,7 +16,6 @@ this is Eq. 10. The probabilities follow from those of source tokens in three st
 """
 
 from collections.abc import Callable, Sequence
-from math import log
 
 import torch
 from torch import nn
@@ -139,7 +138,7 @@ class AcrossVocabularies:
             `torch.DoubleTensor` of shape `(batch_size, size)`; 0 in rows of which the source can read nothing.
         """
         texts = self.contexts.texts(input_ids)
-        return self._ratios(texts, self._state.read, scores, strength_of_rows(strength, len(scores)))
+        return self._known(texts, self._state.read, scores, strength_of_rows(strength, len(scores)))
 
     def score(
         self,
@@ -167,8 +166,16 @@ class AcrossVocabularies:
             if paths:
                 self._state.read([paths[-1]], max(map(len, paths)) - min(map(len, paths)) + HEALED + 1)
             strengths = torch.full((len(some),), float(strength))
-            found.append(self._ratios(texts, self._state.peek, their_scores, strengths))
+            found.append(self._known(texts, self._state.peek, their_scores, strengths))
         return torch.cat(found)
+
+    def _known(
+        self, texts: Sequence[TextContext], read: Read, scores: torch.Tensor, strengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Return rho as [`_ratios`] does, and 0 where the source can read nothing."""
+        is_empty = torch.tensor([not text.path for text in texts], device=scores.device)
+        texts = [text if text.path else TextContext([0], 1, []) for text in texts]
+        return self._ratios(texts, read, scores, strengths.to(scores.device)).masked_fill(is_empty[:, None], 0.0)
 
     def _ratios(
         self, texts: Sequence[TextContext], read: Read, scores: torch.Tensor, strengths: torch.Tensor
@@ -181,19 +188,15 @@ class AcrossVocabularies:
             scores: the backbone's logits, `(texts, size)`.
             strengths: one for each text.
         """
-        device = scores.device
-        strengths = strengths.to(device)
-        is_empty = torch.tensor([not text.path for text in texts], device=device)
-        texts = [text if text.path else TextContext([0], 1, []) for text in texts]
         logits = read([text.path for text in texts], HEALED + 1)
-        tables = self.vocabularies.on(device)
+        tables = self.vocabularies.on(scores.device)
         now = self._log_probs(torch.stack([each[:, -1] for each in logits], 1), strengths)
-        step = Step(now.to(_exact(device)), tables)
+        step = Step(now.to(_exact(scores.device)), tables)
         for row, text in enumerate(texts):
             self._heal(step, row, text, logits[row], strengths[row])
         if self._lookahead and len(tables.waiting):
             self._look_ahead(step, texts, scores, strengths)
-        return step.rho.masked_fill((tables.columns < 0) | is_empty[:, None], 0.0)
+        return step.rho.masked_fill(tables.columns < 0, 0.0)
 
     def _log_probs(self, logits: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
         """Return log-probabilities of the tuned and the untuned source, `(2, rows, source size)`.
@@ -229,7 +232,7 @@ class AcrossVocabularies:
             found = earlier[:, last - back][:, ids].to(step.rho.dtype) - since[:, back - 1, None]
             best = found.amax(0)  # the text itself has 0
             order = best.topk(min(_TRIED, len(ids))).indices
-            order = order[best[order] > log(_LEAST)]
+            order = order[best[order].exp() > _LEAST]
             history = _covering(text.history, known, self.vocabularies)
             targets = torch.tensor(self.vocabularies.continuations(history, known, ids[order].tolist()), device=device)
             is_next = targets >= 0

@@ -203,8 +203,8 @@ class PRTLogitsProcessor(TermProcessor):
     which take turns at the reward. `strength` and `attention_mask` hold for all of them.
 
     Args:
-        reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
-            each normalises, and a constant per row does not change the output of the next.
+        reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors. Their order
+            matters only for tokens that are neutral to one of them, and across vocabularies.
         tokenizer: the backbone's own, whose vocabulary is the reward's or an update of it.
             [`RewardModel.processor`] finds it.
         strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned

@@ -112,6 +112,8 @@ class TextModel:
     def read(self, paths, wanted):
         return [torch.stack([self.logits(tuple(p[:n])) for n in range(len(p) + 1)][-wanted:], 1) for p in paths]
 
+    peek = read
+
     def written(self, text):
         """The probabilities that either model writes a text which starts so, by all its tokenisations, `(2,)`."""
 
@@ -129,11 +131,11 @@ class TextModel:
         return write([], b"")
 
 
-def ratios(seen, model, text, scores):
+def ratios(seen, model, text, scores, strength=1.0):
     """rho after a text, of which the source has read nothing else."""
     path, history = seen.vocabularies.source.encode(text), seen.vocabularies.target.encode(text)
-    logits = model.read([path], across.HEALED + 1)
-    return seen.ratios([TextContext(path, 0, history)], logits, model.read, scores[None], torch.ones(1))[0]
+    seen._state = model
+    return seen._ratios([TextContext(path, 0, history)], model.read, scores[None], torch.tensor([strength]))[0]
 
 
 def some_scores(size, seed=0):
@@ -180,7 +182,9 @@ def test_tokens_of_two_bytes_on_a_source_of_bytes(pieces, seed):
     source, target = texts.greedy(), texts.greedy(pieces)
     seen = view(source, target, lookahead=9)
     model, scores = TextModel(seen.vocabularies.source, seed), some_scores(len(target), seed)
-    rho = ratios(seen, model, b"ab", scores)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(across, "_WAITING", 0.0)
+        rho = ratios(seen, model, b"ab", scores)
     before, log_backbone = model.written(b"ab"), scores.log_softmax(-1)
     for text in {*pieces, b"a", b"b", b"."}:
         token = seen.vocabularies.target.ids[text]
@@ -262,11 +266,7 @@ def test_look_ahead_of_any_two_tokenizers(ours, theirs, text, seed):
 def test_without_strength_the_backbone_stays(ours, theirs, text, seed):
     seen = view(texts.greedy(ours), texts.greedy(theirs))
     model = TextModel(seen.vocabularies.source, seed)
-    path, history = (each.encode(text.encode()) for each in (seen.vocabularies.source, seen.vocabularies.target))
-    logits = model.read([path], across.HEALED + 1)
-    scores = some_scores(seen.vocabularies.target.size)[None]
-    rho = seen.ratios([TextContext(path, 0, history)], logits, model.read, scores, torch.zeros(1))
-    assert not rho.any()
+    assert not ratios(seen, model, text.encode(), some_scores(seen.vocabularies.target.size), strength=0.0).any()
 
 
 def test_a_history_that_begins_inside_of_a_letter():
