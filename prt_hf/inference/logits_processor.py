@@ -182,7 +182,7 @@ def view_across(
     return AcrossVocabularies(vocabularies, signs, terms[0].network, untuned, lookahead)
 
 
-def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer that is given for a backbone."""
     tokenizer = unwrap_tokenizer(processing_class)
     if tokenizer is None:
@@ -265,7 +265,7 @@ class PRTLogitsProcessor(TermProcessor):
                 found="meta",
                 remedy="load it again, without the device `meta`",
             )
-        tokenizer, contract = tokenizer_of(tokenizer), reward.contract
+        tokenizer, contract = checked_tokenizer(tokenizer), reward.contract
         if not isinstance(contract, VocabularyContract):
             raise PRTValueError(
                 "Only rewards over a vocabulary work in `generate`.",
