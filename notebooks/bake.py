@@ -240,7 +240,7 @@ def table(results: dict) -> str:
         for method in dict.fromkeys(method for run in runs.values() for method in run):
             found = [run for run in runs.values() if method in run]
             values = [run[method] for run in found]
-            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(set(values)) > 1 else ""
             share = ""
             if method != "pretrained":
                 kept = [(run[method] - run["pretrained"]) / (run["PRT"] - run["pretrained"]) for run in found]
