@@ -30,7 +30,7 @@ from prt_hf import PRTSFTConfig, PRTSFTTrainer, default_peft_config
 from prt_hf.evaluation import portability_report
 from prt_hf.evaluation.machine import hardware, versions
 
-STEPS = {"a small update": 30, "a large update": 300}
+STEPS = {"30 more steps": 30, "300 more steps": 300}
 METHODS = ("pretrained", "eft", "prt", "transplanted", "few_shot")
 
 

@@ -5,7 +5,7 @@ from functools import cache
 
 import tiny
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -13,7 +13,7 @@ SENTENCES = [
     "Once upon a time there was a little girl who lived in a small house by the sea.",
     "The dog said: I am hungry, and the girl gave the dog a big red ball instead.",
     "They played together in the garden until the sun went down, and then they went home.",
-    "2024 = 1012 + 1012; 123 456 789, 3.14159 and 100 200 300 are numbers, and so are 55 and 777.",
+    "2024 = 1012 + 1012; 123 + 456 = 579, 3.14159, 100 or 101 and 100+101 are numbers, and so are 55 and 777.",
     "Größe, naïve café; Привет, мир и все другие; 你好,世界,你们好; 🙂🙃😀 and 👩‍👩‍👧.",
     "def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n        print(add(i, i))\n",
 ] * 4
@@ -27,7 +27,7 @@ ROLES = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
 SPACE = "▁"
 
 DIGITS = {
-    "grouped": [pre_tokenizers.Split(r"\p{N}{1,3}", "isolated")],
+    "grouped": [pre_tokenizers.Split(Regex(r"\p{N}{1,3}"), "isolated")],
     "alone": [pre_tokenizers.Digits(individual_digits=True)],
     "whole": [],
 }
@@ -130,6 +130,15 @@ def permuted(tokenizer, seed=0):
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     settings["model"]["vocab"] = dict(zip(names, order, strict=True))
     return wrapped(Tokenizer.from_str(json.dumps(settings)), [])
+
+
+@cache
+def starting(tokenizer):
+    """Return a tokenizer that puts its `bos_token` before a text by itself."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    special = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    backend.post_processor = processors.TemplateProcessing(f"{tokenizer.bos_token} $A", special_tokens=special)
+    return wrapped(backend, [])
 
 
 def model(tokenizer, make=tiny.llama, seed=0, **config):

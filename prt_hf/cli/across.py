@@ -8,12 +8,10 @@ from typing import TYPE_CHECKING, Any
 from .arguments import chosen_device, config_kwargs, evaluation_rows, load_kwargs
 
 if TYPE_CHECKING:
-    from ..evaluation.across import AcrossVocabularies
+    from ..evaluation.across import AcrossReport
 
 
-def measured(
-    args: argparse.Namespace, place: str, backbone_place: str, quantized: dict[str, Any]
-) -> AcrossVocabularies:
+def measured(args: argparse.Namespace, place: str, backbone_place: str, quantized: dict[str, Any]) -> AcrossReport:
     """Return the figures of a reward on one backbone, on the rows that the options name."""
     from ..contract import TEXT_GENERATION
     from ..evaluation.across import measure_across

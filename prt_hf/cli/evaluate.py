@@ -32,7 +32,7 @@ backbone (finetuned, the upper bound, lora, baked; each needs the option of its 
 backbones are apart (eps and C of Prop. 3.2), time and memory, and whether the reward is worth porting. With --tasks,
 lm-evaluation-harness runs its tasks on each backbone, alone, with the reward, as EFT, and on the fine-tuned backbones.
 With several rewards, tells first what fits, from configurations alone, then what each gains on each backbone.
-Backbones with another vocabulary are compared in nats per byte of text, see --across_vocabularies."""
+With --across_vocabularies backbones may have another vocabulary, and are compared in nats per byte of text."""
 EXAMPLES = """examples:
   prt-hf evaluate me/gsm8k-reward --targets Qwen/Qwen2.5-1.5B Qwen/Qwen2.5-7B --data questions.jsonl --dtype bfloat16
   prt-hf evaluate cars-reward --targets facebook/convnextv2-large-22k-224 --data cars/ --output_dir cars-report

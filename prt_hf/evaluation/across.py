@@ -22,7 +22,7 @@ FACTORS = (0.25, 0.5, 1.0)  # times the reward's own strength: a weak source ove
 
 
 @dataclass(frozen=True)
-class AcrossVocabularies:
+class AcrossReport:
     """The performance of a reward on a backbone with another vocabulary.
 
     Nats per byte are -log p of the scored tokens over the bytes of these: of completions, else of all tokens of a text
@@ -91,7 +91,7 @@ def measure_across(
     tokenizer: PreTrainedTokenizerBase | None = None,
     length: int = 1024,
     **kwargs: Any,
-) -> AcrossVocabularies:
+) -> AcrossReport:
     """Score texts with a reward on a backbone with another vocabulary, and with its source.
 
     Args:
@@ -173,7 +173,7 @@ def _figures(
     strengths: Sequence[float],
     in_place: float,
     rows_per_token: float,
-) -> AcrossVocabularies:
+) -> AcrossReport:
     size = sum(sizes["target"])
 
     def gain(better: Any, than: Any, part: slice = slice(None)) -> tuple[float, float]:
@@ -187,7 +187,7 @@ def _figures(
 
     own, halves = max(strengths), (slice(0, None, 2), slice(1, None, 2))
     best = min(strengths, key=lambda strength: (sum(totals[strength][halves[0]]), abs(strength - own)))
-    return AcrossVocabularies(
+    return AcrossReport(
         rows=len(totals["target"]),
         size=size,
         nats={

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _COLOURS = {"pretrained": "#b8c0c8", "eft": "#e0a458", "prt": "#1f4e79", "finetuned": "#7a9e7e"}
-_COLOURS |= {"transplanted": "#9b7fb0", "lora": "#c9b458", "baked": "#4f94a8"}
+_COLOURS |= {"transplanted": "#9b7fb0", "few_shot": "#d98c8c", "baked": "#4f94a8"}
+_COLOURS |= {"lora": "#c9b458", "lora_steps": "#a89436", "lora_compute": "#7d6e28"}
 _REMARKS = {"finetuned": " (oracle)"}
 _WIDTH = 0.8  # of all bars of a backbone, which are 1 apart
 _LETTERS = 20  # of a line below a group

@@ -16,7 +16,6 @@ this is Eq. 10. The probabilities follow from those of source tokens in three st
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -38,16 +37,53 @@ _AT_ONCE = 8  # positions of a text that are scored together
 Read = Callable[[Sequence[Path], int], list[torch.Tensor]]
 
 
-class _Masses(NamedTuple):
-    """Probabilities of the backbone's tokens under the tuned and the untuned source, as far as several tokens add up.
+class Step:
+    """The next tokens of several texts.
+
+    Args:
+        now: log-probabilities of the tuned and the untuned source, `(2, rows, source size)`.
+        tables: the map of the vocabularies.
 
     Attributes:
-        tokens (`torch.DoubleTensor` of shape `(2, rows, size)`): 0 for tokens with one source token, and for none.
-        totals (`torch.DoubleTensor` of shape `(2, rows)`): their sum over all tokens.
+        rho (`torch.DoubleTensor` of shape `(rows, size)`): the log-ratio for each of the backbone's tokens, up to a
+            constant for each row.
+        masses (`torch.DoubleTensor` of shape `(2, rows, size)`): their probabilities under the tuned and the untuned
+            source, as far as several source tokens add up; else 0.
+        totals (`torch.DoubleTensor` of shape `(2, rows)`): the sums over all tokens, that of the text itself being 1.
     """
 
-    tokens: torch.Tensor
-    totals: torch.Tensor
+    def __init__(self, now: torch.Tensor, tables: Tables):
+        self.now, self.tables = now, tables
+        several, rows = tables.several, now.shape[1]
+        sums = now.new_zeros(2, rows, len(several))
+        sums.index_add_(-1, tables.pushed, now[:, :, tables.pushing].exp())
+        self.masses = now.new_zeros(2, rows, len(tables.columns))
+        self.masses[:, :, several] = sums
+        self.totals = now.new_ones(2, rows)
+        self.rho = (now[0] - now[1])[:, tables.first]
+        self.rho[:, several] = _ratio(sums, self.rho[:, several])
+
+    def add(self, row: int, tokens: torch.LongTensor, added: torch.Tensor) -> None:
+        """Add masses, `(2, n)`, to tokens of a row, `(n,)`, one of which may stand there several times."""
+        self.totals[:, row] += added.sum(-1)
+        fresh = tokens.unique()
+        fresh = fresh[self.tables.is_single[fresh] & (self.masses[0, row, fresh] == 0)]
+        self.masses[:, row, fresh] = self.now[:, row, self.tables.first[fresh]].exp()
+        self.masses[:, row].index_add_(-1, tokens, added)
+        self.rho[row, tokens] = _ratio(self.masses[:, row, tokens], self.rho[row, tokens])
+
+    def resolve(self, row: int, tokens: torch.LongTensor, chained: torch.Tensor, backbone: torch.Tensor) -> None:
+        """Set rho of tokens of a row, `(n,)`, that are several source tokens.
+
+        Args:
+            row: index of the row.
+            tokens: the tokens.
+            chained: log-probabilities of their first source tokens in a row, `(2, n)`.
+            backbone: the backbone's log-probabilities of the tokens, `(n,)`.
+        """
+        found = (chained.exp() + self.masses[:, row, tokens]) / self.totals[:, row, None]
+        off = (self.totals[1, row] / self.totals[0, row]).log()  # rho of all other tokens lacks it
+        self.rho[row, tokens] = _ratio(found + _DAMPING * backbone.exp(), self.rho[row, tokens]) - off
 
 
 class AcrossVocabularies:
@@ -102,7 +138,7 @@ class AcrossVocabularies:
             `torch.DoubleTensor` of shape `(batch_size, size)`; 0 in rows of which the source can read nothing.
         """
         texts = self.contexts.texts(input_ids)
-        return self._ratios(texts, self._state.read, scores, strength_of_rows(strength, len(scores)))
+        return self._known(texts, self._state.read, scores, strength_of_rows(strength, len(scores)))
 
     def score(
         self,
@@ -130,8 +166,16 @@ class AcrossVocabularies:
             if paths:
                 self._state.read([paths[-1]], max(map(len, paths)) - min(map(len, paths)) + HEALED + 1)
             strengths = torch.full((len(some),), float(strength))
-            found.append(self._ratios(texts, self._state.peek, their_scores, strengths))
+            found.append(self._known(texts, self._state.peek, their_scores, strengths))
         return torch.cat(found)
+
+    def _known(
+        self, texts: Sequence[TextContext], read: Read, scores: torch.Tensor, strengths: torch.Tensor
+    ) -> torch.Tensor:
+        """Return rho as [`_ratios`] does, and 0 where the source can read nothing."""
+        is_empty = torch.tensor([not text.path for text in texts], device=scores.device)
+        texts = [text if text.path else TextContext([0], 1, []) for text in texts]
+        return self._ratios(texts, read, scores, strengths.to(scores.device)).masked_fill(is_empty[:, None], 0.0)
 
     def _ratios(
         self, texts: Sequence[TextContext], read: Read, scores: torch.Tensor, strengths: torch.Tensor
@@ -144,100 +188,67 @@ class AcrossVocabularies:
             scores: the backbone's logits, `(texts, size)`.
             strengths: one for each text.
         """
-        device = scores.device
-        strengths = strengths.to(device)
-        is_empty = torch.tensor([not text.path for text in texts], device=device)
-        texts = [text if text.path else TextContext([0], 1, []) for text in texts]
         logits = read([text.path for text in texts], HEALED + 1)
-        tables = self.vocabularies.on(device)
+        tables = self.vocabularies.on(scores.device)
         now = self._log_probs(torch.stack([each[:, -1] for each in logits], 1), strengths)
-        gap = now[0] - now[1]
-        rho = gap[:, tables.first]
-        masses = _pushed(now, tables)
-        rho[:, tables.several] = _ratio(masses.tokens[:, :, tables.several], rho[:, tables.several])
+        step = Step(now.to(_exact(scores.device)), tables)
         for row, text in enumerate(texts):
-            self._heal(row, text, logits[row], now, strengths, masses, rho, tables)
+            self._heal(step, row, text, logits[row], strengths[row])
         if self._lookahead and len(tables.waiting):
-            self._look_ahead(texts, now, masses, rho, scores, strengths, tables)
-        return rho.masked_fill((tables.columns < 0) | is_empty[:, None], 0.0)
+            self._look_ahead(step, texts, scores, strengths)
+        return step.rho.masked_fill(tables.columns < 0, 0.0)
 
     def _log_probs(self, logits: torch.Tensor, strengths: torch.Tensor) -> torch.Tensor:
-        """Return log-probabilities of the tuned and the untuned source, `(2, rows, ...)`, in double precision.
+        """Return log-probabilities of the tuned and the untuned source, `(2, rows, source size)`.
 
         Args:
-            logits: of the network and the source backbone, `(2, rows, ...)`.
+            logits: of the network and the source backbone, `(2, rows, source size)`.
             strengths: one for each row.
         """
-        device = strengths.device
-        exact = torch.float32 if device.type == "mps" else torch.float64
-        logits = logits.to(device, exact)
+        logits = logits.to(strengths.device, torch.promote_types(logits.dtype, torch.float32))
         reward = check_finite(signed_sum(self._signs, list(logits[: len(self._signs)])))
-        tuned = logits[1] + strengths.view(-1, *[1] * (reward.ndim - 1)) * reward
-        return torch.stack([tuned, logits[1]]).log_softmax(-1)
+        return torch.stack([logits[1] + strengths[:, None].to(reward.dtype) * reward, logits[1]]).log_softmax(-1)
 
-    def _heal(
-        self,
-        row: int,
-        text: TextContext,
-        logits: torch.Tensor,
-        now: torch.Tensor,
-        strengths: torch.Tensor,
-        masses: _Masses,
-        rho: torch.Tensor,
-        tables: Tables,
-    ) -> None:
-        """Add source tokens that span the end of a text, from contexts before its last source tokens, in place."""
+    def _heal(self, step: Step, row: int, text: TextContext, logits: torch.Tensor, strength: torch.Tensor) -> None:
+        """Add source tokens that span the end of a text, from contexts before its last source tokens."""
         source = self.vocabularies.source
         spanned, places = b"", []
         for back in range(1, min(HEALED, len(text.path) - text.fixed, logits.shape[1] - 1) + 1):
             spanned = source.bytes[text.path[-back]] + spanned
             if len(spanned) >= source.longest:
                 break
-            if tokens := source.longer_than(spanned):
+            tokens = source.longer_than(spanned)
+            if len(tokens):
                 places.append((back, len(spanned), tokens))
         if not places:
             return
-        device, last = rho.device, places[-1][0]
-        steps = self._log_probs(logits[:, -1 - last : -1], strengths[row].expand(last))  # (2, last, source size)
+        device, last = step.rho.device, places[-1][0]
+        earlier = self._log_probs(logits[:, -1 - last : -1], strength.expand(last))  # (2, last, source size)
         path = torch.tensor(text.path[-last:], device=device)
-        written = steps.gather(-1, path.expand(2, -1)[..., None])[..., 0]
+        written = earlier.gather(-1, path.expand(2, -1)[..., None])[..., 0].to(step.rho.dtype)
         since = written.flip(-1).cumsum(-1)  # log-probabilities of the last 1, 2, ... tokens
         for back, known, tokens in places:
-            ids = torch.tensor(tokens, device=device)
-            found = steps[:, last - back][:, ids] - since[:, back - 1, None]  # relative to the text itself
-            best = found.amax(0)
+            ids = tokens.to(device)
+            found = earlier[:, last - back][:, ids].to(step.rho.dtype) - since[:, back - 1, None]
+            best = found.amax(0)  # the text itself has 0
             order = best.topk(min(_TRIED, len(ids))).indices
-            order = order[best[order] > torch.log(torch.tensor(_LEAST))]
+            order = order[best[order].exp() > _LEAST]
             history = _covering(text.history, known, self.vocabularies)
             targets = torch.tensor(self.vocabularies.continuations(history, known, ids[order].tolist()), device=device)
             is_next = targets >= 0
-            if not bool(is_next.any()):
-                continue
-            targets, added = targets[is_next], found[:, order[is_next]].exp()
-            masses.totals[:, row] += added.sum(-1)
-            fresh = targets.unique()
-            fresh = fresh[tables.is_single[fresh] & (masses.tokens[0, row, fresh] == 0)]
-            masses.tokens[:, row, fresh] = now[:, row, tables.first[fresh]].exp()
-            masses.tokens[:, row].index_add_(-1, targets, added)
-            rho[row, targets] = _ratio(masses.tokens[:, row, targets], rho[row, targets])
+            if bool(is_next.any()):
+                step.add(row, targets[is_next], found[:, order[is_next]].exp())
 
     def _look_ahead(
-        self,
-        texts: Sequence[TextContext],
-        now: torch.Tensor,
-        masses: _Masses,
-        rho: torch.Tensor,
-        scores: torch.Tensor,
-        strengths: torch.Tensor,
-        tables: Tables,
+        self, step: Step, texts: Sequence[TextContext], scores: torch.Tensor, strengths: torch.Tensor
     ) -> None:
-        """Read the second token where most probability waits for it, in place."""
-        log_backbone = scores.to(rho.dtype).log_softmax(-1)
-        combined = (log_backbone + rho.masked_fill(tables.columns < 0, 0.0)).softmax(-1)
+        """Read the second source token where most probability waits for it."""
+        tables, dtype = step.tables, step.rho.dtype
+        log_backbone = scores.log_softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        combined = (log_backbone + step.rho.masked_fill(tables.columns < 0, 0.0)).softmax(-1)
         firsts = tables.first[tables.waiting]
-        waiting = rho.new_zeros(len(rho), self.vocabularies.source.size).index_add_(
-            1, firsts, combined[:, tables.waiting]
-        )
+        waiting = step.rho.new_zeros(len(texts), self.vocabularies.source.size)
+        waiting.index_add_(1, firsts, combined[:, tables.waiting])
         best = waiting.topk(min(self._lookahead, waiting.shape[1]))
         rows, ranks = (best.values > _WAITING).nonzero(as_tuple=True)
         if not len(rows):
@@ -246,24 +257,16 @@ class AcrossVocabularies:
         pairs = list(zip(rows.tolist(), read.tolist(), strict=True))
         logits = self._state.peek([[*texts[row].path, token] for row, token in pairs], 1)
         then = self._log_probs(torch.cat(logits, 1), strengths[rows])  # (2, pairs, source size)
-        ends = torch.searchsorted(firsts, read, right=True).tolist()
-        starts = torch.searchsorted(firsts, read).tolist()
-        off = (masses.totals[1] / masses.totals[0]).log()
+        starts, ends = (torch.searchsorted(firsts, read, right=right).tolist() for right in (False, True))
         for index, (row, token) in enumerate(pairs):
             tokens = tables.waiting[starts[index] : ends[index]]
-            found = (now[:, row, token, None] + then[:, index][:, tables.second[tokens]]).exp()
-            found = (found + masses.tokens[:, row, tokens]) / masses.totals[:, row, None]
-            rho[row, tokens] = _ratio(found + _DAMPING * log_backbone[row, tokens].exp(), rho[row, tokens]) - off[row]
+            chained = step.now[:, row, token, None] + then[:, index][:, tables.second[tokens]].to(dtype)
+            step.resolve(row, tokens, chained, log_backbone[row, tokens].to(dtype))
 
 
-def _pushed(now: torch.Tensor, tables: Tables) -> _Masses:
-    """Return the masses of tokens that several source tokens stand for, of log-probabilities `(2, rows, ...)`."""
-    _, rows, _ = now.shape
-    sums = now.new_zeros(2, rows, len(tables.several))
-    sums.index_add_(-1, tables.pushed, now[:, :, tables.pushing].exp())
-    tokens = now.new_zeros(2, rows, len(tables.columns))
-    tokens[:, :, tables.several] = sums
-    return _Masses(tokens, now.new_ones(2, rows))
+def _exact(device: torch.device) -> torch.dtype:
+    """Return the precision in which probabilities are added up: small ones of large vocabularies count."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _ratio(masses: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
@@ -272,9 +275,9 @@ def _ratio(masses: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
 
 
 def _covering(history: Sequence[int], length: int, vocabularies: VocabularyMap) -> tuple[int, ...]:
-    """Return the last tokens of the backbone that have at least as many bytes."""
-    count, size = 0, 0
-    while count < len(history) and size < length:
+    """Return the last tokens of the backbone that have at least as many bytes, and begin with a whole letter."""
+    count, text = 0, b""
+    while count < len(history) and (len(text) < length or 0x80 <= text[0] < 0xC0):
         count += 1
-        size += len(vocabularies.target.bytes[history[-count]])
+        text = vocabularies.target.bytes[history[-count]] + text
     return tuple(history[len(history) - count :])

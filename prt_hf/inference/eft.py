@@ -11,7 +11,7 @@ from ..networks.anatomy import contract_of
 from ..reward.finetuned import check_finetuned, pretrained_of
 from ..reward.model import RewardModel, Term
 from ..vocabulary import OTHER, VocabularyContract
-from .logits_processor import TermProcessor, tokenizer_of, view_across
+from .logits_processor import TermProcessor, checked_tokenizer, view_across
 
 
 class EFTLogitsProcessor(TermProcessor):
@@ -51,8 +51,8 @@ class EFTLogitsProcessor(TermProcessor):
     ):
         check_finetuned(finetuned)
         pretrained = pretrained_of(finetuned) if pretrained is None else pretrained
-        tokenizer = tokenizer_of(tokenizer)
-        source_tokenizer = tokenizer if source_tokenizer is None else tokenizer_of(source_tokenizer)
+        tokenizer = checked_tokenizer(tokenizer)
+        source_tokenizer = tokenizer if source_tokenizer is None else checked_tokenizer(source_tokenizer)
         contract, _ = (contract_of(network, source_tokenizer) for network in (finetuned, pretrained))
         theirs = VocabularyContract.from_tokenizer(tokenizer)
         match = contract.check(

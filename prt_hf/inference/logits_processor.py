@@ -182,7 +182,7 @@ def view_across(
     return AcrossVocabularies(vocabularies, signs, terms[0].network, untuned, lookahead)
 
 
-def tokenizer_of(processing_class: Any) -> PreTrainedTokenizerBase:
+def checked_tokenizer(processing_class: Any) -> PreTrainedTokenizerBase:
     """Return the tokenizer that is given for a backbone."""
     tokenizer = unwrap_tokenizer(processing_class)
     if tokenizer is None:
@@ -203,8 +203,8 @@ class PRTLogitsProcessor(TermProcessor):
     which take turns at the reward. `strength` and `attention_mask` hold for all of them.
 
     Args:
-        reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors, in any order:
-            each normalises, and a constant per row does not change the output of the next.
+        reward ([`RewardModel`]): on any device, in any precision. Several rewards are several processors. Their order
+            matters only for tokens that are neutral to one of them, and across vocabularies.
         tokenizer: the backbone's own, whose vocabulary is the reward's or an update of it.
             [`RewardModel.processor`] finds it.
         strength (`float`, or one per prompt, *optional*): 1 / lambda; by default the one that the reward was tuned
@@ -265,7 +265,7 @@ class PRTLogitsProcessor(TermProcessor):
                 found="meta",
                 remedy="load it again, without the device `meta`",
             )
-        tokenizer, contract = tokenizer_of(tokenizer), reward.contract
+        tokenizer, contract = checked_tokenizer(tokenizer), reward.contract
         if not isinstance(contract, VocabularyContract):
             raise PRTValueError(
                 "Only rewards over a vocabulary work in `generate`.",

@@ -25,6 +25,7 @@ from .versions import Versions
 
 Path = list[int]  # token ids of a text
 _SPARE = 64  # slots without a token
+_WINDOWS = ("sliding_window", "window_size", "attention_chunk_size")  # what configurations call them
 
 
 class _Plan(NamedTuple):
@@ -96,7 +97,7 @@ class SourceState:
         configs = [unwrap_adapter(network).config for network in networks]
         limits = [*map(context_length, networks), *map(switching_length, configs)]
         self._limit = min((limit for limit in limits if limit), default=None)
-        windows = [getattr(config.get_text_config(), "sliding_window", None) for config in configs]
+        windows = [getattr(config.get_text_config(), name, None) for config in configs for name in _WINDOWS]
         self._window = min((window for window in windows if window), default=None)
         self._versions = [Versions(network) for network in networks]
         self.tokens_computed = 0  # over all calls, for tests and benchmarks
@@ -186,9 +187,8 @@ class SourceState:
         slots = slots[:, : int(used[-1]) + 1 if len(used) else 0]
         new = [path[plan.kept :] for path, plan in zip(paths, plans, strict=True)]
         width = max(map(len, new))
-        tokens = torch.tensor([[0] * (width - len(each)) + each for each in new], dtype=torch.long).view(
-            len(new), width
-        )
+        padded = [[0] * (width - len(each)) + each for each in new]
+        tokens = torch.tensor(padded, dtype=torch.long).view(len(new), width)  # there may be none
         is_new = torch.arange(width) >= torch.tensor([width - len(each) for each in new])[:, None]
         return tokens, torch.cat([slots, is_new], 1)
 

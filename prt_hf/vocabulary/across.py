@@ -176,7 +176,8 @@ class VocabularyMap:
         Returns:
             `list[int]`: -1 where the target would have written its history with other tokens.
         """
-        is_whole = len(self.target.text(history)) == known  # so the target would have written what both have as it is
+        sizes = accumulate(len(self.target.bytes[index]) for index in reversed(history))
+        is_whole = known in sizes  # so the target would have written what both have as it is
         return [
             -1 if is_whole and token in self._shared else self._continued(history, self.source.bytes[token][known:])
             for token in tokens

@@ -1,5 +1,6 @@
 """The tokens of a tokenizer as bytes of text, and the tokens that it writes in the middle of a text."""
 
+import contextlib
 import json
 import re
 from bisect import bisect_left, bisect_right
@@ -8,6 +9,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -65,7 +67,7 @@ class ByteTokens:
         self.ids = {self.bytes[index]: index for index in in_order}  # a plain token goes before a byte's
         self.longest = max(map(len, self.ids), default=0)
         self._sorted = sorted(self.ids)
-        self._sorted_ids = [self.ids[text] for text in self._sorted]
+        self._sorted_ids = torch.tensor([self.ids[text] for text in self._sorted], dtype=torch.long)
         self.start = list(takewhile(lambda index: self.bytes[index] is None, tokenizer.encode("a")))
         self._is_of_words = not any(map(_ACROSS_WORDS.search, self.ids))
         self._check()
@@ -107,7 +109,9 @@ class ByteTokens:
         return b"".join([self.bytes[index] or b"" for index in ids])
 
     def encode(self, text: bytes) -> list[int]:
-        """Return the tokens of bytes in the middle of a text; of those that are no text, the longest that they have.
+        """Return the tokens of bytes in the middle of a text.
+
+        A last letter that is torn is written as if it were whole, other bytes that are no text with the longest tokens.
 
         A long text is divided at spaces where it makes no difference. What a text is divided into depends on the text
         alone, and all but its end has been encoded before while it grows.
@@ -123,21 +127,25 @@ class ByteTokens:
 
     def encode_many(self, texts: Sequence[bytes]) -> list[list[int]]:
         """Return the tokens of each of many short texts."""
-        pieces = [_INVALID.split(text.decode("utf-8", "surrogateescape")) for text in texts]
+        completed = list(map(_completed, texts))
+        pieces = [_INVALID.split(text.decode("utf-8", "surrogateescape")) for text in completed]
         valid = iter(self._encoder.encode_batch_fast([piece for each in pieces for piece in each[::2] if piece]))
         found = []
-        for each in pieces:
+        for text, whole, each in zip(texts, completed, pieces, strict=True):
             ids: list[int] = []
             for number, piece in enumerate(each):
                 if number % 2:
                     ids += self._encode_torn(piece.encode("utf-8", "surrogateescape"))
                 elif piece:
                     ids += next(valid).ids
-            found.append(ids)
+            length = len(whole)
+            while length > len(text):
+                length -= len(self.bytes[ids.pop()])
+            found.append(ids + self._encode_torn(text[length:]))
         return found
 
     def _encode_torn(self, text: bytes) -> list[int]:
-        """Return the longest tokens, one after another, as tokenizers write letters of several tokens."""
+        """Return the longest tokens, one after another."""
         ids = []
         while text:
             index = self._longest_start(text)
@@ -148,24 +156,33 @@ class ByteTokens:
 
     def first_of_many(self, texts: Sequence[bytes]) -> list[int]:
         """Return the first token of each of many texts, which may end inside of a letter; -1 if there is none."""
-        return [
-            self._longest_start(text) if _INVALID.search(text.decode("utf-8", "surrogateescape")) else [*ids, -1][0]
-            for text, ids in zip(texts, self.encode_many(texts), strict=True)
-        ]
+        return [[*ids, -1][0] for ids in self.encode_many(texts)]
 
     def _longest_start(self, text: bytes) -> int:
-        """Return the longest token that a text starts with: what stands after it is not known yet."""
+        """Return the longest token that a text starts with, -1 if there is none."""
         starts = (text[:length] for length in range(min(len(text), self.longest), 0, -1))
         return next((self.ids[start] for start in starts if start in self.ids), -1)
 
-    def longer_than(self, text: bytes) -> list[int]:
-        """Return the tokens that start with a text and go on."""
+    def longer_than(self, text: bytes) -> torch.LongTensor:
+        """Return the tokens that start with a text and go on, `(tokens,)`."""
         ends_before = text.rstrip(b"\xff")
         low = bisect_right(self._sorted, text)
         if not ends_before:
             return self._sorted_ids[low:]
         after = ends_before[:-1] + bytes([ends_before[-1] + 1])
         return self._sorted_ids[low : bisect_left(self._sorted, after)]
+
+
+def _completed(text: bytes) -> bytes:
+    """Add bytes that make a letter of the last ones, if these begin one."""
+    for back in range(1, min(3, len(text)) + 1):
+        if text[-back] >= 0xC0:
+            lacking = 1 + (text[-back] >= 0xE0) + (text[-back] >= 0xF0) - (back - 1)
+            for last in (b"\xa0\x80\x80"[:lacking], b"\x80" * lacking):  # 0xE0 and 0xF0 allow the one, 0xED the other
+                with contextlib.suppress(UnicodeDecodeError):
+                    (text[-back:] + last).decode()
+                    return text + last
+    return text
 
 
 def _inside_a_text(settings: Any) -> tuple[Any, bytes]:

@@ -116,7 +116,8 @@ def test_another_vocabulary_does_not_fit(folder, capsys):
         "  expected: the 97 tokens that the reward was tuned with, or an update of that vocabulary",
         "  found: 97 tokens, 98.94 % of the ordinary ones shared; 2 differ, as token (id in the reward -> id in the "
         "backbone): 'w5' (5 -> absent), 'v5' (absent -> 5)",
-        "  remedy: use a backbone of the same family, or tune a reward for this one",
+        "  remedy: `across_vocabularies=True` in a language model, a backbone of the same family, or a reward that is "
+        "tuned for this one",
     ]
     status, out, _ = check(capsys, "reward", "other", "--json", "--data", "never read")
     found = json.loads(out)

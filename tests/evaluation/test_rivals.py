@@ -267,7 +267,8 @@ def test_the_command_asks_with_examples_and_tunes_rivals(places, capsys):
     Path("test.jsonl").write_text('{"text": "w3 w4 w5"}\n{"text": "w6 w7 w8 w9"}\n')
     Path("train.jsonl").write_text('{"text": "w3 w4 w6"}\n' * 9)
     command = ["evaluate", "reward", "--targets", "new", "--data", "test.jsonl", "--few_shot", "1"]
-    assert main([*command, "--tune_rivals", "2", "--train_data", "train.jsonl"]) == 0
+    assert main([*command, "--tune_rivals", "2", "--train_data", "train.jsonl", "--output_dir", "out"]) == 0
+    assert Path("out/report.png").is_file()
     out = capsys.readouterr().out
     assert all(f"| {name} |" in out for name in ("few-shot", "LoRA, as many steps", "LoRA, as much compute"))
     assert "LoRA at new: 2 steps, and 4 for as much compute" in out

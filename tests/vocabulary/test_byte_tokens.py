@@ -77,17 +77,26 @@ def test_a_torn_text_comes_back(kind, data):
     assert tokens.text(tokens.encode(torn)) == torn
 
 
-def test_the_rest_of_a_letter_is_written_with_the_longest_tokens():
-    """As the tokenizer writes the whole letter, of which it has no single token."""
+@pytest.mark.parametrize("digits", texts.DIGITS)
+def test_a_torn_letter_is_written_as_in_the_whole_text(digits):
+    """Tokens that end inside of a letter have a part of the one before, or a space, in them."""
+    tokens = ByteTokens(texts.byte_level(420, digits))
+    torn = 0
+    for text in [*texts.SENTENCES, texts.TEXT]:
+        ids = tokens.encode(text.encode())
+        for length in range(len(ids)):
+            if "\ufffd" in tokens.text(ids[:length]).decode(errors="replace"):
+                assert tokens.encode(tokens.text(ids[:length])) == ids[:length]
+                torn += 1
+    assert torn > 20
+
+
+def test_bytes_that_are_no_text_are_written_with_the_longest_tokens():
     tokens = ByteTokens(texts.greedy([b"\xf0\x9f", b"\xf0\x9f\x98", b"\x98\x80"]))
-    assert tokens.encode(b"a\xf0\x9f\x98") == [tokens.ids[b"a"], tokens.ids[b"\xf0\x9f\x98"]]
-    assert tokens.encode(b"a\xf0\x9f") == [tokens.ids[b"a"], tokens.ids[b"\xf0\x9f"]]
-    assert tokens.encode(b"\x98\x80a") == [tokens.ids[b"\x98\x80"], tokens.ids[b"a"]]
-    assert tokens.first_of_many([b"\xf0\x9f\x98", b"a\xf0", b"\x98"]) == [
-        tokens.ids[b"\xf0\x9f\x98"],
-        tokens.ids[b"a"],
-        tokens.ids[b"\x98"],
-    ]
+    for parts in ([b"a", b"\xf0\x9f\x98"], [b"a", b"\xf0\x9f"], [b"\x98\x80", b"a"], [b"\xf0\x9f", b"\xff", b"\xf0"]):
+        assert tokens.encode(b"".join(parts)) == [tokens.ids[part] for part in parts]
+        assert tokens.first_of_many([b"".join(parts)]) == [tokens.ids[parts[0]]]
+    assert tokens.first_of_many([b""]) == [-1]
 
 
 @over_kinds
@@ -124,7 +133,7 @@ def test_tokens_of_several_words_are_not_divided():
 @given(text=st.one_of(st.binary(max_size=2), st.sampled_from([b" ", b" t", b"\xff", b"a\xff", b"\xff\xff", b"1"])))
 def test_longer_tokens(kind, text):
     tokens = TOKENS[kind]
-    found = tokens.longer_than(text)
+    found = tokens.longer_than(text).tolist()
     assert {tokens.bytes[index] for index in found} == {
         each for each in tokens.ids if each.startswith(text) and each != text
     }
