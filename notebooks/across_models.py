@@ -104,8 +104,8 @@ class Bytes:
     def _tokens_that_go_on(self, start: bytes) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Return tokens that start with some bytes and go on, and the column of the byte after them."""
         ids = self._tokens.longer_than(start)
-        columns = [self._column[self._tokens.bytes[index][len(start)]] for index in ids]
-        return torch.tensor(ids, dtype=torch.long), torch.tensor(columns, dtype=torch.long)
+        columns = [self._column[self._tokens.bytes[index][len(start)]] for index in ids.tolist()]
+        return ids, torch.tensor(columns, dtype=torch.long)
 
     @torch.no_grad()
     def __call__(self, text: str) -> Seen:

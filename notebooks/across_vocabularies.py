@@ -71,7 +71,7 @@ PARTS = (
     Part("control: seen through merged tokens", NEW, 12, (OLD,), (0, 8), "stories"),
     Part("control: seen through merged tokens that span lines", NEW, 16, (OLD,), (0, 8), "bullets"),
     Part("SmolLM2-135M-Instruct", SMOLLM2, 12, tuple(SOURCES), (0, 8)),
-    Part("Gemma 3 270M", GEMMA, 4, (NEW,), (0, 8)),
+    Part("Gemma 3 270M", GEMMA, 4, (NEW, "stories3000"), (0, 8)),
     Part("German and Chinese: one vocabulary", NEW, 0, (OLD,), (0,)),
     Part("German and Chinese: SmolLM2-135M-Instruct", SMOLLM2, 0, (OLD,), (0, 8)),
     Part("German and Chinese: Gemma 3 270M", GEMMA, 0, (OLD,), (0, 8)),
@@ -347,10 +347,7 @@ def table(results: dict) -> str:
     for part, prompts in results["written"].items():
         plain = [prompts[prompt] for prompt in PROMPTS]
         lines += ["", f"**{part}**, {len(plain)} prompts, 48 tokens each, greedy, strength 1", ""]
-        lines += [
-            '| | lines that start with "- " | CPU ms per token | source tokens read per token |',
-            "|---" * 4 + "|",
-        ]
+        lines += ['| | lines with "- " first | CPU ms per token | source tokens per token |', "|---" * 4 + "|"]
         for row in plain[0]:
             runs = [prompt[row] for prompt in plain]
             written = [line for run in runs for line in run["text"].split("\n")[1:] if line]
@@ -364,11 +361,7 @@ def table(results: dict) -> str:
         shares = f"{found['both have']:.0%} | {found['several']:.0%}"
         seconds = f"{found['seconds of tokens']:.1f} s | {found['seconds of tables']:.1f} s"
         lines.append(f"| {pair} | {sizes} | {shares} | {seconds} | {found['MiB']:.0f} MiB |")
-    lines += [
-        "",
-        "| reward | CPU ms per token | times one vocabulary | source tokens read per token |",
-        "|---" * 4 + "|",
-    ]
+    lines += ["", "| reward | CPU ms per token | times one vocabulary | source tokens per token |", "|---" * 4 + "|"]
     rows = results["speed"][SMOLLM2]["times"]
     for row, found in rows.items():
         ms, same = (statistics.median(each["ms"]) for each in (found, rows["the same vocabulary"]))
@@ -381,9 +374,7 @@ def main() -> None:
     parser.add_argument("--assets", type=Path, default=os.environ.get("PRT_ASSETS"), help="or PRT_ASSETS")
     parser.add_argument("--models", type=Path, help="a folder with the two models")
     parser.add_argument("--work", type=Path, default=Path("across_vocabularies"), help="where the rewards lie, or will")
-    parser.add_argument(
-        "--output", type=Path, default=Path("across_vocabularies.json"), help="continued where it exists"
-    )
+    parser.add_argument("--output", type=Path, default=Path("across_vocabularies.json"), help="is continued")
     parser.add_argument("--part", default="", help="only what has this in its name: control, SmolLM2, tables, ...")
     parser.add_argument("--table", action="store_true", help="only print the tables of the output")
     args = parser.parse_args()
