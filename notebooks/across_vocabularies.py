@@ -68,7 +68,7 @@ class Part:
 PARTS = (
     Part("control: one vocabulary", NEW, 25, (OLD,), (0,)),
     Part("control: seen as bytes", NEW, 25, (OLD,), (8,), "bytes"),
-    Part("control: seen through merged tokens", NEW, 12, (OLD,), (0, 8), "stories"),
+    Part("control: seen through merged tokens", NEW, 25, (OLD,), (0, 8), "stories"),
     Part("control: seen through merged tokens that span lines", NEW, 16, (OLD,), (0, 8), "bullets"),
     Part("SmolLM2-135M-Instruct", SMOLLM2, 12, tuple(SOURCES), (0, 8)),
     Part("Gemma 3 270M", GEMMA, 4, (NEW, "stories3000"), (0, 8)),
