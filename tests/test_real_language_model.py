@@ -43,9 +43,9 @@ def folder(tmp_path_factory):
     del model
     args = PRTSFTConfig(
         str(folder / "run"),
-        max_steps=40,
+        max_steps=25,
         per_device_train_batch_size=4,
-        learning_rate=2e-3,
+        learning_rate=4e-3,
         logging_steps=1,
         report_to=[],
         use_cpu=True,
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
         seed=0,
     )
     base = AutoModelForCausalLM.from_pretrained(folder / "smollm2", dtype=torch.float32)
-    config = default_peft_config(base, top_layers=4)
+    config = default_peft_config(base, top_layers=2)
     reward = RewardModel.from_base(base, AutoTokenizer.from_pretrained(folder / "smollm2"), config)
     trainer = PRTSFTTrainer(reward, args, train_dataset=Dataset.from_list(ROWS))
     trainer.train()

@@ -198,8 +198,8 @@ def rows_of(dataset):
     return list(dataset["input_ids"])
 
 
-def test_examples_of_a_chat_are_its_turns(tokenizer):
-    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+def test_examples_of_a_chat_are_its_turns():
+    tokenizer = tiny.tokenizer(chat_template=tiny.CHAT_TEMPLATE)
     turns = [[{"role": "user", "content": "w5"}, {"role": "assistant", "content": f"w{end}"}] for end in (6, 7)]
     reward = reward_on(tiny.llama(1), tokenizer)
     expected = tokenizer("w3 w5 w4 w6 w3 w5 w4 w7", add_special_tokens=False)["input_ids"]
