@@ -25,6 +25,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import UnsupportedError
 from ..functional import strength_of_rows
+from ..vocabulary import OTHER
 from .context import Prompt
 from .logits_processor import PRTLogitsProcessor
 from .speculative import speculative_decoding
@@ -95,7 +96,10 @@ def generate_with_processors(
                 found="`output_logits`, with a reward that reads other tokens or a prompt of its own",
             )
         others = backbone._get_logits_processor
-        backbone._get_logits_processor = lambda *args, **given: LogitsProcessorList([*rewards, *others(*args, **given)])
+        in_order = sorted(rewards, key=lambda reward: reward.match.kind == OTHER)  # as a forward pass adds them
+        backbone._get_logits_processor = lambda *args, **given: LogitsProcessorList(
+            [*in_order, *others(*args, **given)]
+        )
         if assistant_model is not None:
             kwargs["assistant_model"] = assistant_model
         if tokenizer is not None:

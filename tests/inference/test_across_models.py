@@ -82,6 +82,9 @@ def test_a_strength_for_each_row_and_several_rewards(backbone):
     for processor in processors:
         scores = processor(ids, scores)
     assert (found[1, -1] - scores[0]).abs().max() < 1e-4
+    settings = {"max_new_tokens": 1, "output_scores": True, "return_dict_in_generate": True}
+    (generated,) = model.generate(**inputs, **settings, do_sample=False).scores
+    assert (generated - found[:, -1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("options", [{"do_sample": False}, {"num_beams": 3}, {"do_sample": True}])
