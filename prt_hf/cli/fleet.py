@@ -12,7 +12,7 @@ from .arguments import COLUMNS, chosen_device, config_kwargs, evaluation_rows, l
 _YAML = (".yaml", ".yml")
 _OF_ONE_REWARD = (
     *("eft", "finetuned", "lora", "baked", "few_shot", "tune_rivals"),
-    *("tasks", "include_path", "methods", "write_card"),
+    *("tasks", "include_path", "methods", "write_card", "across_vocabularies"),
 )
 _KEYS = ("reward", "data", "split", *(f"{name}_column" for name in COLUMNS), "samples", "max_length")
 
