@@ -104,9 +104,16 @@ def measure_across(
 
     Raises:
         VocabularyMismatchError, UnsupportedError: As raised by the processor.
-        PRTValueError: The rows have other columns, or nothing can be scored.
+        PRTValueError: The backbone has the reward's vocabulary, the rows have other columns, or nothing can be scored.
     """
     processor = reward.processor(backbone, tokenizer, across_vocabularies=True, **kwargs)
+    if processor.vocabularies is None:
+        raise PRTValueError(
+            "The backbone has the reward's own vocabulary.",
+            expected="a backbone with another one",
+            found=f"{backbone.name_or_path or type(backbone).__name__}: {processor.match}",
+            remedy="measure it without `--across_vocabularies`, in nats per token",
+        )
     own = unwrap_tokenizer(reward.processing_class)
     source = PRTForCausalLM.from_parts(source_of(reward, kwargs.get("source_backbone")), [reward], tokenizer=own)
     source.eval()

@@ -69,6 +69,8 @@ def test_evaluate(folder, capsys):
     assert (folder / "report" / "across_vocabularies.txt").read_text() == out
     status, _, err = run(capsys, *arguments, OPTION, "--eft", "source")
     assert status == 1 and "compared with the bare backbone alone" in err
+    status, _, err = run(capsys, "evaluate", "reward", "--targets", "source", *arguments[4:], OPTION)
+    assert status == 1 and "has the reward's own vocabulary" in err
     status, _, err = run(capsys, "evaluate", "reward", "source", "--targets", "backbone", OPTION)
     assert status == 1 and f"{OPTION} goes with one reward" in err
 
