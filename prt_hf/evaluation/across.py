@@ -18,6 +18,7 @@ from ..vocabulary import unwrap_tokenizer
 from .portability import to_json_numbers
 from .tally import ERRORS
 
+_ROOM = 16  # source tokens by which a text may grow: cut inside of a word, and by those that are looked ahead
 FACTORS = (0.25, 0.5, 1.0)  # times the reward's own strength: a weak source overshoots on a strong backbone
 
 
@@ -121,9 +122,15 @@ def measure_across(
     totals: dict[Any, list[float]] = {name: [] for name in ("source", "prt_source", "target", *strengths)}
     sizes: dict[str, list[int]] = {"source": [], "target": []}
     tokens = in_place = 0
+    limit = context_length(source.backbone)
     for row in rows:
-        ids, start, size = _encoded(row, own, min(length, context_length(source.backbone) or length))
-        theirs, first, their_size = _encoded(row, processor.tokenizer, min(length, context_length(backbone) or length))
+        prompt, text = _text_of(row)
+        text = text if limit is None else _cut(text, own, limit - _ROOM)
+        if len(text) <= len(prompt):
+            continue
+        ids, start, size = _encoded(prompt, text, own, length)
+        their_length = min(length, context_length(backbone) or length)
+        theirs, first, their_size = _encoded(prompt, text, processor.tokenizer, their_length)
         if not size or not their_size:
             continue
         own_ids = ids.to(source.device)
@@ -146,19 +153,30 @@ def measure_across(
     return _figures(totals, sizes, strengths, in_place / tokens, processor.tokens_computed / tokens / len(strengths))
 
 
-def _encoded(row: dict, tokenizer: PreTrainedTokenizerBase, length: int) -> tuple[torch.LongTensor, int, int]:
-    """Return the tokens of a row, `(1, length)`, the first one that is scored, and the bytes from there on."""
+def _text_of(row: dict) -> tuple[str, str]:
+    """Return the prompt of a row, which is not scored, and its whole text."""
     if "text" in row:
-        prompt, text = "", row["text"]
-    elif isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        prompt, text = row["prompt"], row["prompt"] + row["completion"]
-    else:
-        raise PRTValueError(
-            "The rows hold no texts that two tokenizers can read.",
-            expected="columns text, or prompt and completion",
-            found=", ".join(row),
-            remedy="write chats as prompt and completion",
-        )
+        return "", row["text"]
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return row["prompt"], row["prompt"] + row["completion"]
+    raise PRTValueError(
+        "The rows hold no texts that two tokenizers can read.",
+        expected="columns text, or prompt and completion",
+        found=", ".join(row),
+        remedy="write chats as prompt and completion",
+    )
+
+
+def _cut(text: str, tokenizer: PreTrainedTokenizerBase, length: int) -> str:
+    """Return the beginning of a text that has at most as many tokens."""
+    ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
+    return text if len(ends) <= length else text[: ends[length - 1]]
+
+
+def _encoded(
+    prompt: str, text: str, tokenizer: PreTrainedTokenizerBase, length: int
+) -> tuple[torch.LongTensor, int, int]:
+    """Return the tokens of a text, `(1, length)`, the first one that is scored, and the bytes from there on."""
     ids = tokenizer(text).input_ids[:length]
     ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
     start = 1

@@ -184,3 +184,13 @@ def test_nats_per_byte(backbone):
     assert found.prt_target[1.0] == pytest.approx(total / size, abs=1e-5)
     gain, error = found.gains[1.0]
     assert gain == pytest.approx(found.nats["target"] - found.prt_target[1.0], abs=1e-6) and error > 0
+
+
+def test_texts_longer_than_the_source_reads():
+    """They are cut off where the source ends, for both models alike."""
+    reward, backbone = reward_of(), texts.model(TARGET, seed=1, max_position_embeddings=1024)
+    long = " ".join(texts.SENTENCES)
+    found = measure_across(reward, backbone, Dataset.from_dict({"text": [long]}), tokenizer=TARGET)
+    end = SOURCE(long, return_offsets_mapping=True)["offset_mapping"][256 - 16 - 1][1]
+    short = measure_across(reward, backbone, Dataset.from_dict({"text": [long[:end]]}), tokenizer=TARGET)
+    assert 0 < end < len(long) and found.size == short.size and found.prt_target == short.prt_target
