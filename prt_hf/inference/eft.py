@@ -73,9 +73,10 @@ class EFTLogitsProcessor(TermProcessor):
         strength: float | torch.Tensor | list[float] = 1.0,
         attention_mask: torch.LongTensor | None = None,
         token_map: Mapping[str, str] | None = None,
+        across_vocabularies: bool = False,
         **load_kwargs,
     ) -> "EFTLogitsProcessor":
-        """Carry an ordinary PEFT adapter of a language model over to any backbone that its base's vocabulary fits.
+        """Carry an ordinary PEFT adapter of a language model over to a backbone.
 
         Args:
             path_or_repo: folder or repository id of a LoRA or another adapter of layers; its base is loaded as
@@ -84,6 +85,7 @@ class EFTLogitsProcessor(TermProcessor):
             strength: as for [`PRTLogitsProcessor`].
             attention_mask: as for [`PRTLogitsProcessor`].
             token_map: as for [`PRTLogitsProcessor`].
+            across_vocabularies: as for [`PRTLogitsProcessor`].
             **load_kwargs: for [`RewardModel.from_adapter`]: `base_model`, `revision`, `token`, `subfolder`, `dtype`,
                 ...
 
@@ -99,4 +101,5 @@ class EFTLogitsProcessor(TermProcessor):
             attention_mask=attention_mask,
             token_map=token_map,
             source_tokenizer=reward.processing_class,
+            across_vocabularies=across_vocabularies,
         )

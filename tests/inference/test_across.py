@@ -567,10 +567,11 @@ def test_an_adapter_that_is_carried_over(tmp_path):
         "two models": EFTLogitsProcessor(
             network, TARGET, pretrained=base, source_tokenizer=SOURCE, strength=0.7, across_vocabularies=True
         ),
+        "folder": EFTLogitsProcessor.from_adapter(tmp_path / "lora", TARGET, strength=0.7, across_vocabularies=True),
     }
     scores = torch.randn(len(PROMPTS), len(TARGET), generator=torch.Generator().manual_seed(0))
     found = {name: processor(inputs["input_ids"], scores) for name, processor in processors.items()}
-    for name in ("EFT", "two models"):
+    for name in ("EFT", "two models", "folder"):
         torch.testing.assert_close(found[name], found["reward"], atol=1e-4, rtol=1e-4)
     texts_of_all = [generate(backbone, each, inputs) for each in processors.values()]
     assert all(torch.equal(each, texts_of_all[0]) for each in texts_of_all)
