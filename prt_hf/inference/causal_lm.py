@@ -150,7 +150,7 @@ class PRTForCausalLM(PRTPreTrainedModel, GenerationMixin):
         if any(match.is_across for match in self.matches):
             positions = torch.arange(input_ids.shape[1])[None].to(input_ids.device)
             positions = _keep(positions, logits_to_keep, input_ids.shape[1])[0]
-            log_probs = add_rewards_across(self, input_ids, attention_mask, positions, log_probs)
+            log_probs = add_rewards_across(self, input_ids, attention_mask, position_ids, positions, log_probs)
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(

@@ -120,6 +120,7 @@ def add_rewards_across(
     model: "PRTForCausalLM",
     input_ids: torch.LongTensor,
     attention_mask: torch.Tensor | None,
+    position_ids: torch.LongTensor | None,
     positions: torch.LongTensor,
     log_probs: torch.Tensor,
 ) -> torch.Tensor:
@@ -129,11 +130,13 @@ def add_rewards_across(
         model: the PRT model.
         input_ids: `(batch_size, sequence_length)`.
         attention_mask (*optional*): of the same shape, 0 at padding.
+        position_ids (*optional*): refused if a row holds several documents.
         positions: of the tokens after which log-probabilities are wanted, `(n,)`, in ascending order.
         log_probs: with all other rewards, `(batch_size, n, vocab_size)`.
 
     Raises:
-        UnsupportedError: the model is in training mode, or the mask says more than what is padding.
+        UnsupportedError: the model is in training mode, the mask says more than what is padding, or a row holds several
+            documents.
     """
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     if model.training or mask.shape != input_ids.shape:
@@ -142,6 +145,12 @@ def add_rewards_across(
             expected="evaluation mode, and a mask of the shape of the tokens",
             found=f"training={model.training}, a mask of shape {tuple(mask.shape)}",
             remedy="tune the reward on a backbone with its own vocabulary",
+        )
+    if position_ids is not None and bool((position_ids != mask.cumsum(1) - 1)[mask.bool()].any()):
+        raise UnsupportedError(
+            "A reward of another vocabulary reads a row as one text.",
+            expected="one document in each row",
+            found="`position_ids` that start anew",
         )
     processors = _PROCESSORS.pop(model, None) or _processors(model)
     rows = []

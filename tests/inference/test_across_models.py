@@ -127,6 +127,9 @@ def test_what_needs_one_vocabulary_is_refused(model):
         model(**inputs, use_cache=True)
     with pytest.raises(UnsupportedError, match="no rows for some of the backbone's tokens"):
         model.base_model(**inputs)
+    packed = torch.arange(inputs["input_ids"].shape[1])[None] % 3
+    with pytest.raises(UnsupportedError, match="reads a row as one text"):
+        model(**inputs, position_ids=packed, use_cache=False)
     try:
         with pytest.raises(UnsupportedError, match="is not tuned there"):
             model.train()(**inputs, use_cache=False)
