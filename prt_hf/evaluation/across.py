@@ -74,6 +74,8 @@ class AcrossReport:
         for strength, (gain, error) in self.gains.items():
             name = f"target, strength {strength:g}"
             lines.append(f"  {name:<26}{self.prt_target[strength]:>9.4f}{gain:>+11.4f} +- {error:.4f}")
+        if all(gain <= 0 for gain, _ in self.gains.values()):
+            return [*lines, "", "strength: the target is best without the reward"]
         gain, error = self.gain
         if self.strength == own:
             return [*lines, "", f"strength: {own:g}, the reward's own, is best on half of the rows"]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from prt_hf import BakeConfig, PRTForCausalLM, RewardModel, VocabularyMismatchError, bake
 from prt_hf.errors import UnsupportedError
-from prt_hf.evaluation.across import measure_across
+from prt_hf.evaluation.across import AcrossReport, measure_across
 
 SOURCE, TARGET = texts.byte_level(300), texts.sentencepiece(150)
 PROMPTS = ["The girl went to the sea", "123 and 20"]
@@ -187,6 +187,17 @@ def test_nats_per_byte(backbone):
     assert found.prt_target[1.0] == pytest.approx(total / size, abs=1e-5)
     gain, error = found.gains[1.0]
     assert gain == pytest.approx(found.nats["target"] - found.prt_target[1.0], abs=1e-6) and error > 0
+
+
+@pytest.mark.parametrize(
+    ("first_gain", "advice"),
+    [(0.2, "use --strength 0.25 in the place of 1; "), (-0.01, "the target is best without the reward")],
+)
+def test_the_advice_on_strength(first_gain, advice):
+    gains = {0.25: (first_gain, 0.01), 0.5: (-0.1, 0.01), 1.0: (-0.4, 0.02)}
+    figures = dict.fromkeys(("source", "prt_source", "target"), 1.0), dict.fromkeys(gains, 1.0)
+    report = AcrossReport(4, 100, *figures, gains, strength=0.25, gain=(0.3, 0.02), in_place=0.5, rows_per_token=2.0)
+    assert report.lines()[-1].startswith(f"strength: {advice}")
 
 
 def test_texts_longer_than_the_source_reads():
