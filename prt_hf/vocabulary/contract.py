@@ -178,6 +178,7 @@ class VocabularyContract:
             )
         match = self.match(backbone, token_map, tokenizer)
         if match.kind == OTHER and across_vocabularies:
+            self.counterparts(backbone, token_map)  # refuses a wrong map
             return replace(match, renamed=dict(token_map or {}))
         if match.kind == OTHER:
             raise VocabularyMismatchError(

@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from prt_hf import BakeConfig, PRTForCausalLM, RewardModel, VocabularyMismatchError, bake
-from prt_hf.errors import UnsupportedError
+from prt_hf.errors import PRTValueError, UnsupportedError
 from prt_hf.evaluation.across import AcrossReport, measure_across
 
 SOURCE, TARGET = texts.byte_level(300), texts.sentencepiece(150)
@@ -117,6 +117,13 @@ def test_recipes_remember(model, backbone, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "recipe")
     inputs = encoded()
     assert torch.equal(loaded(**inputs, use_cache=False).logits, made.eval()(**inputs, use_cache=False).logits)
+
+
+def test_a_wrong_token_map_is_refused_at_once(backbone):
+    with pytest.raises(PRTValueError, match="names an unknown token"):
+        PRTForCausalLM.from_parts(
+            backbone, [reward_of()], tokenizer=TARGET, across_vocabularies=True, token_map={"<new>": "</s>"}
+        )
 
 
 def test_what_needs_one_vocabulary_is_refused(model):
