@@ -47,7 +47,8 @@ def check_models(
     if not any(needed.get(method, True) for method in methods):
         raise PRTValueError(
             "There is nothing to measure.",
-            expected="the fine-tuned models: `eft=` of the source, `finetuned=`, `lora=` or `baked=` of the targets",
+            expected="the fine-tuned models: `eft=` of the source, `finetuned=`, `lora=` or `baked=` of the targets; "
+            "or `few_shot=` or `tuning=` for rivals that are made here",
             found=f"only the methods {', '.join(methods)}, without a model that they need",
         )
 

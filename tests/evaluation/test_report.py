@@ -507,6 +507,7 @@ def test_arguments_that_cannot_be_right_are_refused(places, tokenizer):
         ({"methods": ("prompting",)}, "expected: pretrained, eft, prt, .*, lora_compute, baked\n  found: 'prompting'$"),
         ({"methods": ()}, "There is nothing to measure"),
         ({"methods": ("eft",), "eft": None}, "found: only the methods eft, without a model that they need"),
+        ({"methods": ("few_shot",), "eft": None}, "or `few_shot=` or `tuning=` for rivals that are made here"),
         ({"strength": math.nan}, "The strength is not a number"),
         ({"output_dir": "one/config.json"}, "Nothing can be written into one/config.json"),
         ({"output_dir": "one/config.json/report"}, "config.json is a file"),
