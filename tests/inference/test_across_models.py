@@ -181,11 +181,8 @@ def test_nats_per_byte(backbone):
     for row in rows:
         ids = TARGET(row["prompt"] + row["completion"], return_tensors="pt").input_ids
         ids = ids[:, :-1] if ids[0, -1] == TARGET.eos_token_id else ids
-        start = len(TARGET(row["prompt"].rstrip()).input_ids) - int(ids[0, -1] == TARGET.eos_token_id)
-        own = TARGET(row["prompt"]).input_ids
-        start = next(
-            (i for i, pair in enumerate(zip(ids[0].tolist(), own, strict=False)) if pair[0] != pair[1]), len(own)
-        )
+        prompt = TARGET(row["prompt"]).input_ids
+        start = next((i for i, own in enumerate(prompt) if own != ids[0, i]), len(prompt))
         for end in range(start, ids.shape[1]):
             logits = backbone(input_ids=ids[:, :end]).logits[:, -1]
             total -= processor(ids[:, :end], logits)[0, ids[0, end]].item()
