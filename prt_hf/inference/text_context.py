@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UnsupportedError
-from ..vocabulary import VocabularyMatch
+from ..vocabulary import OTHER, VocabularyMatch
 from ..vocabulary.across import VocabularyMap
 from ..vocabulary.translation import check_ids
 from .context import RewardContext
@@ -37,7 +37,7 @@ class TextContexts(RewardContext):
     def __init__(self, vocabularies: VocabularyMap):
         self._map = vocabularies
         self._seen: dict[int, None] = {}  # hashes of rows
-        match = VocabularyMatch("other", vocabularies.target.size, vocabularies.source.size)
+        match = VocabularyMatch(OTHER, vocabularies.target.size, vocabularies.source.size)
         super().__init__(vocabularies.target.tokenizer, match)
 
     def texts(self, input_ids: torch.LongTensor) -> list[TextContext]:

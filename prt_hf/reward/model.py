@@ -348,16 +348,8 @@ class RewardModel(Shareable):
             PRTValueError: the backbone is made for another task, or a map names an unknown token or label.
             VocabularyMismatchError, LabelMismatchError: the backbone has other tokens or labels.
         """
-        return match_backbone(
-            self.config,
-            self.processing_class,
-            backbone,
-            processing_class,
-            token_map,
-            label_map,
-            allow_partial,
-            across_vocabularies,
-        )
+        maps = token_map, label_map, allow_partial, across_vocabularies
+        return match_backbone(self.config, self.processing_class, backbone, processing_class, *maps)
 
     def processor(self, backbone: PreTrainedModel, tokenizer: Any = None, **kwargs) -> "PRTLogitsProcessor":
         """Return the logits processor that adds this reward to a backbone in `generate`.
