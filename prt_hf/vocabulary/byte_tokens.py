@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UnsupportedError
-from .spelling import byte_of, spelling
+from .spelling import byte_of, is_sentencepiece, spelling
 
 # Words, numbers, code, spaces, letters of two to four bytes, characters of several letters: all composed (NFC).
 _PROBES = (
@@ -83,14 +83,11 @@ class ByteTokens:
                 text = as_bytes(token)
                 byte = byte_of(token) if text == token.encode() and index not in added else None
                 found[index] = text if byte is None else bytes([byte])
+        spelled = as_bytes if is_sentencepiece(self.tokenizer) else str.encode
         for index, token in added.items():  # the tokenizer decodes to it, whatever else has its id
             if index not in special:
-                found[index] = as_bytes(token.content) if self._is_sentencepiece else token.content.encode()
+                found[index] = spelled(token.content)
         return found
-
-    @property
-    def _is_sentencepiece(self) -> bool:
-        return "▁" in json.dumps(self.tokenizer.backend_tokenizer.decoder.__getstate__().decode(), ensure_ascii=False)
 
     def _check(self) -> None:
         for text in _PROBES:

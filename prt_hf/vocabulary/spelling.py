@@ -61,13 +61,23 @@ def byte_of(token: str) -> int | None:
     return None if found is None else int(found[1], 16)
 
 
+def is_sentencepiece(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer writes a space as "▁"."""
+    form = _decoder(tokenizer)
+    return "ByteLevel" not in form and ("▁" in form or "\\u2581" in form)
+
+
+def _decoder(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the settings of what turns tokens into text; none for a slow tokenizer."""
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    return "" if decoder is None else decoder.__getstate__().decode()
+
+
 def spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> Callable[[str], bytes]:
     """Return a function from an ordinary one of all `tokens` to the bytes of text that it stands for.
 
     Byte-level BPE writes a space as "Ġ", SentencePiece as "▁", and a byte that no token holds as "<0x0A>".
     """
-    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
-    form = "" if decoder is None else decoder.__getstate__().decode()
 
     def byte_level(token: str) -> bytes:
         try:
@@ -81,6 +91,6 @@ def spelling(tokenizer: PreTrainedTokenizerBase, tokens: Mapping[str, int]) -> C
             return token.replace("▁", " ").encode()
         return token.encode() if byte < 128 and chr(byte).replace(" ", "▁") in tokens else bytes([byte])
 
-    if "ByteLevel" in form:
-        return byte_level
-    return sentencepiece if "▁" in form or "\\u2581" in form else str.encode
+    if is_sentencepiece(tokenizer):
+        return sentencepiece
+    return byte_level if "ByteLevel" in _decoder(tokenizer) else str.encode
